@@ -1,0 +1,210 @@
+"""The functions that users call: thin, traceable names for the ops."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import pbfx_kernels.ops  # noqa: F401  registers the ops
+from pbfx_kernels.geometry import LINEAR, Geometry
+
+
+def dendrites(
+    soma: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str = "tanh",
+    geometry: Geometry = LINEAR,
+) -> tuple[Tensor, Tensor]:
+    """Add the D dendrites of a site to its soma's output, in one op.
+
+        z_d = V_d x + c_d + Σ_{e<d} U_{d,e} ⊙ a_e        a_d = f(z_d)        out = soma + Σ_d T_d ⊙
+        a_d
+
+    The backward is perforated: the error goes on to `soma` unchanged and to `to_soma`, and to
+    nothing else.
+
+    Args:
+        soma: the soma's output, `(..., N)` or `(B, N, *spatial)`, the batch optional. Its dtype is
+            the dtype of the computation, so autocast decides once, at the soma.
+        x: the soma's input, `(..., K)` or `(B, channels, *spatial)`, any float dtype.
+        weight: V, `(D, N, K)` or `(D, N, channels / groups, *kernel)`, any float dtype; D may be 0.
+        bias: c, `(D, N)`, or None.
+        to_soma: T, `(D, N)`. Zeros leave the output bit-identical to `soma`.
+        to_dendrite: U, `(D, D, N)`; only the strictly lower triangle `e < d` is read.
+        activation: f, one of `ACTIVATIONS`.
+        geometry: the form of the soma; linear if left out.
+
+    Returns:
+        out: shape, dtype and layout of `soma`.
+        activations: a, `(D, *soma)`, dtype of `soma`, without gradient.
+
+    Raises:
+        ArgumentError: shapes, dtypes, devices or names do not fit; when the op runs, not when it is
+            traced.
+
+    Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
+    """
+    return torch.ops.pbfx.dendrites.default(
+        soma,
+        x,
+        weight,
+        bias,
+        to_soma,
+        to_dendrite,
+        activation,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.groups,
+    )
+
+
+def candidates(
+    neuron: Tensor,
+    x: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor,
+    moments: Tensor,
+    direction: Tensor,
+    error_mean: Tensor,
+    activation: str = "tanh",
+    geometry: Geometry = LINEAR,
+) -> tuple[Tensor, Tensor]:
+    """Pass the neuron's output through, and teach C candidates per neuron from the error.
+
+        z_c = V_c x + c_c + Σ_{e<D} U_{c,e} ⊙ a_e        dz_c = -direction_c ⊙ (g - ḡ) ⊙ f'(z_c) / P
+
+    The error g goes on to `neuron` unchanged. `weight`, `bias` and `to_dendrite` get the gradients
+    whose *descent* raises the covariance of `f(z_c)` with g, and `moments` gets the batch sums of
+    `Moment` as its gradient.
+
+    Args:
+        neuron: the site's output, `(..., N)` or `(B, N, *spatial)`, the batch optional.
+        x: the soma's input, `(..., K)` or `(B, channels, *spatial)`, any float dtype.
+        activations: a, `(D, *neuron)`, of the accepted dendrites; D may be 0.
+        weight: V, `(C, N, K)` or `(C, N, channels / groups, *kernel)`, any float dtype.
+        bias: c, `(C, N)`, or None.
+        to_dendrite: U, `(C, D, N)`.
+        moments: `(6 * C, N)`, float32 or float64. Its value is never read.
+        direction: `(C, N)`, such as `sign(Cov) / σ_g`. Read in the backward, so the caller may
+            overwrite it there.
+        error_mean: ḡ, `(N,)`, the running mean of the error; likewise.
+        activation: f, one of `ACTIVATIONS`.
+        geometry: the form of the soma; linear if left out.
+
+    Returns:
+        out: a copy of `neuron`, bit for bit.
+        z: the candidates' preactivations, `(C, *neuron)`, dtype of `neuron`, without gradient.
+
+    Raises:
+        ArgumentError: shapes, dtypes, devices or names do not fit; when the op runs, not when it is
+            traced.
+
+    Source: Fahlman and Lebiere, *The Cascade-Correlation Learning Architecture*, 1990.
+    """
+    return torch.ops.pbfx.candidates.default(
+        neuron,
+        x,
+        activations,
+        weight,
+        bias,
+        to_dendrite,
+        moments,
+        direction,
+        error_mean,
+        activation,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.groups,
+    )
+
+
+def perforated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dendrite_weight: Tensor,
+    dendrite_bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str = "tanh",
+) -> Tensor:
+    """Evaluate a linear op with dendrites: `W x + b + Σ_d T_d ⊙ a_d`.
+
+    Args:
+        x: `(..., K)`.
+        weight: W, `(N, K)`.
+        bias: b, `(N,)`, or None.
+        dendrite_weight: V, `(D, N, K)`.
+        dendrite_bias: c, `(D, N)`, or None.
+        to_soma: T, `(D, N)`.
+        to_dendrite: U, `(D, D, N)`, strictly lower triangle.
+        activation: f, one of `ACTIVATIONS`.
+
+    Returns:
+        `(..., N)`, the dtype of `torch.nn.functional.linear(x, weight, bias)`.
+
+    Raises:
+        ArgumentError: the dendrites do not fit the soma (see `dendrites`).
+
+    Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
+    """
+    soma = F.linear(x, weight, bias)
+    return dendrites(
+        soma, x, dendrite_weight, dendrite_bias, to_soma, to_dendrite, activation, LINEAR
+    )[0]
+
+
+def perforated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dendrite_weight: Tensor,
+    dendrite_bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str = "tanh",
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Evaluate a two-dimensional convolution with dendrites: `W * x + b + Σ_d T_d ⊙ a_d`.
+
+    Args:
+        x: `(B, channels, H, W)`, the batch optional.
+        weight: W, `(N, channels / groups, kH, kW)`.
+        bias: b, `(N,)`, or None.
+        dendrite_weight: V, `(D, N, channels / groups, kH, kW)`.
+        dendrite_bias: c, `(D, N)`, or None.
+        to_soma: T, `(D, N)`.
+        to_dendrite: U, `(D, D, N)`, strictly lower triangle.
+        activation: f, one of `ACTIVATIONS`.
+        stride: one step, or one per spatial dimension.
+        padding: zeros on both sides, likewise.
+        dilation: distance between kernel taps, likewise.
+        groups: blocks of channels that do not see one another.
+
+    Returns:
+        `(B, N, H', W')`, the dtype of `torch.nn.functional.conv2d(x, weight, bias, ...)`.
+
+    Raises:
+        ArgumentError: the dendrites do not fit the soma (see `dendrites`).
+
+    Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
+    """
+    geometry = Geometry.convolution(2, stride, padding, dilation, groups)
+    soma = F.conv2d(
+        x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    )
+    return dendrites(
+        soma, x, dendrite_weight, dendrite_bias, to_soma, to_dendrite, activation, geometry
+    )[0]

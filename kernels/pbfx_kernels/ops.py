@@ -1,0 +1,301 @@
+"""The custom ops: what a graph holds, and what a kernel replaces.
+
+    pbfx::dendrites              out, a = soma + Σ_d T_d ⊙ a_d, (D, *soma)
+    pbfx::dendrites_backward     dT
+    pbfx::candidates             out, z = neuron, (C, *neuron)
+    pbfx::candidates_backward    dV, dc, dU, the batch moments
+
+They are custom ops and not `autograd.Function`s, since a symbolic trace goes *into* a Function and
+loses its backward; an op stays one node through symbolic_trace, Dynamo, AOTAutograd and inductor.
+Backwards are ops of their own, for the same reason. The default implementation, for every device,
+is the reference.
+
+The backwards are deliberately not the derivatives of the forwards: no error reaches the input of a
+dendrite (perforated backpropagation), and a candidate, which feeds nothing, learns from the error
+that passes by. `candidates` hands back its input so that it lies on the path of that error:
+dead-code elimination cannot drop it, and it works with a frozen base. Its statistics leave as the
+"gradient" of a `moments` parameter, so the graph needs no mutation and data-parallel training
+averages them.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from pbfx_kernels import reference
+from pbfx_kernels.geometry import Geometry
+from pbfx_kernels.validation import check_candidates, check_dendrites
+
+
+@custom_op("pbfx::dendrites", mutates_args=())
+def dendrites_op(
+    soma: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Run `reference.dendrites`; arguments and errors are those of `pbfx_kernels.dendrites`."""
+    geometry = _geometry(stride, padding, dilation, groups)
+    check_dendrites(soma, x, weight, bias, to_soma, to_dendrite, activation, geometry)
+    with _no_autocast(soma):
+        out, activations = reference.dendrites(
+            soma, x, weight, bias, to_soma, to_dendrite, activation, geometry
+        )
+    return _laid_out(out, _strides(soma)), _laid_out(activations, _stack_strides(soma))
+
+
+@dendrites_op.register_fake
+def _(
+    soma: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    geometry = _geometry(stride, padding, dilation, groups)
+    check_dendrites(soma, x, weight, bias, to_soma, to_dendrite, activation, geometry)
+    activations = soma.new_empty_strided((weight.shape[0], *soma.shape), _stack_strides(soma))
+    return torch.empty_like(soma), activations
+
+
+@custom_op("pbfx::dendrites_backward", mutates_args=())
+def dendrites_backward_op(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:
+    """Run `reference.dendrites_backward`."""
+    with _no_autocast(grad):
+        return reference.dendrites_backward(grad, activations, channel_axis)
+
+
+@dendrites_backward_op.register_fake
+def _(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:
+    shape = (activations.shape[0], grad.shape[channel_axis])
+    return grad.new_empty(shape, dtype=reference.accumulation_dtype(grad.dtype))
+
+
+def _dendrites_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    to_soma, stride = inputs[4], inputs[7]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.learns = to_soma.requires_grad
+    if ctx.learns:
+        ctx.save_for_backward(output[1])
+        ctx.to_soma_dtype = to_soma.dtype
+        ctx.channel_axis = -(len(stride) + 1)
+
+
+def _dendrites_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    grad_to_soma = None
+    if ctx.learns and grad is not None:
+        (activations,) = ctx.saved_tensors
+        grad_to_soma = torch.ops.pbfx.dendrites_backward.default(
+            grad, activations, ctx.channel_axis
+        ).to(ctx.to_soma_dtype)
+    return grad, None, None, None, grad_to_soma, *(None,) * 6
+
+
+dendrites_op.register_autograd(_dendrites_gradients, setup_context=_dendrites_setup)
+
+
+@custom_op("pbfx::candidates", mutates_args=())
+def candidates_op(
+    neuron: Tensor,
+    x: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor,
+    moments: Tensor,
+    direction: Tensor,
+    error_mean: Tensor,
+    activation: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Copy `neuron` and run `reference.candidate_preactivations`; see `pbfx_kernels.candidates`."""
+    geometry = _geometry(stride, padding, dilation, groups)
+    check_candidates(
+        neuron,
+        x,
+        activations,
+        weight,
+        bias,
+        to_dendrite,
+        moments,
+        direction,
+        error_mean,
+        activation,
+        geometry,
+    )
+    with _no_autocast(neuron):
+        z = reference.candidate_preactivations(
+            x, activations.to(neuron.dtype), weight, bias, to_dendrite, geometry
+        )
+    # An op may not return its input, so the neuron's output is copied.
+    return torch.empty_like(neuron).copy_(neuron), _laid_out(z, _stack_strides(neuron))
+
+
+@candidates_op.register_fake
+def _(
+    neuron: Tensor,
+    x: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor,
+    moments: Tensor,
+    direction: Tensor,
+    error_mean: Tensor,
+    activation: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    geometry = _geometry(stride, padding, dilation, groups)
+    check_candidates(
+        neuron,
+        x,
+        activations,
+        weight,
+        bias,
+        to_dendrite,
+        moments,
+        direction,
+        error_mean,
+        activation,
+        geometry,
+    )
+    z = neuron.new_empty_strided((weight.shape[0], *neuron.shape), _stack_strides(neuron))
+    return torch.empty_like(neuron), z
+
+
+@custom_op("pbfx::candidates_backward", mutates_args=())
+def candidates_backward_op(
+    grad: Tensor,
+    z: Tensor,
+    x: Tensor,
+    activations: Tensor,
+    direction: Tensor,
+    error_mean: Tensor,
+    weight_shape: Sequence[int],
+    activation: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run `reference.candidates_backward`; gradients are dense and contiguous."""
+    geometry = _geometry(stride, padding, dilation, groups)
+    with _no_autocast(grad):
+        grad_weight, *rest = reference.candidates_backward(
+            grad, z, x, activations, direction, error_mean, weight_shape, activation, geometry
+        )
+    # The layout of a convolution's weight gradient depends on the backend; the fake promises a
+    # contiguous one.
+    return grad_weight.contiguous(), rest[0], rest[1], rest[2]
+
+
+@candidates_backward_op.register_fake
+def _(
+    grad: Tensor,
+    z: Tensor,
+    x: Tensor,
+    activations: Tensor,
+    direction: Tensor,
+    error_mean: Tensor,
+    weight_shape: Sequence[int],
+    activation: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    c, n = weight_shape[:2]
+    shapes = (weight_shape, (c, n), (c, activations.shape[0], n), (6 * c, n))
+    dtype = reference.accumulation_dtype(z.dtype)
+    weight, bias, to_dendrite, moments = (z.new_empty(shape, dtype=dtype) for shape in shapes)
+    return weight, bias, to_dendrite, moments
+
+
+def _candidates_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, x, activations, weight, bias, to_dendrite, moments, direction, error_mean, *form = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.learns = any(
+        learner is not None and learner.requires_grad
+        for learner in (weight, bias, to_dendrite, moments)
+    )
+    if ctx.learns:
+        ctx.save_for_backward(output[1], x, activations, direction, error_mean)
+        ctx.weight_shape = weight.shape
+        ctx.form = form
+        # In the order of the gradients.
+        ctx.dtypes = [
+            None if learner is None else learner.dtype
+            for learner in (weight, bias, to_dendrite, moments)
+        ]
+
+
+def _candidates_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    learned: list[Tensor | None] = [None] * 4
+    if ctx.learns and grad is not None:
+        gradients = torch.ops.pbfx.candidates_backward.default(
+            grad, *ctx.saved_tensors, ctx.weight_shape, *ctx.form
+        )
+        learned = [
+            None if dtype is None else gradient.to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+    return grad, None, None, *learned, *(None,) * 7
+
+
+candidates_op.register_autograd(_candidates_gradients, setup_context=_candidates_setup)
+
+
+def _geometry(
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Geometry:
+    return Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Hold autocast off inside an op: the dtype of the soma's output, already autocast, decides."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _strides(soma: Tensor) -> tuple[int, ...]:
+    """Return the strides of `empty_like(soma)`: channels-last stays so, gaps and overlaps close."""
+    return torch.empty_like(soma, device="meta").stride()
+
+
+def _stack_strides(soma: Tensor) -> tuple[int, ...]:
+    """Return the strides of `(D, *soma)` whose every slice is laid out as `empty_like(soma)`."""
+    return (soma.numel(), *_strides(soma))
+
+
+def _laid_out(result: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Copy a result where it does not have the strides that the fake promised."""
+    if result.stride() == strides:
+        return result
+    return result.new_empty_strided(result.shape, strides).copy_(result)

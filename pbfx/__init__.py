@@ -1,0 +1,60 @@
+"""pbfx gives any PyTorch model artificial dendrites, and compiles them.
+
+model = pbfx.transform(Net())
+tracker = pbfx.Tracker(model, optimizer, scheduler)
+while not tracker.complete:
+    train(model, optimizer)
+    tracker.step(validate(model))
+"""
+
+from pbfx.checkpoint import load, save
+from pbfx.config import Config
+from pbfx.errors import (
+    CaptureError,
+    CheckpointError,
+    ConfigError,
+    PassError,
+    PbfxError,
+    RestructureError,
+    ScoreError,
+    TrackerError,
+)
+from pbfx.explain import Explanation, explain
+from pbfx.history import Epoch
+from pbfx.perforated import PerforatedModule
+from pbfx.phase import Phase
+from pbfx.policy import Action, Decision, Interval, Plateau, Policy, Situation
+from pbfx.restructure import grow
+from pbfx.tracker import Step, Tracker
+from pbfx.transform import transform
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Action",
+    "CaptureError",
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "Decision",
+    "Epoch",
+    "Explanation",
+    "Interval",
+    "PassError",
+    "PbfxError",
+    "PerforatedModule",
+    "Phase",
+    "Plateau",
+    "Policy",
+    "RestructureError",
+    "ScoreError",
+    "Situation",
+    "Step",
+    "Tracker",
+    "TrackerError",
+    "explain",
+    "grow",
+    "load",
+    "save",
+    "transform",
+]

@@ -1,0 +1,55 @@
+"""The nets that the demo trains: small on purpose, because dendrites pay where a net underfits."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DigitsNet(nn.Module):
+    """Two small convolutions and one linear layer for 8x8 digits: 266 parameters at width 1."""
+
+    def __init__(self, width: float = 1.0) -> None:
+        super().__init__()
+        first, second = scaled(2, width), scaled(4, width)
+        self.conv1 = nn.Conv2d(1, first, 3, padding=1)
+        self.conv2 = nn.Conv2d(first, second, 3, padding=1)
+        self.fc = nn.Linear(second * 2 * 2, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits `(n, 10)` for images `(n, 1, 8, 8)`."""
+        x = F.max_pool2d(F.relu(self.conv1(images)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return self.fc(x.flatten(1))
+
+
+class MnistNet(nn.Module):
+    """The net of the PyTorch MNIST example: 1,199,882 parameters at width 1."""
+
+    def __init__(self, width: float = 1.0) -> None:
+        super().__init__()
+        first, second, hidden = scaled(32, width), scaled(64, width), scaled(128, width)
+        self.conv1 = nn.Conv2d(1, first, 3)
+        self.conv2 = nn.Conv2d(first, second, 3)
+        self.dropout1 = nn.Dropout(0.25)
+        self.dropout2 = nn.Dropout(0.5)
+        self.fc1 = nn.Linear(second * 12 * 12, hidden)
+        self.fc2 = nn.Linear(hidden, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits `(n, 10)` for images `(n, 1, 28, 28)`."""
+        x = F.relu(self.conv1(images))
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = self.dropout1(x).flatten(1)
+        x = self.dropout2(F.relu(self.fc1(x)))
+        return self.fc2(x)
+
+
+def scaled(channels: int, width: float) -> int:
+    """Return `channels` scaled by `width`, rounded down as published comparisons do, at least 1."""
+    return max(1, int(channels * width))
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return how many numbers `module` has learnt: frozen ones included, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,189 @@
+"""What stays on disk: report.json, history.csv and plot.png, each whole or not there at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pbfx
+from pbfx.demo.errors import DemoError
+from pbfx.demo.statistics import CONFIDENCE, Estimate
+from pbfx.demo.study import EpochRow, Run
+from pbfx.demo.summary import Summary
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written to before time is spent on training; create nothing.
+
+    Raises:
+        DemoError: `folder` is a file, or may not be written to.
+    """
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise DemoError(f"--out {folder}: {existing} is a file, and a folder is needed.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise DemoError(f"--out {folder}: no right to write in {existing}.")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` beside `path` and move it there: a reader sees all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files for the owner alone; a result is as readable as any other file.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def report_json(
+    runs: Sequence[Run],
+    summary: Summary,
+    *,
+    command: Sequence[str],
+    arguments: Mapping[str, Any],
+    data: Mapping[str, Any],
+    device: torch.device,
+) -> bytes:
+    """Return the report: enough to read the result, and to run it again."""
+    report = {
+        "command": shlex.join(command),
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "device": _device_name(device),
+        "arguments": dict(arguments),
+        "data": dict(data),
+        "confidence": CONFIDENCE,
+        "summary": _summary(summary),
+        "runs": [_run(run) for run in runs],
+    }
+    return (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()
+
+
+def history_csv(runs: Sequence[Run]) -> bytes:
+    """Return every epoch of every run, one row each."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, [field.name for field in fields(EpochRow)], lineterminator="\n")
+    writer.writeheader()
+    for run in runs:
+        writer.writerows(asdict(row) for row in run.history)
+    return buffer.getvalue().encode()
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions that a result depends on; git's where pbfx runs from its repository."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pbfx": pbfx.__version__,
+        "git": git_revision(),
+    }
+
+
+def git_revision() -> str | None:
+    """Return the commit that this package is checked out at, None outside a checkout.
+
+    Changes since that commit show as `+dirty`.
+    """
+    package = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(package), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed copy may lie inside somebody else's repository: only a tracked file tells.
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    revision = git("rev-parse", "--short=12", "HEAD")
+    if revision is None:
+        return None
+    return f"{revision}+dirty" if git("status", "--porcelain", "--", ".") else revision
+
+
+def _summary(summary: Summary) -> dict[str, Any]:
+    return {
+        "arms": [
+            {
+                "arm": arm.arm,
+                "accuracy_percent": arm.accuracy,
+                "error_percent": _estimate(arm.error),
+                "parameters": arm.parameters,
+                "epochs": arm.epochs,
+                "seconds": arm.seconds,
+            }
+            for arm in summary.arms
+        ],
+        "paired_differences": [
+            {
+                "treated": versus.treated,
+                "control": versus.control,
+                "error_points": _estimate(versus.comparison.difference),
+                "relative_change_of_error": _finite(versus.comparison.relative),
+                "verdict": versus.comparison.verdict,
+            }
+            for versus in summary.comparisons
+        ],
+        "sentences": list(summary.sentences),
+    }
+
+
+def _run(run: Run) -> dict[str, Any]:
+    row = {field.name: getattr(run, field.name) for field in fields(run) if field.name != "history"}
+    return row | {
+        "test_error_percent": run.error,
+        "candidate_scores": list(run.candidate_scores),
+    }
+
+
+def _estimate(value: Estimate) -> dict[str, float | int | None]:
+    return {
+        "mean": value.mean,
+        "low": _finite(value.low),
+        "high": _finite(value.high),
+        "count": value.count,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,86 @@
+"""Say where a model can grow dendrites, where it cannot, and what each site costs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from pbfx.restructure import join, parts_of
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteReport:
+    """One site: what it is, what it has grown, and what one more dendrite would cost."""
+
+    name: str
+    op: str
+    calls: int
+    dendrites: int
+    parameters: int
+    next_dendrite: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Every site and every skipped op of a model; `str()` is a table of at most 80 columns."""
+
+    sites: tuple[SiteReport, ...]
+    skipped: tuple[tuple[str, str, str], ...]
+
+    def __str__(self) -> str:
+        head = ("site", "op", "calls", "dendrites", "parameters", "one more")
+        rows = [
+            (
+                s.name,
+                s.op,
+                str(s.calls),
+                str(s.dendrites),
+                f"{s.parameters:,}",
+                f"+{s.next_dendrite:,}",
+            )
+            for s in self.sites
+        ]
+        # Names give way, from the left, so that the numbers stay aligned and the line fits.
+        width = min(max(len(row[0]) for row in [head, *rows]), 30)
+        lines = []
+        for name, op, *numbers in [head, *rows]:
+            short = name if len(name) <= width else f"…{name[1 - width :]}"
+            calls, dendrites, parameters, more = numbers
+            line = (
+                f"{short:<{width}}  {op:<6} {calls:>5} {dendrites:>9} {parameters:>11} {more:>11}"
+            )
+            lines.append(line.rstrip())
+        lines += [f"no dendrites at {name} ({op}): {reason}" for name, op, reason in self.skipped]
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Return the sites and the skipped ops of a transformed model.
+
+    Raises:
+        RestructureError: if the model has no perforated parts.
+    """
+    sites, skipped = [], []
+    for path, part in parts_of(getattr(model, "_orig_mod", model)).items():
+        grown = part.dendrites()
+        for site in part.perforation.sites:
+            dendrites = grown.get(site.name)
+            count = 0 if dendrites is None else dendrites.count
+            weight = part.get_parameter(site.weight)
+            neurons = weight.shape[0]
+            own = weight.numel() + (neurons if site.bias else 0)
+            # Each new dendrite also has a link to the soma and one from every older dendrite.
+            links = count * neurons + count * (count - 1) // 2 * neurons
+            sites.append(
+                SiteReport(
+                    name=join(path, site.name),
+                    op=site.op,
+                    calls=site.calls,
+                    dendrites=count,
+                    parameters=own * (count + 1) + links,
+                    next_dendrite=own + neurons * (count + 1),
+                )
+            )
+        skipped += [(join(path, s.name), s.op, s.reason) for s in part.perforation.skipped]
+    return Explanation(tuple(sites), tuple(skipped))

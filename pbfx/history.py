@@ -1,0 +1,110 @@
+"""What a tracker remembers of each epoch, and the file that people read it from."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import numbers
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pbfx.errors import ScoreError
+from pbfx.files import atomic_path
+from pbfx.phase import Phase
+from pbfx.policy import Action
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """One call of `Tracker.step`.
+
+    Attributes:
+        number: counts from 1.
+        phase: who was learning.
+        dendrites: dendrites per neuron while this epoch ran.
+        cycle: counts restructurings; epochs of one phase share it.
+        attempt: how many sets of dendrites in a row had been dropped.
+        score: the validation score that was given.
+        improved: whether it was the best so far.
+        action: what the policy decided.
+        reason: why, in one sentence.
+        candidate_score: of a dendrite phase: mean |correlation| of the best candidates with the
+            error on batches that they did not learn from; None elsewhere.
+        parameters: of the network, candidates not counted.
+        learning_rates: of each parameter group, as used in this epoch.
+    """
+
+    number: int
+    phase: Phase
+    dendrites: int
+    cycle: int
+    attempt: int
+    score: float
+    improved: bool
+    action: Action
+    reason: str
+    candidate_score: float | None
+    parameters: int
+    learning_rates: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {
+            "phase": str(self.phase),
+            "action": str(self.action),
+            "learning_rates": list(self.learning_rates),
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Epoch:
+        """Return the epoch that `to_json` described."""
+        typed = {
+            "phase": Phase(fields["phase"]),
+            "action": Action(fields["action"]),
+            "learning_rates": tuple(fields["learning_rates"]),
+        }
+        return cls(**(fields | typed))
+
+
+def finite_score(score: Any) -> float:
+    """Return `score` as a float.
+
+    Raises:
+        ScoreError: if it is not one finite number.
+    """
+    value: Any = score
+    if isinstance(score, torch.Tensor) or type(score).__module__ == "numpy":
+        if getattr(score, "size", None) != 1 and getattr(score, "numel", lambda: 1)() != 1:
+            raise ScoreError(
+                f"the validation score must be one number, got a {type(score).__name__} of shape "
+                f"{tuple(score.shape)}; reduce it first, for example with .mean()"
+            )
+        value = score.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ScoreError(
+            f"the validation score must be a number, got {score!r} ({type(score).__name__})"
+        )
+    value = float(value)
+    if not math.isfinite(value):
+        raise ScoreError(
+            f"the validation score must be finite, got {value}; the tracker has not moved. A "
+            f"diverged "
+            "run can be resumed from its last checkpoint with a smaller learning rate"
+        )
+    return value
+
+
+def write_csv(history: Sequence[Epoch], path: str | os.PathLike[str]) -> None:
+    """Write one line per epoch, atomically; rates are separated by spaces."""
+    names = [field.name for field in dataclasses.fields(Epoch)]
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        for epoch in history:
+            rates = " ".join(f"{rate:.6g}" for rate in epoch.learning_rates)
+            writer.writerow(epoch.to_json() | {"learning_rates": rates})

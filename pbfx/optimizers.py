@@ -1,0 +1,208 @@
+"""Edit a live optimizer and its scheduler in place.
+
+The objects that the user's script holds stay the objects that it holds: parameters are exchanged
+inside the existing groups, and the state of every parameter that survives stays with it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from pbfx.errors import TrackerError
+
+Parameters = Mapping[str, nn.Parameter]
+Stepping = Literal["auto", "epoch", "batch"]
+
+# Entries of a parameter group that schedulers write.
+_SCHEDULED = frozenset(
+    ("lr", "initial_lr", "max_lr", "min_lr", "momentum", "betas", "max_momentum", "base_momentum")
+)
+# Optimizers whose per-element state does not start at zero: state key -> group key of the first
+# value.
+_FIRST_VALUE = {"step_size": "lr", "sum": "initial_accumulator_value"}
+
+
+def sync_optimizer(
+    optimizer: Optimizer,
+    before: Parameters,
+    after: Parameters,
+    managed: Iterable[str],
+    home: Callable[[str], str],
+) -> None:
+    """Make `optimizer` hold the model's present parameters.
+
+    Args:
+        optimizer: edited in place; its groups stay the same dicts and lists.
+        before: the model's parameters by name when the optimizer was last right.
+        after: the parameters now.
+        managed: names that the optimizer must hold; those missing are added.
+        home: names the older parameter whose group a new one joins.
+    """
+    exchange = {
+        id(old): (name, after.get(name))
+        for name, old in before.items()
+        if after.get(name) is not old
+    }
+    for group in optimizer.param_groups:
+        named = "param_names" in group
+        kept: list[nn.Parameter] = []
+        names: list[str] = []
+        for index, old in enumerate(group["params"]):
+            new = old
+            if id(old) in exchange:
+                _, new = exchange[id(old)]
+                _move_state(optimizer, group, old, new)
+            if new is not None:
+                kept.append(new)
+                names.append(group["param_names"][index] if named else "")
+        group["params"][:] = kept
+        if named:
+            group["param_names"][:] = names
+    held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name in managed:
+        if id(after[name]) in held:
+            continue
+        group = held.get(id(after.get(home(name))), optimizer.param_groups[0])
+        group["params"].append(after[name])
+        if "param_names" in group:
+            group["param_names"].append(name)
+    if isinstance(optimizer, torch.optim.LBFGS) and set(before.values()) != set(after.values()):
+        # Its state is one flat vector over all parameters; it cannot outlive a change of their
+        # number.
+        optimizer.state.clear()
+        optimizer._numel_cache = None
+
+
+def _move_state(
+    optimizer: Optimizer, group: dict[str, Any], old: nn.Parameter, new: nn.Parameter | None
+) -> None:
+    state = optimizer.state.pop(old, None)
+    if state is None or new is None:
+        return
+    moved = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == old.shape:
+            first = group.get(_FIRST_VALUE.get(key, ""), 0.0)
+            grown = torch.full(new.shape, float(first), dtype=value.dtype, device=value.device)
+            shared = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
+            grown[shared] = value[shared]
+            moved[key] = grown
+        elif isinstance(value, Tensor) and value.dim() > 0:
+            # Factored state (Adafactor) of another shape: start this parameter afresh.
+            return
+        else:
+            moved[key] = value
+    optimizer.state[new] = moved
+
+
+class Schedule:
+    """The learning rates and the scheduler as they were at the start, to step and to return to.
+
+    Args:
+        optimizer: whose groups hold the rates.
+        scheduler: any scheduler of torch, or None.
+        stepping: who steps it: `"epoch"` the tracker, `"batch"` the user's loop, `"auto"` the
+            tracker unless the scheduler is seen to move between two calls of the tracker.
+
+    Raises:
+        TrackerError: if the scheduler belongs to another optimizer or is no scheduler.
+    """
+
+    def __init__(self, optimizer: Optimizer, scheduler: Any, stepping: Stepping) -> None:
+        if scheduler is not None:
+            owner = getattr(scheduler, "optimizer", optimizer)
+            if not all(callable(getattr(scheduler, m, None)) for m in ("step", "state_dict")):
+                raise TrackerError(
+                    f"scheduler must be a learning-rate scheduler with step() and state_dict(), "
+                    f"got {type(scheduler).__name__}"
+                )
+            if owner is not optimizer:
+                raise TrackerError(
+                    f"scheduler ({type(scheduler).__name__}) steps another optimizer than the "
+                    f"one given"
+                )
+        if stepping not in ("auto", "epoch", "batch"):
+            raise TrackerError(
+                f"scheduler_steps must be 'auto', 'epoch' or 'batch', got {stepping!r}"
+            )
+        self.optimizer, self.scheduler, self.stepping = optimizer, scheduler, stepping
+        self._rates = [
+            {key: copy.deepcopy(group[key]) for key in _SCHEDULED & group.keys()}
+            for group in optimizer.param_groups
+        ]
+        self._start = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
+        self._seen = self._position()
+
+    def observe(self) -> None:
+        """Find out who steps the scheduler; called first thing in every `tracker.step`."""
+        if self.stepping == "auto" and self._position() != self._seen:
+            self.stepping = "batch"
+
+    def step(self, score: float) -> None:
+        """Step an epoch scheduler; one that the user's loop steps is left alone."""
+        if self.scheduler is not None and self.stepping != "batch":
+            if isinstance(self.scheduler, ReduceLROnPlateau):
+                self.scheduler.step(score)
+            else:
+                self.scheduler.step()
+        self._seen = self._position()
+
+    def reset(self) -> None:
+        """Return rates and schedule to where they were at the start."""
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(copy.deepcopy(self._start))
+        for group, rates in zip(self.optimizer.param_groups, self._rates, strict=False):
+            for key, value in rates.items():
+                if isinstance(group[key], Tensor):
+                    group[key].fill_(value)
+                else:
+                    group[key] = copy.deepcopy(value)
+        self._seen = self._position()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the schedule stands and where it started."""
+        return {
+            "stepping": self.stepping,
+            "rates": copy.deepcopy(self._rates),
+            "start": copy.deepcopy(self._start),
+            "scheduler": None
+            if self.scheduler is None
+            else copy.deepcopy(self.scheduler.state_dict()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where `state` left off; the rates themselves are part of the optimizer's state.
+
+        Raises:
+            TrackerError: if one has a scheduler and the other has none.
+        """
+        if (state["scheduler"] is None) != (self.scheduler is None):
+            there, here = (
+                "no scheduler" if missing else "a scheduler"
+                for missing in (state["scheduler"] is None, self.scheduler is None)
+            )
+            raise TrackerError(
+                f"the saved tracker had {there}, this one has {here}; give it the same parts"
+            )
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
+        self.stepping = state["stepping"]
+        self._rates, self._start = copy.deepcopy(state["rates"]), copy.deepcopy(state["start"])
+        self._seen = self._position()
+
+    def _position(self) -> tuple[Any, ...]:
+        """Return what moves when the scheduler is stepped, whatever its class."""
+
+        def counters(scheduler: Any) -> tuple[Any, ...]:
+            nested = getattr(scheduler, "_schedulers", ())
+            own = getattr(scheduler, "last_epoch", None), getattr(scheduler, "_step_count", None)
+            return (*own, *(counters(inner) for inner in nested))
+
+        return () if self.scheduler is None else counters(self.scheduler)

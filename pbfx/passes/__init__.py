@@ -1,0 +1,7 @@
+"""The passes, one a file; `pbfx.pipeline` holds their order and runs them."""
+
+from pbfx.passes.attach_candidates import attach_candidates
+from pbfx.passes.hold_eval import hold_eval
+from pbfx.passes.insert_dendrites import insert_dendrites
+
+__all__ = ["attach_candidates", "hold_eval", "insert_dendrites"]

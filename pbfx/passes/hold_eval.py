@@ -1,0 +1,73 @@
+"""Hold the network in eval mode, whatever `model.train()` says.
+
+    dropout(x)                        ->    x
+    batch_norm(x)                     ->    F.batch_norm(x, running statistics, training=False)
+    f(x, training=self.training)      ->    f(x, training=False)
+
+In the dendrite phase the network is frozen, and freezing has to include its noise: with dropout
+active the error is noise too, and candidates learn nothing (measured: held-out correlations stay at
+chance). The user's loop calls `model.train()` at will, so the graph must not read that flag. Norms
+that keep no running statistics use the batch's in either mode and stay as they are. Modules whose
+mode no graph shows (attention, recurrent nets) are left in eval by `PerforatedModule.train`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from pbfx.passes.context import PassContext, copy_provenance
+from pbfx.phase import Phase
+
+DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def hold_eval(gm: fx.GraphModule, ctx: PassContext) -> int:
+    """Rewrite everything whose result depends on a training flag; return how many nodes."""
+    if ctx.phase is not Phase.DENDRITE:
+        return 0
+    rewrites = 0
+    for node in list(gm.graph.nodes):
+        if node.op == "call_module":
+            module = gm.get_submodule(str(node.target))
+            if type(module) in DROPOUTS:
+                node.replace_all_uses_with(node.args[0])
+            elif type(module) in NORMS and module.running_mean is not None:
+                node.replace_all_uses_with(_eval_norm(gm.graph, node, module))
+            else:
+                continue
+        elif node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training":
+            for user in list(node.users):
+                user.args, user.kwargs = _without(node, user.args), _without(node, user.kwargs)
+        else:
+            continue
+        gm.graph.erase_node(node)
+        rewrites += 1
+    return rewrites
+
+
+def _eval_norm(graph: fx.Graph, node: fx.Node, module: nn.Module) -> fx.Node:
+    with graph.inserting_before(node):
+        mean, variance, weight, bias = (
+            graph.get_attr(f"{node.target}.{name}") if getattr(module, name) is not None else None
+            for name in ("running_mean", "running_var", "weight", "bias")
+        )
+        norm = graph.call_function(
+            F.batch_norm, (node.args[0], mean, variance, weight, bias, False, 0.0, module.eps)
+        )
+    copy_provenance(node, norm)
+    return norm
+
+
+def _without(flag: fx.Node, arguments: Any) -> Any:
+    return fx.node.map_arg(arguments, lambda node: False if node is flag else node)

@@ -1,0 +1,221 @@
+"""The module that `pbfx.transform` returns."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+from torch import fx, nn
+
+from pbfx.config import Config
+from pbfx.dendrites import Candidates, Dendrites, draw_weights
+from pbfx.errors import PassError, PbfxError
+from pbfx.passes.context import PassContext
+from pbfx.phase import Phase
+from pbfx.pipeline import PassRecord, run_passes
+from pbfx.sites import Site, Skipped
+from pbfx.structure import Counts, Structure, structure_of_keys
+
+# What fx.GraphModule itself keeps on an instance; everything else belongs to the user.
+_GRAPH_MODULE_STATE = frozenset(fx.GraphModule(nn.Module(), fx.Graph()).__dict__) - frozenset(
+    nn.Module().__dict__
+)
+
+
+@dataclasses.dataclass
+class Perforation:
+    """What pbfx knows about a perforated module.
+
+    Attributes:
+        source: the captured graph. It is never edited; every graph that runs is derived from it.
+        sites: where dendrites may grow.
+        skipped: the other ops with parameters, and why.
+        config: what the user asked for.
+        phase: which graph runs now.
+        draws: how many pools of weights have been drawn, so that a new pool differs from the last.
+        records: what the passes did at the last rebuild.
+        tracker: the one tracker that may restructure this module, as a token.
+    """
+
+    source: fx.Graph
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+    config: Config
+    phase: Phase = Phase.NEURON
+    draws: int = 0
+    records: tuple[PassRecord, ...] = ()
+    tracker: object = None
+
+
+class PerforatedModule(fx.GraphModule):
+    """A captured model that can grow dendrites.
+
+    It has the parameters, buffers, submodules, attributes and state-dict keys of the user's model.
+    `perforation` holds the rest. After every structural change `rebuild` derives a new graph from
+    the source graph and recompiles.
+    """
+
+    perforation: Perforation
+
+    def __init__(self, root: nn.Module, perforation: Perforation, class_name: str) -> None:
+        super().__init__(root, fx.Graph(), class_name)
+        for name, value in root.__dict__.items():
+            if name not in _GRAPH_MODULE_STATE:
+                self.__dict__[name] = value
+        self.perforation = perforation
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Derive the graph for the present structure and phase, and recompile.
+
+        Raises:
+            PassError: if a pass fails; the module then still runs the graph that it ran before.
+        """
+        perforation, before = self.perforation, self._graph
+        self._graph = fx.Graph(owning_module=self)
+        self._graph.output(self._graph.graph_copy(perforation.source, {}))
+        try:
+            perforation.records = run_passes(
+                self, PassContext(perforation.sites, perforation.phase)
+            )
+        except PassError:
+            self._graph = before
+            raise
+        self.recompile()
+
+    def dendrites(self) -> dict[str, Dendrites]:
+        """Return the dendrites modules that exist now, by the name of their site."""
+        return {
+            site.name: module
+            for site in self.perforation.sites
+            if (module := self._lookup(site.dendrites)) is not None
+        }
+
+    def ensure_dendrites(self, site: Site) -> Dendrites:
+        """Return the dendrites module of `site`, made empty if there is none yet."""
+        module = self._lookup(site.dendrites)
+        if module is None:
+            module = Dendrites(site, self.perforation.config, self.get_parameter(site.weight))
+            owner, _, name = site.dendrites.rpartition(".")
+            self.get_submodule(owner).add_module(name, module)
+        return module
+
+    def drop_dendrites(self, site: Site) -> None:
+        """Remove the dendrites module of `site`; its state-dict keys are the plain model's again."""
+        owner, _, name = site.dendrites.rpartition(".")
+        self.get_submodule(owner)._modules.pop(name, None)
+
+    def new_candidates(self, site: Site, count: int) -> Candidates:
+        """Draw a fresh pool of `count` candidates per neuron for `site`."""
+        dendrites = self.ensure_dendrites(site)
+        weight, bias = self.draw(site, count)
+        dendrites.candidates = Candidates(
+            site, self.perforation.config, weight, bias, dendrites.count
+        )
+        return dendrites.candidates
+
+    def draw(self, site: Site, count: int) -> tuple[Any, Any]:
+        """Draw weights (count, *W) and biases (count, N) for `site` from the private generator."""
+        perforation = self.perforation
+        perforation.draws += 1
+        like = self.get_parameter(site.weight).detach()
+        seed = f"{perforation.config.seed}/{site.name}/{perforation.draws}"
+        return draw_weights(like, site.bias is not None, count, seed)
+
+    def structure(self) -> Structure:
+        """Return how many dendrites and candidates each site has."""
+        return Structure(
+            {
+                name: Counts(
+                    module.count, 0 if module.candidates is None else module.candidates.count
+                )
+                for name, module in self.dendrites().items()
+            }
+        )
+
+    def adopt(self, structure: Structure) -> None:
+        """Take on `structure`: the first D dendrites of each site survive, new ones are zero."""
+        for site in self.perforation.sites:
+            counts = structure.sites.get(site.name)
+            if counts is None:
+                self.drop_dendrites(site)
+                continue
+            dendrites = self.ensure_dendrites(site)
+            dendrites.resize(counts.dendrites)
+            dendrites.candidates = None
+            if counts.candidates:
+                like = self.get_parameter(site.weight).detach()
+                weight = like.new_zeros(counts.candidates, *like.shape)
+                bias = like.new_zeros(counts.candidates, like.shape[0]) if site.bias else None
+                dendrites.candidates = Candidates(
+                    site, self.perforation.config, weight, bias, counts.dendrites
+                )
+        self.perforation.phase = structure.phase
+        self.rebuild()
+
+    def train(self, mode: bool = True) -> PerforatedModule:
+        """Set the mode as usual; in the dendrite phase the network's own modules stay in eval."""
+        super().train(mode)
+        if self.perforation.phase is Phase.DENDRITE:
+            for child in self.children():
+                child.train(False)
+        return self
+
+    def _lookup(self, path: str) -> Dendrites | None:
+        owner, _, name = path.rpartition(".")
+        module = self.get_submodule(owner)._modules.get(name)
+        assert module is None or isinstance(module, Dendrites)
+        return module
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Grow to the structure that the incoming keys describe, then load as usual."""
+        described = structure_of_keys(state_dict, prefix, self.perforation.sites)
+        if described is not None and described != self.structure():
+            self.adopt(described)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PerforatedModule:
+        twin = _assemble(copy.deepcopy(self._shell(), memo), self._fields(), type(self).__name__)
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # fx pickles a module's code and traces it again, which would turn `self.training` into a
+        # constant. Until the source graph has a format of its own, say so instead of breaking
+        # quietly.
+        raise PbfxError(
+            f"a perforated {type(self).__name__} cannot be pickled; save it with "
+            f"pbfx.save(model, path) or "
+            "torch.save(model.state_dict(), path), and copy it with copy.deepcopy"
+        )
+
+    def _shell(self) -> nn.Module:
+        """Return a plain module with everything that is not fx's or pbfx's."""
+        shell = nn.Module()
+        ours = _GRAPH_MODULE_STATE | {"perforation"}
+        shell.__dict__.update(
+            {name: value for name, value in self.__dict__.items() if name not in ours}
+        )
+        return shell
+
+    def _fields(self) -> dict[str, Any]:
+        """Return what a copy's perforation starts from; the tracker stays with the original."""
+        fields = {
+            field.name: getattr(self.perforation, field.name)
+            for field in dataclasses.fields(Perforation)
+        }
+        return fields | {"tracker": None}
+
+
+def _assemble(root: nn.Module, fields: dict[str, Any], class_name: str) -> PerforatedModule:
+    return PerforatedModule(root, Perforation(**fields), class_name)
+
+
+def perforated_parts(model: nn.Module) -> dict[str, PerforatedModule]:
+    """Return the perforated modules inside `model`, by path, `""` being the model itself."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, PerforatedModule)
+    }

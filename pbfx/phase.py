@@ -1,0 +1,13 @@
+"""The two phases of perforated training."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Phase(enum.StrEnum):
+    """Who learns now: the network (`NEURON`), or the candidates while the network is frozen
+    (`DENDRITE`)."""
+
+    NEURON = "neuron"
+    DENDRITE = "dendrite"

@@ -1,0 +1,26 @@
+"""A graph as networkx sees it, for questions about paths rather than about single nodes."""
+
+from __future__ import annotations
+
+import networkx as nx
+from torch import fx
+
+
+def dataflow(graph: fx.Graph) -> nx.DiGraph:
+    """Return the data flow of `graph`: its nodes, and an edge from each value to each of its
+    users."""
+    flow: nx.DiGraph = nx.DiGraph()
+    for node in graph.nodes:
+        flow.add_node(node)
+        flow.add_edges_from((source, node) for source in node.all_input_nodes)
+    return flow
+
+
+def reaches_output(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes whose value can influence what the graph returns.
+
+    Only these can receive an error, so only these can teach a dendrite anything.
+    """
+    flow = dataflow(graph)
+    outputs = [node for node in graph.nodes if node.op == "output"]
+    return {node for output in outputs for node in nx.ancestors(flow, output)}
