@@ -8,10 +8,11 @@ A file holds tensors and JSON and nothing else; loading it cannot execute code.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,27 +24,40 @@ from pbfx.encoding import decode, encode
 from pbfx.errors import CheckpointError, PbfxError
 from pbfx.files import atomic_path
 from pbfx.perforated import perforated_parts
-from pbfx.restructure import restructuring
+from pbfx.restructure import join, undoing
+from pbfx.structure import Structure, structure_of_keys
 from pbfx.transform import transform
-
-if TYPE_CHECKING:
-    from pbfx.tracker import Tracker
 
 FORMAT = 1
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], tracker: Tracker | None = None) -> None:
+class Resumable(Protocol):
+    """What `save` and `load` ask of a tracker."""
+
+    model: nn.Module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain data and tensors."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where `state` left off, or raise and change nothing."""
+        ...
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], tracker: Resumable | None = None) -> None:
     """Write `model`, and with it a running `tracker`, to `path`, atomically.
 
     Args:
         model: a model with perforated parts, in either phase, compiled or not.
         path: the file; by custom it ends in `.safetensors`.
-        tracker: if given, the file also holds the state of tracker, optimizer, scheduler and
-            torch's random streams, so that `load` can continue the run as if it had not stopped.
+        tracker: its `pbfx.Tracker`; if given, the file also holds the state of tracker, optimizer,
+            scheduler and torch's random streams, so that `load` can continue the run as if it had
+            not stopped.
 
     Raises:
-        CheckpointError: if the model has no perforated parts or its state cannot be written; a file
-            that was there before is left as it was.
+        CheckpointError: if the model has no perforated parts, the tracker is another model's, or
+            the state cannot be written; a file that was there before is left as it was.
     """
     model = getattr(model, "_orig_mod", model)
     parts = perforated_parts(model)
@@ -52,6 +66,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], tracker: Tracker | None
             f"pbfx.save: {type(model).__name__} has no perforated parts; use torch.save for "
             f"plain models"
         )
+    if tracker is not None and tracker.model is not model:
+        raise CheckpointError("pbfx.save: the tracker is another model's")
     tensors: dict[str, Tensor] = {
         f"model/{key}": value for key, value in model.state_dict().items()
     }
@@ -83,7 +99,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], tracker: Tracker | None
 def load(
     path: str | os.PathLike[str],
     model: nn.Module,
-    tracker: Tracker | None = None,
+    tracker: Resumable | None = None,
     *,
     restore_rng: bool = True,
 ) -> nn.Module:
@@ -109,27 +125,69 @@ def load(
     model = getattr(model, "_orig_mod", model)
     if tracker is not None and header["tracker"] is None:
         raise CheckpointError(f"{path} holds a model but no tracker; it was saved without one")
+    if tracker is not None and tracker.model is not model:
+        raise CheckpointError(
+            "pbfx.load: the tracker is another model's; make it on the transformed model that you "
+            "load into"
+        )
     if not perforated_parts(model):
         model = _transform_as(model, header, path)
     _check_fit(model, header, path)
     values = {k.removeprefix("model/"): t for k, t in tensors.items() if k.startswith("model/")}
-    parts = perforated_parts(model)
+    wanted = _structures(model, values)
+    if tracker is None:
+        # Candidates are for the tracker that trains them; without it a model is its network.
+        values, wanted = _network(model, values, wanted)
+        _check_untracked(model, wanted, path)
     try:
-        optimizer = None if tracker is None else tracker.optimizer
-        with restructuring(model, optimizer, None if tracker is None else tracker._schedule):
-            model.load_state_dict(values)
-            for part_path, part in parts.items():
+        with undoing(model):
+            for part_path, part in perforated_parts(model).items():
+                if part.structure() != wanted[part_path]:
+                    part.adopt(wanted[part_path])
                 part.perforation.draws = header["parts"][part_path]["draws"]
+            model.load_state_dict(values)
             if tracker is not None:
                 tracker.load_state_dict(decode(header["tracker"], tensors))
     except PbfxError as error:
-        raise CheckpointError(f"{path} does not fit the model: {error}") from error
+        cause = error.__cause__ or error
+        raise CheckpointError(f"{path} does not fit the model: {cause}") from error
     if tracker is not None and restore_rng:
         torch.set_rng_state(tensors["rng/cpu"])
         streams = [tensors[k] for k in sorted(tensors) if k.startswith("rng/cuda/")]
         if streams and torch.cuda.is_available() and len(streams) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(streams)
     return model
+
+
+def _structures(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Structure]:
+    """Return the structure of each part of `model` that the saved keys describe."""
+    return {
+        path: structure_of_keys(values, join(path, ""), part.perforation.sites) or Structure({})
+        for path, part in perforated_parts(model).items()
+    }
+
+
+def _network(
+    model: nn.Module, values: dict[str, Tensor], structures: dict[str, Structure]
+) -> tuple[dict[str, Tensor], dict[str, Structure]]:
+    """Return values and structures without candidates, and without sites that have no more."""
+    parts = perforated_parts(model)
+    dropped = tuple(
+        join(path, site.dendrites) + ("." if site.name not in network.sites else ".candidates.")
+        for path, network in ((p, s.without_candidates()) for p, s in structures.items())
+        for site in parts[path].perforation.sites
+    )
+    kept = {name: value for name, value in values.items() if not name.startswith(dropped)}
+    return kept, {path: structure.without_candidates() for path, structure in structures.items()}
+
+
+def _check_untracked(model: nn.Module, wanted: dict[str, Structure], path: Any) -> None:
+    for name, part in perforated_parts(model).items():
+        if part.perforation.tracker is not None and part.structure() != wanted[name]:
+            raise CheckpointError(
+                f"{path} has another number of dendrites than the model, whose tracker and "
+                f"optimizer would not know; give the tracker too, or load into a fresh model"
+            )
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -151,7 +209,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("pbfx", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copied to where torch would have put them: a tensor's place in the file decides how it
+            # is aligned, that in which order a BLAS sums, and that the last bit of a continued run.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {path}") from error
     except (OSError, SafetensorError, ValueError) as error:
@@ -177,8 +237,12 @@ def _transform_as(model: nn.Module, header: dict[str, Any], path: Any) -> nn.Mod
         )
     part = header["parts"][""]
     # The sites by name stand for a filter function, which is code and is not in the file.
-    settings = part["config"] | {"include": tuple(part["sites"]), "exclude": ()}
-    return transform(model, Config(**settings))
+    names = tuple(glob.escape(name) for name in part["sites"])
+    settings = part["config"] | {"include": names, "exclude": ()}
+    try:
+        return transform(model, Config(**settings))
+    except PbfxError as error:
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
 
 
 def _check_fit(model: nn.Module, header: dict[str, Any], path: Any) -> None:

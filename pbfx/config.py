@@ -67,7 +67,10 @@ class Config:
             value = getattr(self, name)
             # A single glob is a natural thing to write, and a string would else be read letter by
             # letter.
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            if isinstance(value, (list, tuple, set, frozenset)):
+                object.__setattr__(self, name, tuple(value))
+            elif isinstance(value, str):
+                object.__setattr__(self, name, (value,))
         faults = [fault for fault in self._faults() if fault]
         if faults:
             raise ConfigError("pbfx.Config: " + "; ".join(faults))
@@ -82,13 +85,9 @@ class Config:
 
         def between(name: str, low: float, high: float, includes_low: bool) -> str:
             value = getattr(self, name)
-            if (
-                isinstance(value, (int, float))
-                and not isinstance(value, bool)
-                and math.isfinite(value)
-            ):
-                if (value > low or (includes_low and value == low)) and value < high:
-                    return ""
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if number and (low < value < high or (includes_low and value == low)):
+                return ""
             brackets = "[" if includes_low else "("
             return f"{name} must be a number in {brackets}{low:g}, {high:g}), got {value!r}"
 
@@ -104,8 +103,8 @@ class Config:
             value = getattr(self, name)
             return (
                 ""
-                if all(isinstance(glob, str) for glob in value)
-                else f"{name} must hold strings, got {value!r}"
+                if isinstance(value, tuple) and all(isinstance(glob, str) for glob in value)
+                else f"{name} must be a glob or a tuple of globs, got {value!r}"
             )
 
         callable_filter = self.filter_fn is None or callable(self.filter_fn)

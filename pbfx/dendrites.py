@@ -72,6 +72,7 @@ class Candidates(nn.Module):
     direction: Tensor
     error_mean: Tensor
     running: Tensor
+    running_batches: Tensor
     heldout: Tensor
     heldout_batches: Tensor
     best_score: Tensor
@@ -99,6 +100,7 @@ class Candidates(nn.Module):
             "direction": (count, neurons),
             "error_mean": (neurons,),
             "running": sums,
+            "running_batches": (),
             "heldout": sums,
             "heldout_batches": (),
             "best_score": (count, neurons),
@@ -123,6 +125,9 @@ class Candidates(nn.Module):
 
     def forward(self, neuron: Tensor, x: Tensor, activations: Tensor) -> Tensor:
         """Return `neuron` unchanged; on the way back, measure the error that arrives there."""
+        # Nothing comes back from a forward without gradients, such as a validation pass.
+        if not torch.is_grad_enabled():
+            return neuron
         out, _ = pbfx_kernels.candidates(
             neuron,
             pad(x, self.site),

@@ -26,10 +26,20 @@ def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         CheckpointError: naming the path, if something is neither data nor a tensor.
     """
     if isinstance(value, Tensor):
+        # Two paths can read the same, {"a/b": t} and {"a": {"b": t}}.
+        while path in tensors:
+            path += "'"
         tensors[path] = value
         return {f"{_MARK}tensor": path}
-    if value is None or isinstance(value, (bool, int, str)):
-        return value if type(value) in (type(None), bool, int, str) else type(value).__base__(value)
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
+    if value is None or isinstance(value, bool):
+        return value
+    # Subclasses, enumerations among them, become what they are made of.
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, str):
+        return str.__str__(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {f"{_MARK}float": str(float(value))}
     if isinstance(value, (list, tuple)):

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 
 from torch import nn
 
 from pbfx.restructure import join, parts_of
 
+# A terminal's width by custom.
+COLUMNS = 80
+
 
 @dataclasses.dataclass(frozen=True)
 class SiteReport:
-    """One site: what it is, what it has grown, and what one more dendrite would cost."""
+    """One site: what it is, what it has grown, and what one more dendrite would cost.
+
+    `parameters` are those that the site computes with, its soma included: of the links between
+    dendrites the strict lower triangle, as no other entry is ever read.
+    """
 
     name: str
     op: str
@@ -41,17 +49,18 @@ class Explanation:
             )
             for s in self.sites
         ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         # Names give way, from the left, so that the numbers stay aligned and the line fits.
-        width = min(max(len(row[0]) for row in [head, *rows]), 30)
+        widths[0] = min(widths[0], COLUMNS - sum(widths[1:]) - 2 * len(widths[1:]))
         lines = []
         for name, op, *numbers in [head, *rows]:
-            short = name if len(name) <= width else f"…{name[1 - width :]}"
-            calls, dendrites, parameters, more = numbers
-            line = (
-                f"{short:<{width}}  {op:<6} {calls:>5} {dendrites:>9} {parameters:>11} {more:>11}"
-            )
-            lines.append(line.rstrip())
-        lines += [f"no dendrites at {name} ({op}): {reason}" for name, op, reason in self.skipped]
+            short = name if len(name) <= widths[0] else f"…{name[1 - widths[0] :]}"
+            cells = [f"{short:<{widths[0]}}", f"{op:<{widths[1]}}"]
+            cells += [f"{n:>{width}}" for n, width in zip(numbers, widths[2:], strict=True)]
+            lines.append("  ".join(cells))
+        for name, op, reason in self.skipped:
+            why = f"no dendrites at {name} ({op}): {reason}"
+            lines += textwrap.wrap(why, COLUMNS, subsequent_indent="  ", break_on_hyphens=False)
         return "\n".join(lines)
 
 

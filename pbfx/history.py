@@ -79,7 +79,7 @@ def finite_score(score: Any) -> float:
     """
     value: Any = score
     if isinstance(score, torch.Tensor) or type(score).__module__ == "numpy":
-        if getattr(score, "size", None) != 1 and getattr(score, "numel", lambda: 1)() != 1:
+        if torch.Size(score.shape).numel() != 1:
             raise ScoreError(
                 f"the validation score must be one number, got a {type(score).__name__} of shape "
                 f"{tuple(score.shape)}; reduce it first, for example with .mean()"

@@ -27,6 +27,9 @@ _SCHEDULED = frozenset(
 # Optimizers whose per-element state does not start at zero: state key -> group key of the first
 # value.
 _FIRST_VALUE = {"step_size": "lr", "sum": "initial_accumulator_value"}
+# State of Adafactor that stands for a whole matrix and has no element of its own for each of the
+# parameter's.
+_FACTORED = frozenset(("row_var", "col_var"))
 
 
 def sync_optimizer(
@@ -34,7 +37,7 @@ def sync_optimizer(
     before: Parameters,
     after: Parameters,
     managed: Iterable[str],
-    home: Callable[[str], str],
+    home: Callable[[str], nn.Parameter],
 ) -> None:
     """Make `optimizer` hold the model's present parameters.
 
@@ -43,7 +46,10 @@ def sync_optimizer(
         before: the model's parameters by name when the optimizer was last right.
         after: the parameters now.
         managed: names that the optimizer must hold; those missing are added.
-        home: names the older parameter whose group a new one joins.
+        home: gives, for the name of a new parameter, the older one whose group it joins.
+
+    Raises:
+        TrackerError: if the optimizer cannot step a parameter that it must hold.
     """
     exchange = {
         id(old): (name, after.get(name))
@@ -69,10 +75,17 @@ def sync_optimizer(
     for name in managed:
         if id(after[name]) in held:
             continue
-        group = held.get(id(after.get(home(name))), optimizer.param_groups[0])
+        if isinstance(optimizer, torch.optim.Muon) and after[name].dim() != 2:
+            raise TrackerError(
+                f"Muon steps matrices only, and {name} has shape {tuple(after[name].shape)}; use "
+                f"learning='perforated' or another optimizer"
+            )
+        group = held.get(id(home(name)), optimizer.param_groups[0])
         group["params"].append(after[name])
         if "param_names" in group:
             group["param_names"].append(name)
+    if isinstance(optimizer, torch.optim.Adagrad):
+        _start_adagrad(optimizer)
     if isinstance(optimizer, torch.optim.LBFGS) and set(before.values()) != set(after.values()):
         # Its state is one flat vector over all parameters; it cannot outlive a change of their
         # number.
@@ -88,6 +101,9 @@ def _move_state(
         return
     moved = {}
     for key, value in state.items():
+        if key in _FACTORED:
+            # By its name, because for a single neuron its shape is the parameter's.
+            return
         if isinstance(value, Tensor) and value.shape == old.shape:
             first = group.get(_FIRST_VALUE.get(key, ""), 0.0)
             grown = torch.full(new.shape, float(first), dtype=value.dtype, device=value.device)
@@ -95,11 +111,23 @@ def _move_state(
             grown[shared] = value[shared]
             moved[key] = grown
         elif isinstance(value, Tensor) and value.dim() > 0:
-            # Factored state (Adafactor) of another shape: start this parameter afresh.
+            # Of a shape that only the optimizer understands: start this parameter afresh.
             return
         else:
             moved[key] = value
     optimizer.state[new] = moved
+
+
+def _start_adagrad(optimizer: torch.optim.Adagrad) -> None:
+    """Give every parameter without state its first one: Adagrad makes it at construction only."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state.get(parameter):
+                device = parameter.device if group.get("fused") else torch.device("cpu")
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=device),
+                    "sum": torch.full_like(parameter, group["initial_accumulator_value"]),
+                }
 
 
 class Schedule:
@@ -118,10 +146,11 @@ class Schedule:
     def __init__(self, optimizer: Optimizer, scheduler: Any, stepping: Stepping) -> None:
         if scheduler is not None:
             owner = getattr(scheduler, "optimizer", optimizer)
-            if not all(callable(getattr(scheduler, m, None)) for m in ("step", "state_dict")):
+            methods = ("step", "state_dict", "load_state_dict")
+            if not all(callable(getattr(scheduler, name, None)) for name in methods):
                 raise TrackerError(
-                    f"scheduler must be a learning-rate scheduler with step() and state_dict(), "
-                    f"got {type(scheduler).__name__}"
+                    f"scheduler must be a learning-rate scheduler with step(), state_dict() and "
+                    f"load_state_dict(), got {type(scheduler).__name__}"
                 )
             if owner is not optimizer:
                 raise TrackerError(
@@ -197,12 +226,16 @@ class Schedule:
         self._rates, self._start = copy.deepcopy(state["rates"]), copy.deepcopy(state["start"])
         self._seen = self._position()
 
+    def parts(self) -> list[Any]:
+        """Return this object, the scheduler, and the schedulers that it is made of."""
+
+        def nested(scheduler: Any) -> list[Any]:
+            inner = getattr(scheduler, "_schedulers", ())
+            return [scheduler, *(part for child in inner for part in nested(child))]
+
+        return [self] if self.scheduler is None else [self, *nested(self.scheduler)]
+
     def _position(self) -> tuple[Any, ...]:
         """Return what moves when the scheduler is stepped, whatever its class."""
-
-        def counters(scheduler: Any) -> tuple[Any, ...]:
-            nested = getattr(scheduler, "_schedulers", ())
-            own = getattr(scheduler, "last_epoch", None), getattr(scheduler, "_step_count", None)
-            return (*own, *(counters(inner) for inner in nested))
-
-        return () if self.scheduler is None else counters(self.scheduler)
+        counters = ("last_epoch", "_step_count")
+        return tuple(getattr(part, name, None) for part in self.parts()[1:] for name in counters)

@@ -17,9 +17,12 @@ from pbfx.pipeline import PassRecord, run_passes
 from pbfx.sites import Site, Skipped
 from pbfx.structure import Counts, Structure, structure_of_keys
 
-# What fx.GraphModule itself keeps on an instance; everything else belongs to the user.
-_GRAPH_MODULE_STATE = frozenset(fx.GraphModule(nn.Module(), fx.Graph()).__dict__) - frozenset(
-    nn.Module().__dict__
+# What fx.GraphModule itself keeps on an instance; everything else belongs to the user, `meta` too,
+# which fx starts empty and only carries along.
+_GRAPH_MODULE_STATE = (
+    frozenset(fx.GraphModule(nn.Module(), fx.Graph()).__dict__)
+    - frozenset(nn.Module().__dict__)
+    - {"meta"}
 )
 
 
@@ -102,7 +105,7 @@ class PerforatedModule(fx.GraphModule):
         return module
 
     def drop_dendrites(self, site: Site) -> None:
-        """Remove the dendrites module of `site`; its state-dict keys are the plain model's again."""
+        """Remove the dendrites module of `site`; its keys are the plain model's again."""
         owner, _, name = site.dendrites.rpartition(".")
         self.get_submodule(owner)._modules.pop(name, None)
 
@@ -151,8 +154,12 @@ class PerforatedModule(fx.GraphModule):
                 dendrites.candidates = Candidates(
                     site, self.perforation.config, weight, bias, counts.dendrites
                 )
+        changed = self.perforation.phase is not structure.phase
         self.perforation.phase = structure.phase
         self.rebuild()
+        if changed:
+            # Into or out of the eval in which the dendrite phase holds the network.
+            self.train(self.training)
 
     def train(self, mode: bool = True) -> PerforatedModule:
         """Set the mode as usual; in the dendrite phase the network's own modules stay in eval."""
@@ -168,16 +175,20 @@ class PerforatedModule(fx.GraphModule):
         assert module is None or isinstance(module, Dendrites)
         return module
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
+    ) -> None:
         """Grow to the structure that the incoming keys describe, then load as usual."""
         described = structure_of_keys(state_dict, prefix, self.perforation.sites)
         if described is not None and described != self.structure():
             self.adopt(described)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PerforatedModule:
-        twin = _assemble(copy.deepcopy(self._shell(), memo), self._fields(), type(self).__name__)
-        memo[id(self)] = twin
+        # Known to `memo` before its parts are copied, since a part may refer back to the whole.
+        twin = memo[id(self)] = PerforatedModule.__new__(PerforatedModule)
+        perforation = dataclasses.replace(self.perforation, tracker=None)
+        twin.__init__(copy.deepcopy(self._shell(), memo), perforation, type(self).__name__)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -198,18 +209,6 @@ class PerforatedModule(fx.GraphModule):
             {name: value for name, value in self.__dict__.items() if name not in ours}
         )
         return shell
-
-    def _fields(self) -> dict[str, Any]:
-        """Return what a copy's perforation starts from; the tracker stays with the original."""
-        fields = {
-            field.name: getattr(self.perforation, field.name)
-            for field in dataclasses.fields(Perforation)
-        }
-        return fields | {"tracker": None}
-
-
-def _assemble(root: nn.Module, fields: dict[str, Any], class_name: str) -> PerforatedModule:
-    return PerforatedModule(root, Perforation(**fields), class_name)
 
 
 def perforated_parts(model: nn.Module) -> dict[str, PerforatedModule]:

@@ -11,7 +11,7 @@ import enum
 import math
 from typing import Protocol
 
-from pbfx.errors import ConfigError
+from pbfx.errors import ConfigError, TrackerError
 from pbfx.phase import Phase
 
 
@@ -85,6 +85,31 @@ class Policy(Protocol):
     def decide(self, situation: Situation) -> Decision:
         """Return what to do next."""
         ...
+
+
+def possible(decision: object, situation: Situation) -> Decision:
+    """Return `decision` if it can be carried out in `situation`.
+
+    Raises:
+        TrackerError: if not, or if it is no decision at all.
+    """
+    if not isinstance(decision, Decision):
+        raise TrackerError(f"a policy must return a pbfx.Decision, got {decision!r}")
+    if situation.phase is Phase.DENDRITE:
+        actions = [Action.CONTINUE, Action.PROMOTE, Action.RETRY, Action.COMPLETE]
+    elif decision.keep or situation.accepted is not None:
+        actions = [Action.CONTINUE, Action.GROW, Action.RETRY, Action.COMPLETE]
+    else:
+        # Before the first network there is none to go back to.
+        actions = [Action.CONTINUE, Action.GROW]
+    if decision.action not in actions:
+        kept = "" if decision.keep else " without keeping the phase's network"
+        raise TrackerError(
+            f"the policy decided {str(decision.action)!r}{kept} in the {situation.phase} phase, "
+            f"after {len(situation.scores)} epochs; possible there: "
+            f"{', '.join(repr(str(action)) for action in actions)}"
+        )
+    return decision
 
 
 def _check(owner: object, **least: float) -> None:

@@ -7,16 +7,17 @@ they were, down to the last tensor.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from pbfx.dendrites import Candidates, Dendrites
 from pbfx.errors import ConfigError, RestructureError, nearest
@@ -56,6 +57,20 @@ def candidate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(module, Candidates)
         for name, parameter in module.named_parameters()
     }
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return how many parameters the network of `model` has, candidates not counted.
+
+    Of `to_dendrite` (D, D, N) the strictly lower triangle counts; the rest is never read.
+    """
+    pools = {id(p) for p in candidate_parameters(model).values()}
+    total = sum(p.numel() for p in model.parameters() if id(p) not in pools)
+    for module in model.modules():
+        if isinstance(module, Dendrites):
+            count, neurons = module.to_soma.shape
+            total -= count * (count + 1) // 2 * neurons
+    return total
 
 
 def network_state(model: nn.Module) -> dict[str, Tensor]:
@@ -153,6 +168,24 @@ def freeze(model: nn.Module) -> None:
         part.train(part.training)
 
 
+def hold_outside(model: nn.Module) -> list[RemovableHandle]:
+    """Hold what lies outside the perforated parts in eval too, until the handles are removed.
+
+    No graph of ours runs there, and the training loop switches modes at will, so each module is
+    switched back as it is called.
+    """
+    inside = {id(module) for part in parts_of(model).values() for module in part.modules()}
+
+    def hold(module: nn.Module, _: Any) -> None:
+        module.training = False
+
+    return [
+        module.register_forward_pre_hook(hold)
+        for module in model.modules()
+        if id(module) not in inside
+    ]
+
+
 def thaw(model: nn.Module, frozen: Frozen) -> None:
     """Undo `freeze`: what learnt before learns again; dendrites follow their mode of learning."""
     learning, training = set(frozen.learning), set(frozen.training)
@@ -162,6 +195,8 @@ def thaw(model: nn.Module, frozen: Frozen) -> None:
     for name, module in model.named_modules():
         module.training = name in training
         if isinstance(module, Dendrites):
+            # It may be younger than `frozen`; its owner is not.
+            module.train(name.rpartition(".")[0] in training)
             module.set_trainable()
 
 
@@ -244,21 +279,48 @@ def restructuring(
     Raises:
         RestructureError: from whatever failed; everything is then as it was before.
     """
-    undo = _Undo(model, optimizer, schedule)
-    before = dict(model.named_parameters())
-    try:
+    with undoing(model, optimizer, schedule):
+        before = dict(model.named_parameters())
         yield
         if optimizer is not None:
             after = dict(model.named_parameters())
             sync_optimizer(
                 optimizer, before, after, managed_parameters(model), soma_weight_of(model)
             )
-    # Whatever went wrong, user's code or ours, must not leave half a model behind.
-    except Exception as error:
+
+
+@contextmanager
+def undoing(
+    model: nn.Module, optimizer: Optimizer | None = None, schedule: Schedule | None = None
+) -> Iterator[None]:
+    """Run the body; if it fails, put model, optimizer and schedule back as they were.
+
+    Raises:
+        RestructureError: from whatever failed.
+    """
+    undo = _Undo(model, optimizer, schedule)
+    try:
+        yield
+    # Whatever went wrong, user's code or ours or Ctrl-C, must not leave half a model behind.
+    except BaseException as error:
         undo()
+        if isinstance(error, RestructureError) or not isinstance(error, Exception):
+            raise
         raise RestructureError(
             f"restructuring failed and was undone: {type(error).__name__}: {error}"
         ) from error
+    finally:
+        _drop_compiled_code()
+
+
+def _drop_compiled_code() -> None:
+    """Let `torch.compile` look at the model anew.
+
+    Dynamo notices the new code of a perforated module that was compiled itself, but not of one
+    inside a larger compiled module: there it would go on with the old graph, without a word.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def managed_parameters(model: nn.Module) -> list[str]:
@@ -277,54 +339,66 @@ def managed_parameters(model: nn.Module) -> list[str]:
     return names
 
 
-def soma_weight_of(model: nn.Module) -> Any:
-    """Return a function from a dendrites' parameter to its soma's weight, by name."""
+def soma_weight_of(model: nn.Module) -> Callable[[str], nn.Parameter]:
+    """Return a function from the name of a dendrites' parameter to its soma's weight."""
     weights = {
         join(path, site.dendrites): join(path, site.weight)
         for path, part in parts_of(model).items()
         for site in part.perforation.sites
     }
 
-    def home(name: str) -> str:
+    def home(name: str) -> nn.Parameter:
         owner = name.removesuffix(".candidates.moments")
-        return weights[owner if owner != name else name.rpartition(".")[0]]
+        weight = weights[owner if owner != name else name.rpartition(".")[0]]
+        # By path: among the model's named parameters a tied weight has one of its names only.
+        return model.get_parameter(weight)
 
     return home
 
 
 class _Undo:
-    """Everything that a restructuring may change, and how to put it back."""
+    """Everything that a restructuring may change, and how to put it back.
+
+    Putting back runs no code of the user's, such as a scheduler's `load_state_dict`: that may be
+    what failed.
+    """
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer | None, schedule: Schedule | None
     ) -> None:
-        self.optimizer, self.schedule = optimizer, schedule
-        self.modules = [
-            (m, dict(m._modules), dict(m._parameters), dict(m._buffers), m.training)
-            for m in model.modules()
-        ]
-        tensors = {*model.parameters(), *model.buffers()}
-        self.tensors = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in tensors]
+        modules = list(model.modules())
+        kept: list[dict[Any, Any]] = []
+        for module in modules:
+            kept += [module._modules, module._parameters, module._buffers]
+        self.training = [(module, module.training) for module in modules]
         self.parts = [
             (part, part.perforation, dataclasses.replace(part.perforation), part._graph)
             for part in perforated_parts(model).values()
         ]
+        tensors = {*model.parameters(), *model.buffers()}
+        lists: list[list[Any]] = []
         if optimizer is not None:
-            self.groups = [
-                (group, {key: copy.copy(value) for key, value in group.items()})
-                for group in optimizer.param_groups
-            ]
-            self.lists = [
-                (group["params"], list(group["params"])) for group in optimizer.param_groups
-            ]
-            self.state = {parameter: dict(state) for parameter, state in optimizer.state.items()}
+            kept += [vars(optimizer), optimizer.state, *optimizer.state.values()]
+            kept += optimizer.param_groups
+            lists.append(optimizer.param_groups)
+            # A rate can be a tensor, which schedulers write in place.
+            rates = [value for group in optimizer.param_groups for value in group.values()]
+            tensors |= {value for value in rates if isinstance(value, Tensor)}
         if schedule is not None:
-            self.scheduler = schedule.state_dict()
+            kept += [vars(part) for part in schedule.parts()]
+        self.dicts = [(d, dict(d)) for d in kept]
+        lists += [v for _, items in self.dicts for v in items.values() if isinstance(v, list)]
+        self.lists = [(values, list(values)) for values in lists]
+        self.tensors = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in tensors]
 
     @torch.no_grad()
     def __call__(self) -> None:
-        for module, modules, parameters, buffers, training in self.modules:
-            module._modules, module._parameters, module._buffers = modules, parameters, buffers
+        for mapping, items in self.dicts:
+            mapping.clear()
+            mapping.update(items)
+        for values, members in self.lists:
+            values[:] = members
+        for module, training in self.training:
             module.training = training
         for tensor, value, requires_grad, grad in self.tensors:
             tensor.requires_grad_(requires_grad).copy_(value)
@@ -333,15 +407,3 @@ class _Undo:
             perforation.__dict__.update(fields.__dict__)
             part._graph = graph
             part.recompile()
-        if self.optimizer is not None:
-            for group, fields in self.groups:
-                group.update(fields)
-            for group, (params, members) in zip(
-                self.optimizer.param_groups, self.lists, strict=True
-            ):
-                params[:] = members
-                group["params"] = params
-            self.optimizer.state.clear()
-            self.optimizer.state.update(self.state)
-        if self.schedule is not None:
-            self.schedule.load_state_dict(self.scheduler)

@@ -96,7 +96,7 @@ class Skipped:
 
 def is_site_module(module: nn.Module) -> bool:
     """Return whether `module` computes what one of the supported classes does."""
-    return any(
+    return "forward" not in module.__dict__ and any(
         isinstance(module, base)
         and type(module).forward is base.forward
         and getattr(type(module), "_conv_forward", None) is getattr(base, "_conv_forward", None)
@@ -104,8 +104,8 @@ def is_site_module(module: nn.Module) -> bool:
     )
 
 
-def soma_input(node: fx.Node) -> fx.Node:
-    """Return the node that a call of a soma reads."""
+def read_input(node: fx.Node) -> fx.Node:
+    """Return the node that a call of a layer reads: its first argument, or `input`."""
     value = node.args[0] if node.args else node.kwargs["input"]
     assert isinstance(value, fx.Node)
     return value
@@ -129,12 +129,12 @@ def find_sites(
     """
     sites: dict[str, Site] = {}
     skipped: dict[str, Skipped] = {}
-    useful = reaches_output(graph)
+    useful, alive = reaches_output(graph), set()
     for node in graph.nodes:
         found = _describe(root, node)
-        if isinstance(found, Site) and node not in useful:
-            found = Skipped(found.name, found.op, "its output does not reach the model's output")
         if isinstance(found, Site):
+            if node in useful:
+                alive.add(found.name)
             known = sites.get(found.name)
             if known is None:
                 sites[found.name] = found
@@ -148,6 +148,10 @@ def find_sites(
                 )
         if isinstance(found, Skipped):
             skipped.setdefault(found.name, found)
+    for site in sites.values():
+        if site.name not in alive | skipped.keys():
+            reason = "its output does not reach the model's output"
+            skipped[site.name] = Skipped(site.name, site.op, reason)
     # A weight that any of its calls rules out is ruled out: its dendrites would be right for some
     # calls only.
     eligible = [site for site in sites.values() if site.name not in skipped]
@@ -188,9 +192,8 @@ def _describe(root: nn.Module, node: fx.Node) -> Site | Skipped | None:
     """Return the site that `node` calls, why it is none, or None for other ops."""
     if node.op == "call_module":
         return _describe_module(root.get_submodule(str(node.target)), str(node.target), node)
-    if node.op == "call_function" and node.target in FUNCTIONS:
-        return _describe_function(root, node, FUNCTIONS[node.target])
-    return None
+    op = FUNCTIONS.get(node.target) if callable(node.target) else None
+    return None if op is None else _describe_function(root, node, op)
 
 
 def _describe_module(module: nn.Module, path: str, node: fx.Node) -> Site | Skipped | None:
@@ -203,10 +206,7 @@ def _describe_module(module: nn.Module, path: str, node: fx.Node) -> Site | Skip
     reason = _ineligible_weight(module._parameters.get("weight"))
     if not reason and len(node.args) + len(node.kwargs) != 1:
         reason = "it is called with more than one argument"
-    if (
-        not reason
-        and "dendrites" in module.__dict__ | module._modules | module._parameters | module._buffers
-    ):
+    if not reason and hasattr(module, "dendrites"):
         reason = "it has an attribute named 'dendrites' already"
     if reason:
         return Skipped(path, kind, reason)
@@ -233,9 +233,9 @@ def _describe_module(module: nn.Module, path: str, node: fx.Node) -> Site | Skip
 
 
 def _describe_function(root: nn.Module, node: fx.Node, op: str) -> Site | Skipped | None:
-    arguments = (
-        _FUNCTION_DEFAULTS | dict(zip(_FUNCTION_ARGUMENTS, node.args, strict=False)) | node.kwargs
-    )
+    arguments: dict[str, Any] = dict(_FUNCTION_DEFAULTS)
+    arguments |= zip(_FUNCTION_ARGUMENTS, node.args, strict=False)
+    arguments |= node.kwargs
     path = _weight_path(node)
     if path is None:
         return Skipped(node.name, op, "its weight is computed, not a parameter")
@@ -279,8 +279,6 @@ def _describe_function(root: nn.Module, node: fx.Node, op: str) -> Site | Skippe
 def _ineligible_weight(weight: Any) -> str | None:
     if not isinstance(weight, nn.Parameter):
         return "its weight is not a parameter (parametrized, weight-normed or quantised)"
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "its weight has no shape yet (a lazy module): run a batch through the model first"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, and dendrites need a floating-point one"
     return None

@@ -7,12 +7,17 @@ from torch import fx
 
 
 def dataflow(graph: fx.Graph) -> nx.DiGraph:
-    """Return the data flow of `graph`: its nodes, and an edge from each value to each of its
-    users."""
+    """Return the data flow of `graph`: its nodes, and an edge from each value to each of its users.
+
+    What a method in place (`y.add_(x)`) writes flows to those that read `y` afterwards.
+    """
     flow: nx.DiGraph = nx.DiGraph()
     for node in graph.nodes:
         flow.add_node(node)
         flow.add_edges_from((source, node) for source in node.all_input_nodes)
+        if _is_in_place(node):
+            later = [user for user in node.all_input_nodes[0].users if node < user]
+            flow.add_edges_from((node, user) for user in later)
     return flow
 
 
@@ -24,3 +29,8 @@ def reaches_output(graph: fx.Graph) -> set[fx.Node]:
     flow = dataflow(graph)
     outputs = [node for node in graph.nodes if node.op == "output"]
     return {node for output in outputs for node in nx.ancestors(flow, output)}
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    name = str(node.target)
+    return node.op == "call_method" and name.endswith("_") and not name.endswith("__")

@@ -9,8 +9,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from pbfx import checkpoint, restructure
 from pbfx.errors import TrackerError
@@ -18,7 +20,7 @@ from pbfx.history import Epoch, finite_score, write_csv
 from pbfx.learning import SiteLearner
 from pbfx.optimizers import Schedule, Stepping
 from pbfx.phase import Phase
-from pbfx.policy import Action, Decision, Plateau, Policy, Situation
+from pbfx.policy import Action, Decision, Plateau, Policy, Situation, possible
 from pbfx.restructure import Frozen, Snapshot
 
 logger = logging.getLogger(__name__)
@@ -94,7 +96,7 @@ class Tracker:
         self._check_parts()
         self._schedule = Schedule(optimizer, scheduler, scheduler_steps)
         self._reset = reset_learning_rate, reset_optimizer_state
-        self.directory = None if directory is None else Path(directory)
+        self.directory = None if directory is None else _folder(directory)
 
         self.complete = False
         self.history: tuple[Epoch, ...] = ()
@@ -103,6 +105,7 @@ class Tracker:
         self._current: Snapshot | None = None
         self._frozen: Frozen | None = None
         self._learners: dict[str, SiteLearner] = {}
+        self._holds: list[RemovableHandle] = []
         # The parameters that the optimizer was last brought in line with.
         self._parameters = dict(self.model.named_parameters())
         self._token = object()
@@ -152,6 +155,8 @@ class Tracker:
         scores = [epoch.score for epoch in self.history if epoch.phase is Phase.NEURON]
         return None if not scores else max(scores) if self.maximize else min(scores)
 
+    # What is made here must outlive a caller's inference mode, whose tensors autograd refuses.
+    @torch.inference_mode(False)
     def step(self, score: Any) -> Step:
         """Take in the validation score of an epoch; perhaps restructure.
 
@@ -163,7 +168,8 @@ class Tracker:
 
         Raises:
             ScoreError: if the score is not a finite number; nothing has moved.
-            TrackerError: if another tracker has taken over the model; nothing has moved.
+            TrackerError: if another tracker has taken over the model, or the policy decided what
+                cannot be done; nothing has moved.
             RestructureError: if restructuring failed. It was undone; the score stays in the
                 history.
         """
@@ -181,15 +187,21 @@ class Tracker:
         ):
             self._current = Snapshot.take(self.model, value)
         candidate_score = self._measure()
-        decision = self.policy.decide(self._situation(value, candidate_score))
+        situation = self._situation(value, candidate_score)
+        decision = possible(self.policy.decide(situation), situation)
         self._record(value, improved, candidate_score, decision)
+        if improved:
+            # Before growing: the file is to hold the network that scored.
+            self._write_best()
         if decision.action is Action.CONTINUE:
             if phase is Phase.NEURON:
                 self._schedule.step(value)
         else:
             self._restructure(decision)
             logger.info("%s", decision.reason)
-        self._write(improved)
+        if self.complete:
+            self._write_best()
+        self._write_last()
         return self._result(decision.action is not Action.CONTINUE, improved, decision.reason)
 
     def _better(self, new: float, old: float) -> bool:
@@ -229,7 +241,6 @@ class Tracker:
     def _record(
         self, score: float, improved: bool, candidate_score: float | None, decision: Decision
     ) -> None:
-        pools = restructure.candidate_parameters(self.model)
         self.history += (
             Epoch(
                 number=len(self.history) + 1,
@@ -242,9 +253,7 @@ class Tracker:
                 action=decision.action,
                 reason=decision.reason,
                 candidate_score=candidate_score,
-                parameters=sum(
-                    p.numel() for n, p in self.model.named_parameters() if n not in pools
-                ),
+                parameters=restructure.parameter_count(self.model),
                 learning_rates=tuple(float(group["lr"]) for group in self.optimizer.param_groups),
             ),
         )
@@ -262,17 +271,16 @@ class Tracker:
             else:
                 assert source is not None
                 source.restore(self.model)
+                if self._frozen is not None:
+                    restructure.thaw(self.model, self._frozen)
                 if decision.action is not Action.COMPLETE:
                     frozen, learners = self._grow()
-            if self._reset[0]:
-                self._schedule.reset()
-            if self._reset[1]:
-                self.optimizer.state.clear()
-        for learner in self._learners.values():
-            learner.detach()
-        for learner in learners.values():
-            learner.attach()
-        self._frozen, self._learners = frozen, learners
+            if decision.action is not Action.COMPLETE:
+                if self._reset[0]:
+                    self._schedule.reset()
+                if self._reset[1]:
+                    self.optimizer.state.clear()
+        self._listen(frozen, learners)
         self._parameters = dict(self.model.named_parameters())
         self._cycle += 1
         self._current = None
@@ -283,6 +291,17 @@ class Tracker:
         elif decision.action is Action.COMPLETE:
             self.complete, self._best = True, kept
 
+    def _listen(self, frozen: Frozen | None, learners: dict[str, SiteLearner]) -> None:
+        """Let `learners` take the place of those that have listened to backward passes so far."""
+        for learner in self._learners.values():
+            learner.detach()
+        for handle in self._holds:
+            handle.remove()
+        self._frozen, self._learners = frozen, learners
+        self._holds = restructure.hold_outside(self.model) if learners else []
+        for learner in learners.values():
+            learner.attach()
+
     def _grow(self) -> tuple[Frozen | None, dict[str, SiteLearner]]:
         """Start a dendrite phase, or add dendrites at once where the mode of learning has none."""
         parts = restructure.parts_of(self.model).values()
@@ -292,20 +311,21 @@ class Tracker:
             return None, {}
         return restructure.start_dendrite_phase(self.model)
 
-    def _write(self, improved: bool) -> None:
-        if self.directory is None:
-            return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if improved or self.complete:
+    def _write_best(self) -> None:
+        if self.directory is not None:
             checkpoint.save(self.model, self.directory / "best.safetensors")
-        checkpoint.save(self.model, self.directory / "last.safetensors", self)
-        write_csv(self.history, self.directory / "history.csv")
+
+    def _write_last(self) -> None:
+        if self.directory is not None:
+            checkpoint.save(self.model, self.directory / "last.safetensors", self)
+            write_csv(self.history, self.directory / "history.csv")
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later process needs beside the model's own state dict.
 
         Plain data and tensors: the history, the best networks, the optimizer's and the scheduler's
-        state, and the candidates' learners.
+        state, and the candidates' learners. As in torch's own state dicts, tensors are references
+        that training goes on to change: save them, or copy them with `copy.deepcopy`.
         """
         names = {id(p): name for name, p in self.model.named_parameters()}
         return {
@@ -332,32 +352,35 @@ class Tracker:
         """Take up where `state` left off. Load the model's state dict first, for the structure.
 
         Raises:
-            TrackerError: if `state` does not fit the model or the optimizer; nothing has moved.
+            RestructureError: if `state` does not fit the model, the optimizer or the scheduler;
+                nothing has moved.
         """
-        parameters = dict(self.model.named_parameters())
-        self._hold(parameters, state["groups"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
-        for path, part in restructure.parts_of(self.model).items():
-            part.perforation.draws = state["draws"][path]
-        self.complete = state["complete"]
+        frozen, learners = None, {}
+        with restructure.undoing(self.model, self.optimizer, self._schedule):
+            history = tuple(Epoch.from_json(epoch) for epoch in state["history"])
+            best, current = (
+                None if state[key] is None else Snapshot.from_state_dict(state[key])
+                for key in ("best", "current")
+            )
+            parameters = dict(self.model.named_parameters())
+            self._hold(parameters, state["groups"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self._schedule.load_state_dict(state["schedule"])
+            for path, part in restructure.parts_of(self.model).items():
+                part.perforation.draws = state["draws"][path]
+            if self._frozen is not None:
+                restructure.thaw(self.model, self._frozen)
+            if state["frozen"] is not None:
+                frozen = Frozen(*(tuple(state["frozen"][key]) for key in ("learning", "training")))
+                restructure.freeze(self.model)
+                learners = restructure.learners_of(self.model)
+                for name, learner in learners.items():
+                    learner.load_state_dict(state["learners"][name])
+        self._parameters = parameters
+        self.complete, self.history = state["complete"], history
         self._cycle, self._attempt = state["cycle"], state["attempt"]
-        self.history = tuple(Epoch.from_json(epoch) for epoch in state["history"])
-        self._best, self._current = (
-            None if state[key] is None else Snapshot.from_state_dict(state[key])
-            for key in ("best", "current")
-        )
-        for learner in self._learners.values():
-            learner.detach()
-        self._frozen, self._learners = None, {}
-        if state["frozen"] is not None:
-            frozen = state["frozen"]
-            self._frozen = Frozen(tuple(frozen["learning"]), tuple(frozen["training"]))
-            restructure.freeze(self.model)
-            self._learners = restructure.learners_of(self.model)
-            for name, learner in self._learners.items():
-                learner.load_state_dict(state["learners"][name])
-                learner.attach()
+        self._best, self._current = best, current
+        self._listen(frozen, learners)
 
     def _hold(self, parameters: dict[str, nn.Parameter], names: list[list[str | None]]) -> None:
         """Fill the optimizer's groups with the parameters that `names` lists.
@@ -381,4 +404,12 @@ class Tracker:
         for group, rest, wanted in zip(groups, foreign, names, strict=True):
             others = iter(rest)
             group["params"][:] = [next(others) if n is None else parameters[n] for n in wanted]
-        self._parameters = parameters
+
+
+def _folder(directory: str | os.PathLike[str]) -> Path:
+    folder = Path(directory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrackerError(f"directory {folder} cannot be made: {error}") from error
+    return folder

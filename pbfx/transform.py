@@ -56,9 +56,16 @@ def transform(model: nn.Module, config: Config | None = None) -> PerforatedModul
         raise ConfigError(
             f"pbfx.transform: the model is perforated already (at {path or 'its root'!r})"
         )
-    root, graph = capture(model, is_site_module)
-    sites, skipped = find_sites(root, graph, config)
     name = type(model).__name__
+    root, graph = capture(model, is_site_module)
+    own = {*root.__dict__, *root._modules, *root._parameters, *root._buffers}
+    for attribute in sorted(own - set(dir(nn.Module))):
+        if attribute == "perforation" or hasattr(PerforatedModule, attribute):
+            raise CaptureError(
+                f"cannot perforate {name}: its attribute {attribute!r} would hide behind "
+                f"PerforatedModule.{attribute}; rename it"
+            )
+    sites, skipped = find_sites(root, graph, config)
     if not sites:
         reasons = "; ".join(f"{s.name} ({s.op}): {s.reason}" for s in skipped)
         raise CaptureError(

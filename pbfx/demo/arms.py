@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
@@ -28,7 +28,7 @@ class Arm:
     """One way to train the same net. `learning` is pbfx's mode, or None for the net as it is."""
 
     name: str
-    learning: str | None
+    learning: Literal["perforated", "gradient", "sham"] | None
 
 
 PLAIN = Arm("plain", None)
@@ -138,9 +138,14 @@ def begin(
         optimizer = recipe.optimizer(net.parameters())
         scheduler = falling(optimizer, recipe.final_rate, settings.epochs)
         return net, optimizer, PlainTracker(net, optimizer, scheduler, epochs=settings.epochs)
-    model = pbfx.transform(
-        net, pbfx.Config(learning=arm.learning, activation="tanh", candidates=4, seed=seed)
+    config = pbfx.Config(
+        learning=arm.learning,
+        activation="tanh",
+        candidates=4,
+        candidate_lr=recipe.candidate_lr,
+        seed=seed,
     )
+    model = pbfx.transform(net, config)
     optimizer = recipe.optimizer(model.parameters())
     scheduler = falling(optimizer, recipe.final_rate, settings.neuron_epochs)
     policy = pbfx.Interval(

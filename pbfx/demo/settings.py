@@ -36,7 +36,7 @@ class Settings:
 DEFAULTS = {
     # In all about 100 s on two CPU cores.
     "digits": Settings(
-        seeds=8, neuron_epochs=20, dendrite_epochs=5, dendrites=3, width=1.0, batch_size=64
+        seeds=8, neuron_epochs=20, dendrite_epochs=10, dendrites=3, width=1.0, batch_size=64
     ),
     # Meant for a GPU; MATH.md's widths 0.1 and 0.25 are where dendrites were seen to pay.
     "mnist": Settings(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,15 +85,16 @@ def run_study(
 ) -> list[Run]:
     """Train every arm with every seed and return the runs, arm by arm in the order given.
 
-    The global random streams are left as they were found.
+    The global random streams and torch's number of threads are left as they were found.
     """
     data = data.to(device)
-    runs = [
-        run_arm(arm, seed, data, recipe, settings, device=device, on_epoch=on_epoch)
-        for seed in range(settings.first_seed, settings.first_seed + settings.seeds)
-        # The slowest arm first: the time left then falls short of its promise, never beyond it.
-        for arm in reversed(arms)
-    ]
+    with _threads(recipe.threads):
+        runs = [
+            run_arm(arm, seed, data, recipe, settings, device=device, on_epoch=on_epoch)
+            for seed in range(settings.first_seed, settings.first_seed + settings.seeds)
+            # The slowest arm first: the time left is then promised too long, never too short.
+            for arm in reversed(arms)
+        ]
     order = [arm.name for arm in arms]
     return sorted(runs, key=lambda run: (order.index(run.arm), run.seed))
 
@@ -183,6 +185,17 @@ def shuffled(
 ) -> tuple[Tensor, ...]:
     """Return the rows of each batch of one epoch, in an order that is the same on every device."""
     return torch.randperm(count, generator=generator).to(device).split(batch_size)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()

@@ -107,7 +107,7 @@ def conclude(treated: str, comparisons: dict[str, Comparison]) -> str:
         owners = [f"{name}'s" for name, found in comparisons.items() if found.verdict == verdict]
         if owners:
             clauses.append(f"{phrase} {joint.join(owners)}")
-    verdicts = tuple(
+    verdicts = " ".join(
         comparisons[control].verdict if control in comparisons else "absent" for control in CONTROLS
     )
     return (
@@ -122,19 +122,20 @@ _PHRASES = {
     "undecided": ("not distinguishable from", " or "),
 }
 
+# By the verdicts against plain and against sham.
 _CONSEQUENCES = {
-    ("lower", "lower"): ": dendrites bring more here than longer training and restarts do",
-    ("lower", "undecided"): ": the restarts alone may explain the gain",
-    ("lower", "higher"): ": the restarts explain the gain, and dendrites take some of it away",
-    ("undecided", "lower"): ": dendrites only make up for what the restarts cost",
-    ("undecided", "undecided"): ": this run shows neither gain nor loss from dendrites",
+    "lower lower": ": dendrites bring more here than longer training and restarts do",
+    "lower undecided": ": the restarts alone may explain the gain",
+    "lower higher": ": the restarts explain the gain, and dendrites take some of it away",
+    "undecided lower": ": dendrites only make up for what the restarts cost",
+    "undecided undecided": ": this run shows neither gain nor loss from dendrites",
     (
         "undecided",
         "higher",
     ): ": dendrites do harm here, though no more than the restarts make up for",
-    ("higher", "lower"): ": dendrites help, but the restarts cost more than that",
-    ("higher", "undecided"): ": the restarts alone may explain the loss",
-    ("higher", "higher"): ": dendrites do harm here",
+    "higher lower": ": dendrites help, but the restarts cost more than that",
+    "higher undecided": ": the restarts alone may explain the loss",
+    "higher higher": ": dendrites do harm here",
 }
 
 

@@ -38,7 +38,9 @@ class SiteLearner:
     def __init__(self, candidates: Candidates, config: Config) -> None:
         self.candidates, self.config = candidates, config
         self.batches = 0
-        self._adam = torch.optim.Adam(candidates.learnt(), lr=config.candidate_lr)
+        # Fused, because only that one can be told on the device to skip a step (`found_inf`): with
+        # a zero gradient Adam still moves, by its momentum.
+        self._adam = torch.optim.Adam(candidates.learnt(), lr=config.candidate_lr, fused=True)
         self._arrived: set[int] = set()
         self._handles: list[RemovableHandle] = []
 
@@ -48,7 +50,7 @@ class SiteLearner:
         expected = {id(parameter) for parameter in awaited}
 
         def arrived(parameter: Tensor) -> None:
-            # One backward pass fires each hook once, in no promised order; the last one acts.
+            # One backward pass fires each hook once, in the same order as the last; the last acts.
             self._arrived.add(id(parameter))
             if self._arrived == expected:
                 self._arrived.clear()
@@ -79,14 +81,17 @@ class SiteLearner:
             pool.heldout_batches.add_(finite)
         else:
             if self.batches > self.config.priming_batches:
-                for parameter in pool.learnt():
-                    assert parameter.grad is not None
-                    parameter.grad = torch.where(
-                        finite, parameter.grad, torch.zeros_like(parameter)
-                    )
+                self._adam.found_inf = torch.where(finite, 0.0, 1.0)  # pyright: ignore[reportAttributeAccessIssue]
+                # The op averages over its positions. A small last batch would count as much as a
+                # full one, and its noise would rule Adam's second moment: weigh it by its size.
+                usual = pool.running[Moment.COUNT, 0, 0] / pool.running_batches.clamp_min(1)
+                share = usual.clamp_min(1) / sums[Moment.COUNT, 0, 0].clamp_min(1)
+                # The kernel reads float32, whatever the model's dtype.
+                self._adam.grad_scale = share.float()  # pyright: ignore[reportAttributeAccessIssue]
                 self._adam.step()
             decay = torch.where(finite, self.config.moment_decay, 1.0)
             pool.running.mul_(decay).add_(sums)
+            pool.running_batches.mul_(decay).add_(finite)
             self._steer()
         for parameter in pool.parameters():
             parameter.grad = None
@@ -146,7 +151,8 @@ class SiteLearner:
         pool = self.candidates
         winner = pool.best_score.argmax(0)
         neurons = torch.arange(winner.numel(), device=winner.device)
-        bias = None if pool.best_bias is None else pool.best_bias[winner, neurons]
+        best_bias = pool._buffers["best_bias"]
+        bias = None if best_bias is None else best_bias[winner, neurons]
         return pool.best_weight[winner, neurons], bias, pool.best_to_dendrite[winner, :, neurons].T
 
     @torch.no_grad()
@@ -155,7 +161,8 @@ class SiteLearner:
 
         Returns:
             Their statistics, each (N,), and the predicted gradient ∂L/∂T (N,) of a mean batch loss
-            at T = 0: a small step `-ε ∂L/∂T` changes the loss by `-ε Σ (∂L/∂T)²`.
+            at T = 0: a small step `-ε ∂L/∂T` changes the loss by `-ε Σ (∂L/∂T)²`. Under a loss
+            scaler both are those of the scaled loss.
         """
         pool = self.candidates
         winner = pool.best_score.argmax(0, keepdim=True)

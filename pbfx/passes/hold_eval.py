@@ -8,7 +8,8 @@ In the dendrite phase the network is frozen, and freezing has to include its noi
 active the error is noise too, and candidates learn nothing (measured: held-out correlations stay at
 chance). The user's loop calls `model.train()` at will, so the graph must not read that flag. Norms
 that keep no running statistics use the batch's in either mode and stay as they are. Modules whose
-mode no graph shows (attention, recurrent nets) are left in eval by `PerforatedModule.train`.
+mode no graph shows (attention, recurrent nets), and those with hooks, which have to go on firing,
+stay too: `PerforatedModule.train` leaves them in eval.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from pbfx.passes.context import PassContext, copy_provenance
 from pbfx.phase import Phase
+from pbfx.sites import read_input
 
 DROPOUTS = (
     nn.Dropout,
@@ -40,9 +43,9 @@ def hold_eval(gm: fx.GraphModule, ctx: PassContext) -> int:
     for node in list(gm.graph.nodes):
         if node.op == "call_module":
             module = gm.get_submodule(str(node.target))
-            if type(module) in DROPOUTS:
-                node.replace_all_uses_with(node.args[0])
-            elif type(module) in NORMS and module.running_mean is not None:
+            if _is_a(module, DROPOUTS):
+                node.replace_all_uses_with(read_input(node))
+            elif _is_a(module, NORMS) and module.running_mean is not None:
                 node.replace_all_uses_with(_eval_norm(gm.graph, node, module))
             else:
                 continue
@@ -56,18 +59,27 @@ def hold_eval(gm: fx.GraphModule, ctx: PassContext) -> int:
     return rewrites
 
 
-def _eval_norm(graph: fx.Graph, node: fx.Node, module: nn.Module) -> fx.Node:
+def _is_a(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Return whether `module` computes what one of `kinds` does, and nothing besides: hooks have to
+    go on firing."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return not hooked and any(
+        isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds
+    )
+
+
+def _eval_norm(graph: fx.Graph, node: fx.Node, module: Any) -> fx.Node:
     with graph.inserting_before(node):
         mean, variance, weight, bias = (
             graph.get_attr(f"{node.target}.{name}") if getattr(module, name) is not None else None
             for name in ("running_mean", "running_var", "weight", "bias")
         )
         norm = graph.call_function(
-            F.batch_norm, (node.args[0], mean, variance, weight, bias, False, 0.0, module.eps)
+            F.batch_norm, (read_input(node), mean, variance, weight, bias, False, 0.0, module.eps)
         )
     copy_provenance(node, norm)
     return norm
 
 
 def _without(flag: fx.Node, arguments: Any) -> Any:
-    return fx.node.map_arg(arguments, lambda node: False if node is flag else node)
+    return map_arg(arguments, lambda node: False if node is flag else node)

@@ -17,7 +17,7 @@ import operator
 from torch import fx
 
 from pbfx.passes.context import PassContext, copy_provenance
-from pbfx.sites import soma_input
+from pbfx.sites import read_input
 
 
 def insert_dendrites(gm: fx.GraphModule, ctx: PassContext) -> int:
@@ -28,7 +28,7 @@ def insert_dendrites(gm: fx.GraphModule, ctx: PassContext) -> int:
             if not site.is_soma(soma) or any(user.target == path for user in soma.users):
                 continue
             with gm.graph.inserting_after(soma):
-                dendrites = gm.graph.call_module(path, (soma, soma_input(soma)))
+                dendrites = gm.graph.call_module(path, (soma, read_input(soma)))
             with gm.graph.inserting_after(dendrites):
                 neuron = gm.graph.call_function(operator.getitem, (dendrites, 0))
             copy_provenance(soma, dendrites, neuron)

@@ -1,0 +1,1 @@
+"""The benchmarks of pbfx: `python -m benchmarks NAME`."""

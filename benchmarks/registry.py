@@ -1,0 +1,10 @@
+"""The list of benchmarks. A new one is a file with a `BENCHMARK`, and a line here."""
+
+from __future__ import annotations
+
+from benchmarks import restructure, step
+from benchmarks.benchmark import Benchmark
+
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark for benchmark in (step.BENCHMARK, restructure.BENCHMARK)
+}

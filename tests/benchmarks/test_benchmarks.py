@@ -1,0 +1,273 @@
+"""The benchmarks' runner, gate, tables and files, and a tiny run of each benchmark on the CPU."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import restructure, step
+from benchmarks.benchmark import Case
+from benchmarks.environment import COLUMNS, git_revision
+from benchmarks.errors import UsageError
+from benchmarks.gate import gradient_fault, output_fault, same_bits
+from benchmarks.models import MODELS, fresh
+from benchmarks.records import append, check_columns
+from benchmarks.registry import BENCHMARKS
+from benchmarks.runner import main
+from benchmarks.table import WIDTH, multiple, render
+from benchmarks.timing import Quantiles, interleave
+
+CPU = torch.device("cpu")
+TINY = {
+    "step": "--models mnist mlp --width 0.05 --batch-size 2 --seconds 0.01 --dendrites 0 2",
+    "restructure": "--models mnist --width 0.05 --batch-size 2 --repeats 2",
+}
+
+
+def read(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def broken(name: str, damage) -> list[step.Provider]:
+    """Return the providers, with `damage(model)` done to what the one named builds."""
+
+    def build_of(provider):
+        def build(*arguments):
+            model, optimizer = provider.build(*arguments)
+            return damage(model) or model, optimizer
+
+        return build
+
+    return [
+        dataclasses.replace(p, build=build_of(p)) if p.name == name else p for p in step.PROVIDERS
+    ]
+
+
+def setting(dendrites: int, name: str = "mlp") -> step.Setting:
+    arguments = ["--width", "0.05", "--batch-size", "4"]
+    parser = step.argparse.ArgumentParser()
+    step.add_arguments(parser)
+    args = parser.parse_args(arguments)
+    args.seed, args.dtype = 0, "float32"
+    return step._setting(args, CPU, name, dendrites)
+
+
+def test_no_name_prints_the_list(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown and b.summary in shown for name, b in BENCHMARKS.items())
+    assert max(map(len, shown.splitlines())) <= WIDTH
+
+
+def test_an_unknown_name_is_answered_with_the_nearest(capsys):
+    assert main(["stpe"]) == 2
+    assert "did you mean 'step'" in capsys.readouterr().err
+
+
+def test_registry_names_and_columns():
+    for name, benchmark in BENCHMARKS.items():
+        assert benchmark.name == name
+        columns = (*COLUMNS, *benchmark.columns)
+        assert len(set(columns)) == len(columns)
+    assert {"revision", "torch", "triton", "device", "dtype", "utc"} <= set(COLUMNS)
+
+
+@pytest.mark.parametrize("option", ["--batch-size 0", "--width nan", "--dendrites -1", "--seed x"])
+def test_wrong_options_exit_2(option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["step", *option.split()])
+    assert stopped.value.code == 2
+    assert "must be" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_exits_2(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["step", "--device", "cuda"]) == 2
+    assert main(["step", "--dtype", "tf32"]) == 2
+    shown = capsys.readouterr().err
+    assert "no CUDA device" in shown
+    assert "TF32" in shown
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_run(name, tmp_path, capsys):
+    path = tmp_path / "out" / "rows.csv"
+    assert main([name, *TINY[name].split(), "--out", str(path), "--revision", "abc"]) == 0
+    shown = capsys.readouterr().out
+    assert max(len(line) for line in shown.splitlines() if str(tmp_path) not in line) <= WIDTH
+    rows = read(path)
+    assert tuple(rows[0]) == (*COLUMNS, *BENCHMARKS[name].columns)
+    assert {row["revision"] for row in rows} == {"abc"}
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["utc"]) for row in rows)
+    assert all(math.isfinite(float(row["ms_p50"])) for row in rows)
+    if name == "step":
+        assert len(rows) == 2 * 2 * 2 * len(step.PROVIDERS)
+        # The brief's floors: (D + 3) / 3 for perforated, D + 1 for full backpropagation.
+        floors = {
+            (row["provider"], row["mode"]): float(row["x_floor"])
+            for row in rows
+            if row["dendrites"] == "2"
+        }
+        assert floors["pbfx perforated", "train"] == pytest.approx(5 / 3, rel=1e-5)
+        assert floors["pbfx gradient", "train"] == 3
+        assert floors["pbfx perforated", "infer"] == 3
+        plain = [row for row in rows if row["provider"] == "plain"]
+        assert all(float(row["x_plain_p50"]) == 1 for row in plain)
+    else:
+        events = {row["event"] for row in rows}
+        assert {"transform", "enter the dendrite phase", restructure.SNAPSHOT} <= events
+
+
+def test_compiled_restructuring_counts_compilations(tmp_path):
+    path = tmp_path / "rows.csv"
+    tiny = [*TINY["restructure"].split(), "--compile", "--backend", "eager"]
+    assert main(["restructure", *tiny, "--out", str(path)]) == 0
+    counts = {row["event"]: row["compilations"] for row in read(path)}
+    assert counts["first step after growth"] == "1"
+    assert counts["second step after growth"] == "0"
+
+
+@pytest.mark.parametrize("dendrites", [0, 2])
+@pytest.mark.parametrize("name", step.NAMES)
+def test_the_gate_passes_what_is_right(name, dendrites):
+    assert step.check(setting(dendrites, name), list(step.PROVIDERS)) == []
+
+
+@torch.no_grad()
+def nudge(model: nn.Module) -> None:
+    next(model.parameters()).view(-1)[0] += 0.01
+
+
+@torch.no_grad()
+def drop_cascade(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("to_dendrite"):
+            parameter.zero_()
+
+
+class Thawed(nn.Module):
+    """Right outputs, wrong gradients: an error reaches the first layer twice."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+    def named_parameters(self, *args, **kwargs):
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad * 1.01
+            yield name, parameter
+
+
+@pytest.mark.parametrize(
+    ("provider", "damage", "dendrites", "message"),
+    [
+        ("pbfx perforated", nudge, 2, "output is off"),
+        ("pbfx gradient", drop_cascade, 2, "output is off"),
+        ("pbfx candidates", nudge, 1, "output is off"),
+        ("pbfx perforated", nudge, 0, "bit for bit"),
+        ("loop, full", nudge, 1, "output is off"),
+        ("pbfx perforated", Thawed, 2, "gradient of"),
+        ("pbfx candidates", lambda m: m.requires_grad_(True), 1, "gradients arrive"),
+    ],
+)
+def test_the_gate_catches_a_wrong_provider(provider, damage, dendrites, message):
+    def wrap(model):
+        return damage(model) if damage is Thawed else (damage(model), None)[1]
+
+    faults = step.check(setting(dendrites), broken(provider, wrap))
+    assert len(faults) == 1
+    assert provider in faults[0]
+    assert message in faults[0]
+
+
+def test_a_failed_gate_times_nothing_and_exits_1(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(step, "PROVIDERS", tuple(broken("pbfx perforated", nudge)))
+    monkeypatch.setattr(step, "_measure", lambda *_: pytest.fail("timed on a red gate"))
+    path = tmp_path / "rows.csv"
+    assert main(["step", *TINY["step"].split(), "--out", str(path)]) == 1
+    assert "nothing was timed" in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_gate_arithmetic():
+    one = torch.ones(4)
+    assert output_fault(one, one, "float32") is None
+    assert output_fault(one * 1.001, one, "float32")
+    assert output_fault(one * torch.nan, one, "bfloat16")
+    assert output_fault(one[:2], one, "float32")
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert same_bits(one, one.clone())
+    assert gradient_fault({"a": one}, {"b": one}, "float32")
+    assert gradient_fault({"a": one * torch.nan}, {"a": one}, "float32")
+    assert gradient_fault({"a": one, "empty": one[:0]}, {"a": one}, "float32") is None
+
+
+def test_tables_keep_to_the_width():
+    cells = [("a provider with a name that is far too long for its column", *["12.3456"] * 7)]
+    case = Case("t" * 30 + " " + "u" * 70, ("name", *["x"] * 7), cells, ["word " * 60], [])
+    assert max(map(len, render(case).splitlines())) <= WIDTH
+    assert [multiple(v) for v in (0.5, 9.999, 99.99)] == ["0.50", "10.0", "100"]
+
+
+def test_losses_are_said_like_wins():
+    assert step.verdict(Quantiles(1.9, 2.0, 2.1)) == "2.00x SLOWER"
+    assert step.verdict(Quantiles(0.4, 0.5, 0.6)) == "2.00x faster"
+    assert step.verdict(Quantiles(0.9, 1.0, 1.1)).startswith("level")
+
+
+def test_csv_appends_and_refuses_other_columns(tmp_path):
+    path = tmp_path / "rows.csv"
+    check_columns(path, ("a", "b"))
+    append(path, ("a", "b"), [{"a": 1, "b": None}])
+    append(path, ("a", "b"), [{"a": 2, "b": 0.125}])
+    assert read(path) == [{"a": "1", "b": ""}, {"a": "2", "b": "0.125"}]
+    with pytest.raises(UsageError, match="other columns"):
+        check_columns(path, ("a", "c"))
+    with pytest.raises(ValueError, match="differ"):
+        append(path, ("a", "b"), [{"a": 1}])
+
+
+def test_samples_hold_whole_cycles_and_rounds_correspond():
+    calls = dict.fromkeys("ab", 0)
+
+    def call(name):
+        calls[name] += 1
+
+    times = interleave(
+        {name: lambda name=name: call(name) for name in calls},
+        CPU,
+        0.0,
+        {"a": 1, "b": 4},
+        lambda name: None,
+    )
+    assert len(times["a"]) == len(times["b"]) >= 5
+    assert calls["b"] % 4 == 0
+
+
+def test_revision_is_unknown_outside_git(tmp_path):
+    assert git_revision(tmp_path) == "unknown"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_can_be_transformed_whole(name):
+    import pbfx
+
+    model = MODELS[name]
+    plain = fresh(name, 1 / 12, CPU, 0).eval()
+    tracked = pbfx.transform(plain)
+    assert all("parameter" not in skipped.reason for skipped in tracked.perforation.skipped)
+    if name != "resnet18":
+        x, y = model.batches(2, CPU, 0)[0]
+        assert same_bits(tracked(x), plain(x))
+        assert math.isfinite(model.loss(plain(x), y).item())

@@ -1,0 +1,214 @@
+"""Which ops become sites, which do not and why, and how a user chooses among them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pbfx
+from models import CASES, Case, each_case, randomise
+from pbfx.topology import dataflow, reaches_output
+
+
+def names(model: nn.Module, **settings) -> list[str]:
+    ours = pbfx.transform(model, pbfx.Config(**settings))
+    return [site.name for site in ours.perforation.sites]
+
+
+def skipped(model: nn.Module, **settings) -> dict[str, str]:
+    ours = pbfx.transform(model, pbfx.Config(**settings))
+    return {op.name: op.reason for op in ours.perforation.skipped}
+
+
+class Net(nn.Module):
+    """Parts for forwards that are given as functions of (self, x)."""
+
+    def __init__(self, body) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.w, self.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+        self.kernel = nn.Parameter(torch.randn(4, 1, 1))
+        self.register_buffer("fixed", torch.randn(4, 4))
+        self.body = body
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+COMPUTED = "its weight is computed, not a parameter"
+NOT_A_PARAMETER = "its weight is not a parameter (parametrized, weight-normed or quantised)"
+DEAD = "its output does not reach the model's output"
+TWO_FORMS = "its weight is used with two different geometries or biases"
+
+
+@pytest.mark.parametrize(
+    ("body", "reasons"),
+    [
+        (lambda s, x: s.a(F.linear(x, s.w * 2)), {"linear": COMPUTED}),
+        (lambda s, x: s.a(F.linear(x, x)), {"linear": COMPUTED}),
+        (lambda s, x: s.a(F.linear(x, s.fixed)), {"fixed": NOT_A_PARAMETER}),
+        (lambda s, x: s.a(F.linear(x, s.w, s.bias * 2)), {"w": "its bias is computed, not a "}),
+        (lambda s, x: (s.b(x), s.a(x))[1], {"b": DEAD}),
+        (lambda s, x: (s.c(s.b(x)), s.a(x))[1], {"b": DEAD, "c": DEAD}),
+        (lambda s, x: s.a(F.linear(x, s.w) + F.linear(x, s.w, s.bias)), {"w": TWO_FORMS}),
+        (
+            lambda s, x: s.a(
+                F.conv1d(x[:, None, :, None].flatten(2), s.kernel).mean(1)
+                + F.conv1d(x[:, None], s.kernel, padding=1).mean((1, 2))[:, None]
+            ),
+            {"kernel": TWO_FORMS},
+        ),
+        (lambda s, x: s.a(x) + s.a(s.a(x)), {}),
+        # A call that comes to nothing takes nothing from the one that counts.
+        (lambda s, x: (s.a(x), s.a(x * 2))[0], {}),
+        # What is written in place is read later.
+        (lambda s, x: [y := s.a(x), y.add_(s.b(x)), y * 2][2], {}),
+        (lambda s, x: [y := s.a(x), z := y * 2, y.add_(s.b(x)), z][3], {"b": DEAD}),
+    ],
+)
+def test_reasons(body, reasons: dict[str, str]):
+    found = skipped(Net(body))
+    assert found.keys() == reasons.keys()
+    assert all(found[name].startswith(reason) for name, reason in reasons.items())
+
+
+def test_calls_are_counted_and_ordered_by_the_first():
+    model = pbfx.transform(Net(lambda s, x: s.b(s.a(s.b(x))) + s.b(F.linear(x, s.w))))
+    assert [(s.name, s.calls) for s in model.perforation.sites] == [("b", 3), ("a", 1), ("w", 1)]
+
+
+def test_a_weight_may_serve_a_module_and_a_function():
+    model = pbfx.transform(Net(lambda s, x: s.a(x) + F.linear(x, s.a.weight)))
+    assert [s.name for s in model.perforation.sites] == ["a", "a.weight"]
+    pbfx.grow(model)
+    keys = [key for key in model.state_dict() if "dendrites" in key]
+    assert "a.dendrites.bias" in keys
+    assert "a.weight_dendrites.weight" in keys
+    assert "a.weight_dendrites.bias" not in keys
+    assert model(torch.ones(2, 4)).shape == (2, 4)
+
+
+def test_what_other_ops_are_called():
+    model = nn.Sequential(
+        nn.Linear(4, 4),
+        nn.BatchNorm1d(4),
+        nn.ReLU(),
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        nn.Linear(4, 4, dtype=torch.complex64),
+        nn.Linear(4, 2),
+    )
+    model[5].dendrites = "taken"
+    assert skipped(model) == {
+        "1": "not a linear or conv operation",
+        "3": NOT_A_PARAMETER,
+        "4": "its weight is torch.complex64, and dendrites need a floating-point one",
+        "5": "it has an attribute named 'dendrites' already",
+    }
+
+
+def test_taken_names_beside_a_parameter():
+    model = Net(lambda s, x: s.a(F.linear(x, s.w)))
+    model.w_dendrites = 3
+    assert skipped(model) == {
+        "w": "its owner has an attribute of the name that its dendrites would take"
+    }
+
+
+def test_a_subclass_that_computes_something_else_is_no_site():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    class Circular(nn.Conv1d):
+        def _conv_forward(self, x, weight, bias):
+            return F.conv1d(x.roll(1, -1), weight, bias)
+
+    model = nn.Sequential(Circular(4, 4, 1), nn.Flatten(), Doubled(4, 4), nn.Linear(4, 4))
+    ours = pbfx.transform(model)
+    # Both are traced into, and the functions that they call are sites of their own.
+    assert [(s.name, s.functional) for s in ours.perforation.sites] == [
+        ("0.weight", True),
+        ("2.weight", True),
+        ("3", False),
+    ]
+    x = torch.randn(2, 4, 1)
+    expected = ours(x)
+    randomise(pbfx.grow(ours), scale=0.0)
+    assert torch.equal(ours(x), expected)
+
+
+def test_patterns():
+    def model() -> nn.Module:
+        return CASES["residual"].build()
+
+    every = ["blocks.0.fc", "blocks.1.fc", "head"]
+    assert names(model()) == every
+    assert names(model(), include="blocks.*") == every[:2]
+    assert names(model(), include=["*.1.*", "head"]) == every[1:]
+    assert names(model(), exclude="head") == every[:2]
+    assert names(model(), include="blocks.*", exclude="*.0.fc") == every[1:2]
+    reasons = skipped(model(), include="blocks.*", exclude="*.0.fc")
+    assert reasons["blocks.0.fc"] == "excluded by '*.0.fc'"
+    assert reasons["head"] == "no pattern of include matches it"
+
+
+@pytest.mark.parametrize("setting", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing(setting: str):
+    config = pbfx.Config(**{setting: ("head", "block.*.fc")})
+    message = rf"{setting}='block\.\*\.fc' matches no eligible op; did you mean 'blocks.\d.fc' or"
+    with pytest.raises(pbfx.ConfigError, match=message) as caught:
+        pbfx.transform(CASES["residual"].build(), config)
+    assert "valid: 'blocks.0.fc', 'blocks.1.fc', 'head'" in str(caught.value)
+
+
+def test_the_hint_stays_short():
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(30)])
+    with pytest.raises(pbfx.ConfigError, match="and 18 more") as caught:
+        pbfx.transform(model, pbfx.Config(include="fc"))
+    assert len(str(caught.value)) < 250
+
+
+def test_patterns_of_norms_match_nothing():
+    with pytest.raises(pbfx.ConfigError, match="'1' matches no eligible op"):
+        pbfx.transform(CASES["perceptron"].build(), pbfx.Config(exclude="1"))
+
+
+def test_a_filter_is_asked_last_with_the_owner_and_the_path():
+    asked = []
+
+    def small(module: nn.Module, path: str) -> bool:
+        asked.append((type(module).__name__, path))
+        return path != "head"
+
+    model = CASES["residual"].build()
+    found = names(model, exclude="blocks.0.fc", filter_fn=small)
+    assert found == ["blocks.1.fc"]
+    assert asked == [("Linear", "blocks.1.fc"), ("Linear", "head")]
+    assert skipped(model, filter_fn=small)["head"] == "filter_fn said no"
+    asked.clear()
+    pbfx.transform(CASES["functional"].build(), pbfx.Config(filter_fn=small))
+    assert asked == [
+        ("Functional", "kernel"),
+        ("ParameterList", "heads.0"),
+        ("ParameterList", "heads.1"),
+    ]
+
+
+def test_skipped_ops_are_logged(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO", logger="pbfx"):
+        pbfx.transform(Net(lambda s, x: (s.b(x), s.a(x))[1]))
+    assert f"no dendrites at b (Linear): {DEAD}" in caplog.text.replace("(linear)", "(Linear)")
+
+
+@each_case
+def test_flow(case: Case):
+    graph = pbfx.transform(case.build()).perforation.source
+    flow = dataflow(graph)
+    assert set(flow) == set(graph.nodes)
+    assert all((a, b) in flow.edges for b in graph.nodes for a in b.all_input_nodes)
+    useful = reaches_output(graph)
+    # Nothing in these models is dead but reads that fx records and nobody uses.
+    assert {n for n in graph.nodes if n not in useful and n.users} == set()
+    assert {n for n in graph.nodes if n.op == "placeholder"} <= useful
