@@ -33,6 +33,7 @@ from pbfx.demo.data import Digits, Split, load_mnist
 from pbfx.demo.report import versions, write_atomically
 from pbfx.demo.summary import summarise
 from pbfx.demo.table import print_summary
+from pbfx.parts import parameter_count
 
 ARMS = ("plain", "sham", "perforated", "gradient")
 
@@ -146,7 +147,7 @@ def fit(
         error=100 - evaluate(model, data.test),
         validation=max(epoch.score for epoch in tracker.history),
         dendrites=max(epoch.dendrites for epoch in tracker.history),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=parameter_count(model),
         epochs=len(tracker.history),
         seconds=seconds,
     )

@@ -20,12 +20,12 @@ from pbfx.errors import (
     TrackerError,
 )
 from pbfx.explain import Explanation, explain
-from pbfx.history import Epoch
+from pbfx.history import Epoch, Step
 from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
 from pbfx.policy import Action, Decision, Interval, Plateau, Policy, Situation
 from pbfx.restructure import grow
-from pbfx.tracker import Step, Tracker
+from pbfx.tracker import Tracker
 from pbfx.transform import transform
 
 __version__ = "0.1.0"

@@ -23,10 +23,11 @@ from pbfx.config import Config
 from pbfx.encoding import decode, encode
 from pbfx.errors import CheckpointError, PbfxError
 from pbfx.files import atomic_path
+from pbfx.parts import join
 from pbfx.perforated import perforated_parts
-from pbfx.restructure import join, undoing
 from pbfx.structure import Structure, structure_of_keys
 from pbfx.transform import transform
+from pbfx.undo import undoing
 
 FORMAT = 1
 
@@ -71,6 +72,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], tracker: Resumable | No
     tensors: dict[str, Tensor] = {
         f"model/{key}": value for key, value in model.state_dict().items()
     }
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"cannot save {name}: a {type(value).__name__} is no tensor")
     header: dict[str, Any] = {
         "format": FORMAT,
         "parts": {

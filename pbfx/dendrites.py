@@ -44,12 +44,14 @@ def draw_weights(
     """
     fan_in = max(like[0].numel(), 1)
     # Drawn on the CPU, so that a seed means the same on every device.
-    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(seed.encode()))
 
     def uniform(*shape: int) -> Tensor:
         if like.is_meta:
             return torch.empty(shape, dtype=like.dtype, device="meta")
-        drawn = torch.rand(shape, generator=generator).mul_(2).sub_(1).div_(fan_in**0.5)
+        drawn = (
+            torch.rand(shape, generator=generator, device="cpu").mul_(2).sub_(1).div_(fan_in**0.5)
+        )
         return drawn.to(device=like.device, dtype=like.dtype)
 
     weight = uniform(count, *like.shape)

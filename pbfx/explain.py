@@ -7,7 +7,7 @@ import textwrap
 
 from torch import nn
 
-from pbfx.restructure import join, parts_of
+from pbfx.parts import join, parts_of
 
 # A terminal's width by custom.
 COLUMNS = 80

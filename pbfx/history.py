@@ -1,4 +1,4 @@
-"""What a tracker remembers of each epoch, and the file that people read it from."""
+"""What a tracker takes in and gives out: scores, steps, epochs, and the file that people read."""
 
 from __future__ import annotations
 
@@ -69,6 +69,27 @@ class Epoch:
             "learning_rates": tuple(fields["learning_rates"]),
         }
         return cls(**(fields | typed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one call of `Tracker.step` did.
+
+    Attributes:
+        restructured: whether the model changed its structure; false means that nothing moved.
+        complete: whether training is over; the best network has then been restored.
+        phase: who learns from now on.
+        dendrites: dendrites per neuron of the most grown site.
+        improved: whether this score is the best so far.
+        reason: one sentence for people.
+    """
+
+    restructured: bool
+    complete: bool
+    phase: Phase
+    dendrites: int
+    improved: bool
+    reason: str
 
 
 def finite_score(score: Any) -> float:

@@ -1,4 +1,4 @@
-"""Change a model's topology: grow, enter and leave the dendrite phase, prune. All or nothing.
+"""Change a model's topology: grow, enter and leave the dendrite phase. All or nothing.
 
 Every verb here edits the perforated parts of a model in place. `restructuring` wraps them with the
 promise that users rely on: if anything fails, the model, the optimizer and the scheduler are as
@@ -8,118 +8,22 @@ they were, down to the last tensor.
 from __future__ import annotations
 
 import dataclasses
-import logging
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from pbfx.dendrites import Candidates, Dendrites
+from pbfx.dendrites import Dendrites
 from pbfx.errors import ConfigError, RestructureError, nearest
 from pbfx.learning import SiteLearner
 from pbfx.optimizers import Schedule, sync_optimizer
-from pbfx.perforated import PerforatedModule, perforated_parts
+from pbfx.parts import candidate_parameters, join, managed_parameters, parts_of, soma_weight_of
+from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
-from pbfx.structure import Counts, Structure
-
-logger = logging.getLogger(__name__)
-
-
-def parts_of(model: nn.Module) -> dict[str, PerforatedModule]:
-    """Return the perforated parts of `model` by path.
-
-    Raises:
-        RestructureError: if there are none.
-    """
-    parts = perforated_parts(model)
-    if not parts:
-        raise RestructureError(
-            f"{type(model).__name__} has no perforated parts; pass it through pbfx.transform first"
-        )
-    return parts
-
-
-def join(prefix: str, name: str) -> str:
-    """Return the path of `name` inside the module at `prefix`."""
-    return f"{prefix}.{name}" if prefix else name
-
-
-def candidate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of all candidates in `model` by name."""
-    return {
-        join(path, name): parameter
-        for path, module in model.named_modules()
-        if isinstance(module, Candidates)
-        for name, parameter in module.named_parameters()
-    }
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Return how many parameters the network of `model` has, candidates not counted.
-
-    Of `to_dendrite` (D, D, N) the strictly lower triangle counts; the rest is never read.
-    """
-    pools = {id(p) for p in candidate_parameters(model).values()}
-    total = sum(p.numel() for p in model.parameters() if id(p) not in pools)
-    for module in model.modules():
-        if isinstance(module, Dendrites):
-            count, neurons = module.to_soma.shape
-            total -= count * (count + 1) // 2 * neurons
-    return total
-
-
-def network_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict without candidates: what the network computes with."""
-    pools = tuple(f"{path}." for path, m in model.named_modules() if isinstance(m, Candidates))
-    return {name: t for name, t in model.state_dict().items() if not name.startswith(pools)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """A network as it was: its score, how many dendrites each part had, and a copy of its
-    tensors."""
-
-    score: float
-    structures: dict[str, Structure]
-    tensors: dict[str, Tensor]
-
-    @classmethod
-    def take(cls, model: nn.Module, score: float) -> Snapshot:
-        """Copy the network of `model`."""
-        return cls(
-            score,
-            {path: part.structure().without_candidates() for path, part in parts_of(model).items()},
-            {name: tensor.detach().clone() for name, tensor in network_state(model).items()},
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the snapshot as plain data and tensors."""
-        structures = {
-            path: {name: counts.dendrites for name, counts in structure.sites.items()}
-            for path, structure in self.structures.items()
-        }
-        return {"score": self.score, "structures": structures, "tensors": self.tensors}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Snapshot:
-        """Return the snapshot that `state_dict` described."""
-        structures = {
-            path: Structure({name: Counts(count) for name, count in sites.items()})
-            for path, sites in state["structures"].items()
-        }
-        return cls(state["score"], structures, dict(state["tensors"]))
-
-    def restore(self, model: nn.Module) -> None:
-        """Prune or grow `model` to this structure and copy the tensors back."""
-        for path, part in parts_of(model).items():
-            if part.structure() != self.structures[path]:
-                part.adopt(self.structures[path])
-        model.load_state_dict(self.tensors)
+from pbfx.undo import undoing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +33,25 @@ class Frozen:
 
     learning: tuple[str, ...]
     training: tuple[str, ...]
+
+
+@contextmanager
+def restructuring(
+    model: nn.Module, optimizer: Optimizer | None = None, schedule: Schedule | None = None
+) -> Iterator[None]:
+    """Apply the restructuring in the body wholly or not at all, and bring `optimizer` up to date.
+
+    Raises:
+        RestructureError: from whatever failed; everything is then as it was before.
+    """
+    with undoing(model, optimizer, schedule):
+        before = dict(model.named_parameters())
+        yield
+        if optimizer is not None:
+            after = dict(model.named_parameters())
+            sync_optimizer(
+                optimizer, before, after, managed_parameters(model), soma_weight_of(model)
+            )
 
 
 def start_dendrite_phase(model: nn.Module) -> tuple[Frozen, dict[str, SiteLearner]]:
@@ -268,142 +191,3 @@ def grow_part(part: PerforatedModule, n: int, names: set[str]) -> None:
                 links = weight.new_zeros(dendrites.count, weight.shape[1])
                 dendrites.append(weight[0], None if bias is None else bias[0], links)
     part.rebuild()
-
-
-@contextmanager
-def restructuring(
-    model: nn.Module, optimizer: Optimizer | None = None, schedule: Schedule | None = None
-) -> Iterator[None]:
-    """Apply the restructuring in the body wholly or not at all, and bring `optimizer` up to date.
-
-    Raises:
-        RestructureError: from whatever failed; everything is then as it was before.
-    """
-    with undoing(model, optimizer, schedule):
-        before = dict(model.named_parameters())
-        yield
-        if optimizer is not None:
-            after = dict(model.named_parameters())
-            sync_optimizer(
-                optimizer, before, after, managed_parameters(model), soma_weight_of(model)
-            )
-
-
-@contextmanager
-def undoing(
-    model: nn.Module, optimizer: Optimizer | None = None, schedule: Schedule | None = None
-) -> Iterator[None]:
-    """Run the body; if it fails, put model, optimizer and schedule back as they were.
-
-    Raises:
-        RestructureError: from whatever failed.
-    """
-    undo = _Undo(model, optimizer, schedule)
-    try:
-        yield
-    # Whatever went wrong, user's code or ours or Ctrl-C, must not leave half a model behind.
-    except BaseException as error:
-        undo()
-        if isinstance(error, RestructureError) or not isinstance(error, Exception):
-            raise
-        raise RestructureError(
-            f"restructuring failed and was undone: {type(error).__name__}: {error}"
-        ) from error
-    finally:
-        _drop_compiled_code()
-
-
-def _drop_compiled_code() -> None:
-    """Let `torch.compile` look at the model anew.
-
-    Dynamo notices the new code of a perforated module that was compiled itself, but not of one
-    inside a larger compiled module: there it would go on with the old graph, without a word.
-    """
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
-
-
-def managed_parameters(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that pbfx adds to the user's optimizer.
-
-    Those are the dendrites' parameters that learn now. Of candidates only `moments`: it never
-    moves, but a loss scaler wants to find a gradient in the optimizer that it steps.
-    """
-    names = []
-    for path, module in model.named_modules():
-        if isinstance(module, Candidates):
-            names.append(join(path, "moments"))
-        elif isinstance(module, Dendrites):
-            own = module.named_parameters(recurse=False)
-            names += [join(path, name) for name, p in own if p.requires_grad and p.numel()]
-    return names
-
-
-def soma_weight_of(model: nn.Module) -> Callable[[str], nn.Parameter]:
-    """Return a function from the name of a dendrites' parameter to its soma's weight."""
-    weights = {
-        join(path, site.dendrites): join(path, site.weight)
-        for path, part in parts_of(model).items()
-        for site in part.perforation.sites
-    }
-
-    def home(name: str) -> nn.Parameter:
-        owner = name.removesuffix(".candidates.moments")
-        weight = weights[owner if owner != name else name.rpartition(".")[0]]
-        # By path: among the model's named parameters a tied weight has one of its names only.
-        return model.get_parameter(weight)
-
-    return home
-
-
-class _Undo:
-    """Everything that a restructuring may change, and how to put it back.
-
-    Putting back runs no code of the user's, such as a scheduler's `load_state_dict`: that may be
-    what failed.
-    """
-
-    def __init__(
-        self, model: nn.Module, optimizer: Optimizer | None, schedule: Schedule | None
-    ) -> None:
-        modules = list(model.modules())
-        kept: list[dict[Any, Any]] = []
-        for module in modules:
-            kept += [module._modules, module._parameters, module._buffers]
-        self.training = [(module, module.training) for module in modules]
-        self.parts = [
-            (part, part.perforation, dataclasses.replace(part.perforation), part._graph)
-            for part in perforated_parts(model).values()
-        ]
-        tensors = {*model.parameters(), *model.buffers()}
-        lists: list[list[Any]] = []
-        if optimizer is not None:
-            kept += [vars(optimizer), optimizer.state, *optimizer.state.values()]
-            kept += optimizer.param_groups
-            lists.append(optimizer.param_groups)
-            # A rate can be a tensor, which schedulers write in place.
-            rates = [value for group in optimizer.param_groups for value in group.values()]
-            tensors |= {value for value in rates if isinstance(value, Tensor)}
-        if schedule is not None:
-            kept += [vars(part) for part in schedule.parts()]
-        self.dicts = [(d, dict(d)) for d in kept]
-        lists += [v for _, items in self.dicts for v in items.values() if isinstance(v, list)]
-        self.lists = [(values, list(values)) for values in lists]
-        self.tensors = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in tensors]
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        for mapping, items in self.dicts:
-            mapping.clear()
-            mapping.update(items)
-        for values, members in self.lists:
-            values[:] = members
-        for module, training in self.training:
-            module.training = training
-        for tensor, value, requires_grad, grad in self.tensors:
-            tensor.requires_grad_(requires_grad).copy_(value)
-            tensor.grad = grad
-        for part, perforation, fields, graph in self.parts:
-            perforation.__dict__.update(fields.__dict__)
-            part._graph = graph
-            part.recompile()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import warnings
@@ -16,35 +15,17 @@ from torch.utils.hooks import RemovableHandle
 
 from pbfx import checkpoint, restructure
 from pbfx.errors import TrackerError
-from pbfx.history import Epoch, finite_score, write_csv
+from pbfx.history import Epoch, Step, finite_score, write_csv
 from pbfx.learning import SiteLearner
 from pbfx.optimizers import Schedule, Stepping
+from pbfx.parts import parameter_count, parts_of
 from pbfx.phase import Phase
 from pbfx.policy import Action, Decision, Plateau, Policy, Situation, possible
-from pbfx.restructure import Frozen, Snapshot
+from pbfx.restructure import Frozen
+from pbfx.snapshot import Snapshot
+from pbfx.undo import undoing
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What one call of `Tracker.step` did.
-
-    Attributes:
-        restructured: whether the model changed its structure; false means that nothing moved.
-        complete: whether training is over; the best network has then been restored.
-        phase: who learns from now on.
-        dendrites: dendrites per neuron of the most grown site.
-        improved: whether this score is the best so far.
-        reason: one sentence for people.
-    """
-
-    restructured: bool
-    complete: bool
-    phase: Phase
-    dendrites: int
-    improved: bool
-    reason: str
 
 
 class Tracker:
@@ -109,11 +90,11 @@ class Tracker:
         # The parameters that the optimizer was last brought in line with.
         self._parameters = dict(self.model.named_parameters())
         self._token = object()
-        for part in restructure.parts_of(self.model).values():
+        for part in parts_of(self.model).values():
             part.perforation.tracker = self._token
 
     def _check_parts(self) -> None:
-        parts = restructure.parts_of(self.model)
+        parts = parts_of(self.model)
         if not isinstance(self.optimizer, Optimizer):
             raise TrackerError(
                 f"optimizer must be a torch.optim.Optimizer, got {type(self.optimizer).__name__}"
@@ -146,7 +127,7 @@ class Tracker:
     @property
     def dendrites(self) -> int:
         """Dendrites per neuron of the most grown site."""
-        parts = restructure.parts_of(self.model).values()
+        parts = parts_of(self.model).values()
         return max(part.structure().dendrites for part in parts)
 
     @property
@@ -176,7 +157,7 @@ class Tracker:
         value = finite_score(score)
         if self.complete:
             return self._result(False, False, "training is already complete")
-        for part in restructure.parts_of(self.model).values():
+        for part in parts_of(self.model).values():
             if part.perforation.tracker is not self._token:
                 raise TrackerError("another tracker has been made for this model; use that one")
         self._schedule.observe()
@@ -253,7 +234,7 @@ class Tracker:
                 action=decision.action,
                 reason=decision.reason,
                 candidate_score=candidate_score,
-                parameters=restructure.parameter_count(self.model),
+                parameters=parameter_count(self.model),
                 learning_rates=tuple(float(group["lr"]) for group in self.optimizer.param_groups),
             ),
         )
@@ -304,7 +285,7 @@ class Tracker:
 
     def _grow(self) -> tuple[Frozen | None, dict[str, SiteLearner]]:
         """Start a dendrite phase, or add dendrites at once where the mode of learning has none."""
-        parts = restructure.parts_of(self.model).values()
+        parts = parts_of(self.model).values()
         if all(part.perforation.config.learning == "gradient" for part in parts):
             for part in parts:
                 restructure.grow_part(part, 1, {site.name for site in part.perforation.sites})
@@ -340,7 +321,7 @@ class Tracker:
             if self._frozen is None
             else {"learning": list(self._frozen.learning), "training": list(self._frozen.training)},
             "learners": {name: learner.state_dict() for name, learner in self._learners.items()},
-            "draws": {p: m.perforation.draws for p, m in restructure.parts_of(self.model).items()},
+            "draws": {p: m.perforation.draws for p, m in parts_of(self.model).items()},
             "groups": [
                 [names.get(id(p)) for p in g["params"]] for g in self.optimizer.param_groups
             ],
@@ -356,7 +337,7 @@ class Tracker:
                 nothing has moved.
         """
         frozen, learners = None, {}
-        with restructure.undoing(self.model, self.optimizer, self._schedule):
+        with undoing(self.model, self.optimizer, self._schedule):
             history = tuple(Epoch.from_json(epoch) for epoch in state["history"])
             best, current = (
                 None if state[key] is None else Snapshot.from_state_dict(state[key])
@@ -366,7 +347,7 @@ class Tracker:
             self._hold(parameters, state["groups"])
             self.optimizer.load_state_dict(state["optimizer"])
             self._schedule.load_state_dict(state["schedule"])
-            for path, part in restructure.parts_of(self.model).items():
+            for path, part in parts_of(self.model).items():
                 part.perforation.draws = state["draws"][path]
             if self._frozen is not None:
                 restructure.thaw(self.model, self._frozen)

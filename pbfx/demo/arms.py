@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 
 import pbfx
-from pbfx.demo.nets import count_parameters
 from pbfx.demo.recipes import Recipe
 from pbfx.demo.settings import Settings
+from pbfx.parts import parameter_count
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class PlainTracker:
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._epochs = epochs
-        self._parameters = count_parameters(model)
+        self._parameters = parameter_count(model)
         self._best_score = -math.inf
         self._best_state: dict[str, Any] = {}
         self._history: list[PlainEpoch] = []

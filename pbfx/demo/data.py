@@ -94,7 +94,7 @@ def load_digits() -> Digits:
             torch.tensor(labels[chosen], dtype=torch.int64),
         )
 
-    return Digits("digits", split(train), split(validation), split(test))
+    return Digits("digits", *(split(np.asarray(rows)) for rows in (train, validation, test)))
 
 
 def load_mnist(directory: str | Path, *, validation: int = MNIST_VALIDATION) -> Digits:

@@ -49,8 +49,3 @@ class MnistNet(nn.Module):
 def scaled(channels: int, width: float) -> int:
     """Return `channels` scaled by `width`, rounded down as published comparisons do, at least 1."""
     return max(1, int(channels * width))
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Return how many numbers `module` has learnt: frozen ones included, shared ones once."""
-    return sum(parameter.numel() for parameter in module.parameters())

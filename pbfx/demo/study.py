@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 from pbfx.demo.arms import ARMS, Arm, begin
 from pbfx.demo.data import Digits, Split
-from pbfx.demo.nets import count_parameters
 from pbfx.demo.recipes import Recipe
 from pbfx.demo.settings import Settings
+from pbfx.parts import parameter_count
 
 EVALUATION_BATCH = 2_000
 """Images a forward pass without gradients: large for speed, small enough for the CPU's memory."""
@@ -153,7 +153,7 @@ def run_arm(
             test_accuracy=accuracy(model, data.test),
             validation_accuracy=best.validation_accuracy,
             best_epoch=best.epoch,
-            parameters=count_parameters(model),
+            parameters=parameter_count(model),
             epochs=len(rows),
             seconds=seconds,
             history=tuple(rows),

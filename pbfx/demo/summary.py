@@ -129,10 +129,7 @@ _CONSEQUENCES = {
     "lower higher": ": the restarts explain the gain, and dendrites take some of it away",
     "undecided lower": ": dendrites only make up for what the restarts cost",
     "undecided undecided": ": this run shows neither gain nor loss from dendrites",
-    (
-        "undecided",
-        "higher",
-    ): ": dendrites do harm here, though no more than the restarts make up for",
+    "undecided higher": ": dendrites do harm here, though restarts make up for it",
     "higher lower": ": dendrites help, but the restarts cost more than that",
     "higher undecided": ": the restarts alone may explain the loss",
     "higher higher": ": dendrites do harm here",

@@ -69,8 +69,10 @@ TWO_FORMS = "its weight is used with two different geometries or biases"
     ],
 )
 def test_reasons(body, reasons: dict[str, str]):
-    found = skipped(Net(body))
+    model = Net(body)
+    found = skipped(model)
     assert found.keys() == reasons.keys()
+    assert not {*names(model)} & found.keys()
     assert all(found[name].startswith(reason) for name, reason in reasons.items())
 
 

@@ -8,8 +8,9 @@ from torch import nn
 
 import pbfx
 from models import CASES, Case, assert_equal, each_case, perceptron, randomise, run
+from pbfx.parts import candidate_parameters
 from pbfx.phase import Phase
-from pbfx.restructure import candidate_parameters, start_dendrite_phase
+from pbfx.restructure import start_dendrite_phase
 
 
 class Parent(nn.Module):

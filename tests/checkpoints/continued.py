@@ -20,7 +20,7 @@ from torch.optim import lr_scheduler as lrs
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
 import pbfx  # noqa: E402
-from learning.loops import Cnn, Mlp, Task, images, regression  # noqa: E402
+from learning.loops import Around, Cnn, Mlp, Task, images, regression  # noqa: E402
 
 
 class Run:
@@ -108,6 +108,13 @@ def gradient() -> Parts:
     return regression(96), model, optimizer, scheduler, pbfx.Interval(2), settings
 
 
+def inside() -> Parts:
+    """A perforated part in a larger module, which has a norm and dropouts of its own."""
+    model = Around(pbfx.transform(Mlp(outputs=5), pbfx.Config(priming_batches=2)))
+    optimizer = torch.optim.NAdam(model.parameters(), 0.01)
+    return regression(96), model, optimizer, None, pbfx.Interval(2, 2), {"max_dendrites": 1}
+
+
 def lbfgs() -> Parts:
     model = pbfx.transform(Mlp(), pbfx.Config(priming_batches=2))
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3, history_size=4)
@@ -120,6 +127,7 @@ KINDS: dict[str, tuple[Callable[[], Parts], bool]] = {
     "rolled back": (rolled_back, False),
     "by batch": (by_batch, True),
     "gradient": (gradient, False),
+    "inside": (inside, False),
     "lbfgs": (lbfgs, False),
 }
 

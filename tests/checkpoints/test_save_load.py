@@ -338,6 +338,31 @@ def test_plain_models_are_not_saved(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
+def test_state_that_is_no_tensor_is_refused_before_writing(tmp_path: Path) -> None:
+    class Counting(nn.Linear):
+        calls = 3
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": self.calls}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            self.calls = state["calls"]
+
+    net = Mlp()
+    net.head = Counting(5, 1)
+    model = pbfx.transform(net)
+    optimizer = sgd(model)
+    tracker = pbfx.Tracker(model, optimizer, policy=pbfx.Interval(2, 1))
+    # A tracker can live with it: the best epoch's comes back when growing.
+    tracker.step(0.5)
+    model.head.calls = 4
+    tracker.step(0.4)
+    assert model.head.calls == 3
+    with pytest.raises(CheckpointError, match=r"cannot save model/head._extra_state: a dict is no"):
+        pbfx.save(model, tmp_path / "m")
+    assert not os.listdir(tmp_path)
+
+
 def test_state_that_is_no_data_is_refused_before_writing(tmp_path: Path) -> None:
     model = pbfx.transform(Mlp())
     optimizer = sgd(model)
@@ -387,7 +412,7 @@ class TestTrackers:
         model, tracker = grown()
         pbfx.save(model, tmp_path / "m", tracker)
         _, other = self.build()
-        with pytest.raises(CheckpointError, match="pbfx.save: the tracker is another model's"):
+        with pytest.raises(CheckpointError, match=r"pbfx.save: the tracker is another model's"):
             pbfx.save(model, tmp_path / "m", other)
         with pytest.raises(CheckpointError, match="the tracker is another model's; make it on the"):
             pbfx.load(tmp_path / "m", Mlp(), other)

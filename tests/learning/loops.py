@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 import pbfx
 from pbfx.learning import SiteLearner
-from pbfx.restructure import network_state
+from pbfx.parts import network_state
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Epoch = Callable[[nn.Module, Optimizer, "Task"], None]

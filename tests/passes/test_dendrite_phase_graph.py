@@ -8,8 +8,9 @@ from torch import nn
 
 import pbfx
 from models import CASES, Case, assert_equal, each_case, outputs, perceptron, randomise, run
+from pbfx.parts import candidate_parameters
 from pbfx.phase import Phase
-from pbfx.restructure import candidate_parameters, promote, start_dendrite_phase, thaw
+from pbfx.restructure import promote, start_dendrite_phase, thaw
 
 # Its dropout hides in a module of which no graph shows the mode.
 HIDDEN_MODE = ("attention",)

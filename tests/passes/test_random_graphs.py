@@ -18,9 +18,10 @@ from torch import Tensor, fx, nn
 
 import pbfx
 from models import assert_equal, randomise, run
+from pbfx.parts import candidate_parameters
 from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
-from pbfx.restructure import candidate_parameters, promote, start_dendrite_phase, thaw
+from pbfx.restructure import promote, start_dendrite_phase, thaw
 
 # Of torch itself, about "same" with an even kernel.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel:UserWarning")

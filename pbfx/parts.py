@@ -1,0 +1,93 @@
+"""Questions about the perforated parts of a model, the whole of which may be larger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from pbfx.dendrites import Candidates, Dendrites
+from pbfx.errors import RestructureError
+from pbfx.perforated import PerforatedModule, perforated_parts
+
+
+def parts_of(model: nn.Module) -> dict[str, PerforatedModule]:
+    """Return the perforated parts of `model` by path.
+
+    Raises:
+        RestructureError: if there are none.
+    """
+    parts = perforated_parts(model)
+    if not parts:
+        raise RestructureError(
+            f"{type(model).__name__} has no perforated parts; pass it through pbfx.transform first"
+        )
+    return parts
+
+
+def join(prefix: str, name: str) -> str:
+    """Return the path of `name` inside the module at `prefix`."""
+    return f"{prefix}.{name}" if prefix else name
+
+
+def candidate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of all candidates in `model` by name."""
+    return {
+        join(path, name): parameter
+        for path, module in model.named_modules()
+        if isinstance(module, Candidates)
+        for name, parameter in module.named_parameters()
+    }
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return how many parameters the network of `model` has, candidates not counted.
+
+    Of `to_dendrite` (D, D, N) the strictly lower triangle counts; the rest is never read.
+    """
+    pools = {id(p) for p in candidate_parameters(model).values()}
+    total = sum(p.numel() for p in model.parameters() if id(p) not in pools)
+    for module in model.modules():
+        if isinstance(module, Dendrites):
+            count, neurons = module.to_soma.shape
+            total -= count * (count + 1) // 2 * neurons
+    return total
+
+
+def network_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict without candidates: what the network computes with."""
+    pools = tuple(f"{path}." for path, m in model.named_modules() if isinstance(m, Candidates))
+    return {name: t for name, t in model.state_dict().items() if not name.startswith(pools)}
+
+
+def managed_parameters(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that pbfx adds to the user's optimizer.
+
+    Those are the dendrites' parameters that learn now. Of candidates only `moments`: it never
+    moves, but a loss scaler wants to find a gradient in the optimizer that it steps.
+    """
+    names = []
+    for path, module in model.named_modules():
+        if isinstance(module, Candidates):
+            names.append(join(path, "moments"))
+        elif isinstance(module, Dendrites):
+            own = module.named_parameters(recurse=False)
+            names += [join(path, name) for name, p in own if p.requires_grad and p.numel()]
+    return names
+
+
+def soma_weight_of(model: nn.Module) -> Callable[[str], nn.Parameter]:
+    """Return a function from the name of a dendrites' parameter to its soma's weight."""
+    weights = {
+        join(path, site.dendrites): join(path, site.weight)
+        for path, part in parts_of(model).items()
+        for site in part.perforation.sites
+    }
+
+    def home(name: str) -> nn.Parameter:
+        owner = name.removesuffix(".candidates.moments")
+        weight = weights[owner if owner != name else name.rpartition(".")[0]]
+        # By path: among the model's named parameters a tied weight has one of its names only.
+        return model.get_parameter(weight)
+
+    return home

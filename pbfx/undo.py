@@ -1,0 +1,104 @@
+"""All or nothing: put a model, its optimizer and its schedule back when a change of them fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pbfx.errors import RestructureError
+from pbfx.optimizers import Schedule
+from pbfx.perforated import perforated_parts
+
+
+@contextmanager
+def undoing(
+    model: nn.Module, optimizer: Optimizer | None = None, schedule: Schedule | None = None
+) -> Iterator[None]:
+    """Run the body; if it fails, put model, optimizer and schedule back as they were.
+
+    Raises:
+        RestructureError: from whatever failed.
+    """
+    undo = _Undo(model, optimizer, schedule)
+    try:
+        yield
+    # Whatever went wrong, user's code or ours or Ctrl-C, must not leave half a model behind.
+    except BaseException as error:
+        undo()
+        if isinstance(error, RestructureError) or not isinstance(error, Exception):
+            raise
+        raise RestructureError(
+            f"restructuring failed and was undone: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        _drop_compiled_code()
+
+
+def _drop_compiled_code() -> None:
+    """Let `torch.compile` look at the model anew.
+
+    Dynamo notices the new code of a perforated module that was compiled itself, but not of one
+    inside a larger compiled module: there it would go on with the old graph, without a word.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+class _Undo:
+    """Everything that a restructuring may change, and how to put it back.
+
+    Putting back runs no code of the user's, such as a scheduler's `load_state_dict`: that may be
+    what failed.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | None, schedule: Schedule | None
+    ) -> None:
+        modules = list(model.modules())
+        kept: list[dict[Any, Any]] = []
+        for module in modules:
+            kept += [module._modules, module._parameters, module._buffers]
+        self.training = [(module, module.training) for module in modules]
+        self.parts = [
+            (part, part.perforation, dataclasses.replace(part.perforation), part._graph)
+            for part in perforated_parts(model).values()
+        ]
+        tensors = {*model.parameters(), *model.buffers()}
+        lists: list[list[Any]] = []
+        if optimizer is not None:
+            kept += [vars(optimizer), optimizer.state, *optimizer.state.values()]
+            kept += optimizer.param_groups
+            lists.append(optimizer.param_groups)
+            # A rate can be a tensor, which schedulers write in place.
+            rates = [value for group in optimizer.param_groups for value in group.values()]
+            tensors |= {value for value in rates if isinstance(value, Tensor)}
+        if schedule is not None:
+            kept += [vars(part) for part in schedule.parts()]
+        self.dicts = [(d, dict(d)) for d in kept]
+        lists += [v for _, items in self.dicts for v in items.values() if isinstance(v, list)]
+        self.lists = [(values, list(values)) for values in lists]
+        self.tensors = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in tensors]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        for mapping, items in self.dicts:
+            mapping.clear()
+            mapping.update(items)
+        for values, members in self.lists:
+            values[:] = members
+        for module, training in self.training:
+            module.training = training
+        for tensor, value, requires_grad, grad in self.tensors:
+            tensor.requires_grad_(requires_grad).copy_(value)
+            tensor.grad = grad
+        for part, perforation, fields, graph in self.parts:
+            perforation.__dict__.update(fields.__dict__)
+            part._graph = graph
+            part.recompile()
