@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 import pbfx
 
+# torch's own remark about its 'same' padding, once in a process.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+
 F64 = torch.float64
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 MODES = ("zeros", "reflect", "replicate", "circular")
