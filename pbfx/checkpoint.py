@@ -64,8 +64,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], tracker: Resumable | No
     parts = perforated_parts(model)
     if not parts:
         raise CheckpointError(
-            f"pbfx.save: {type(model).__name__} has no perforated parts; use torch.save for "
-            f"plain models"
+            f"pbfx.save: {type(model).__name__} has no perforated parts; use torch.save for plain "
+            "models"
         )
     if tracker is not None and tracker.model is not model:
         raise CheckpointError("pbfx.save: the tracker is another model's")
@@ -190,7 +190,7 @@ def _check_untracked(model: nn.Module, wanted: dict[str, Structure], path: Any) 
         if part.perforation.tracker is not None and part.structure() != wanted[name]:
             raise CheckpointError(
                 f"{path} has another number of dendrites than the model, whose tracker and "
-                f"optimizer would not know; give the tracker too, or load into a fresh model"
+                "optimizer would not know; give the tracker too, or load into a fresh model"
             )
 
 
@@ -221,8 +221,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a pbfx checkpoint: {error}. pbfx.load reads what pbfx.save wrote and "
-            f"never "
-            "unpickles; give a file of torch.save to model.load_state_dict(torch.load(path))"
+            "never unpickles; give a file of torch.save to model.load_state_dict(torch.load(path))"
         ) from error
     if not isinstance(header, dict) or "format" not in header:
         raise CheckpointError(f"{path} is a safetensors file, but pbfx.save did not write it")

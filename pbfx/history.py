@@ -114,8 +114,7 @@ def finite_score(score: Any) -> float:
     if not math.isfinite(value):
         raise ScoreError(
             f"the validation score must be finite, got {value}; the tracker has not moved. A "
-            f"diverged "
-            "run can be resumed from its last checkpoint with a smaller learning rate"
+            "diverged run can be resumed from its last checkpoint with a smaller learning rate"
         )
     return value
 

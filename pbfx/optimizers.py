@@ -78,7 +78,7 @@ def sync_optimizer(
         if isinstance(optimizer, torch.optim.Muon) and after[name].dim() != 2:
             raise TrackerError(
                 f"Muon steps matrices only, and {name} has shape {tuple(after[name].shape)}; use "
-                f"learning='perforated' or another optimizer"
+                "learning='perforated' or another optimizer"
             )
         group = held.get(id(home(name)), optimizer.param_groups[0])
         group["params"].append(after[name])
@@ -149,13 +149,13 @@ class Schedule:
             methods = ("step", "state_dict", "load_state_dict")
             if not all(callable(getattr(scheduler, name, None)) for name in methods):
                 raise TrackerError(
-                    f"scheduler must be a learning-rate scheduler with step(), state_dict() and "
+                    "scheduler must be a learning-rate scheduler with step(), state_dict() and "
                     f"load_state_dict(), got {type(scheduler).__name__}"
                 )
             if owner is not optimizer:
                 raise TrackerError(
-                    f"scheduler ({type(scheduler).__name__}) steps another optimizer than the "
-                    f"one given"
+                    f"scheduler ({type(scheduler).__name__}) steps another optimizer than the one "
+                    "given"
                 )
         if stepping not in ("auto", "epoch", "batch"):
             raise TrackerError(

@@ -196,9 +196,8 @@ class PerforatedModule(fx.GraphModule):
         # constant. Until the source graph has a format of its own, say so instead of breaking
         # quietly.
         raise PbfxError(
-            f"a perforated {type(self).__name__} cannot be pickled; save it with "
-            f"pbfx.save(model, path) or "
-            "torch.save(model.state_dict(), path), and copy it with copy.deepcopy"
+            f"a perforated {type(self).__name__} cannot be pickled; save it with pbfx.save(model, "
+            "path) or torch.save(model.state_dict(), path), and copy it with copy.deepcopy"
         )
 
     def _shell(self) -> nn.Module:

@@ -164,14 +164,13 @@ def grow(model: nn.Module, n: int = 1, sites: Sequence[str] | None = None) -> nn
         where = f" in {path!r}" if path else ""
         if part.perforation.phase is Phase.DENDRITE:
             raise RestructureError(
-                f"pbfx.grow: the model{where} is in its dendrite phase; let the tracker finish "
-                f"it first"
+                f"pbfx.grow: the model{where} is in its dendrite phase; let the tracker finish it "
+                "first"
             )
         if part.perforation.tracker is not None:
             raise RestructureError(
-                f"pbfx.grow: a tracker manages the model{where}, and its optimizer would miss "
-                f"the new "
-                "parameters; grow before making the optimizer and the tracker"
+                f"pbfx.grow: a tracker manages the model{where}, and its optimizer would miss the "
+                "new parameters; grow before making the optimizer and the tracker"
             )
     with restructuring(model):
         for path, part in parts.items():

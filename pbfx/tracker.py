@@ -115,8 +115,8 @@ class Tracker:
             if part.perforation.phase is Phase.DENDRITE:
                 raise TrackerError(
                     f"the perforated part {path or type(part).__name__!r} is in its dendrite "
-                    f"phase; to "
-                    "resume a run, make the tracker on the plain transformed model, then pbfx.load"
+                    "phase; to resume a run, make the tracker on the plain transformed model, "
+                    "then pbfx.load"
                 )
 
     @property
@@ -198,8 +198,7 @@ class Tracker:
         if not any(learner.batches for learner in self._learners.values()):
             warnings.warn(
                 "pbfx: no error has reached any candidate since the dendrite phase began; the "
-                "training "
-                "loop must call loss.backward() on the model's output in this phase too",
+                "training loop must call loss.backward() on the model's output in this phase too",
                 stacklevel=3,
             )
         measured = [learner.measure() for learner in self._learners.values()]

@@ -49,8 +49,8 @@ def transform(model: nn.Module, config: Config | None = None) -> PerforatedModul
         raise ConfigError(f"pbfx.transform: model must be an nn.Module instance, got {given}")
     if type(model).__name__ in _WRAPPERS:
         raise ConfigError(
-            f"pbfx.transform: apply it before {type(model).__name__} wraps the model, to the "
-            f"plain one"
+            f"pbfx.transform: apply it before {type(model).__name__} wraps the model, to the plain "
+            "one"
         )
     for path in perforated_parts(model):
         raise ConfigError(
