@@ -195,8 +195,7 @@ def _check_untracked(model: nn.Module, wanted: dict[str, Structure], path: Any) 
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, contiguous, none sharing memory: safetensors stores no
-    aliases."""
+    """Return the tensors on the CPU, contiguous, none sharing memory: the format has no aliases."""
     seen: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():

@@ -25,8 +25,7 @@ class CaptureError(PbfxError, RuntimeError):
 
 
 class PassError(PbfxError, RuntimeError):
-    """A graph pass failed or broke its own contract; the model's graph is as it was before the
-    pass."""
+    """A graph pass failed or broke its contract; the model's graph is as it was before."""
 
 
 class RestructureError(PbfxError, RuntimeError):

@@ -6,8 +6,7 @@ import enum
 
 
 class Phase(enum.StrEnum):
-    """Who learns now: the network (`NEURON`), or the candidates while the network is frozen
-    (`DENDRITE`)."""
+    """Who learns now: the network, or the candidates while the network is frozen."""
 
     NEURON = "neuron"
     DENDRITE = "dendrite"

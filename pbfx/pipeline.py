@@ -35,8 +35,7 @@ PASSES: tuple[Pass, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: how many rewrites, how the counts of node targets changed, and how long it
-    took."""
+    """What one pass did: rewrites, how the counts of node targets changed, and its time."""
 
     name: str
     rewrites: int

@@ -28,8 +28,7 @@ from pbfx.undo import undoing
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """What freezing changed, by name, to be given back: which parameters learnt, which modules
-    trained."""
+    """What freezing changed, by name: which parameters learnt, which modules trained."""
 
     learning: tuple[str, ...]
     training: tuple[str, ...]

@@ -40,8 +40,7 @@ _FUNCTION_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "g
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-    """What is added around the input before the op itself pads: `F.pad`'s widths (last axis first)
-    and mode."""
+    """What is added around the input before the op: `F.pad`'s widths (last axis first), mode."""
 
     widths: tuple[int, ...]
     mode: str

@@ -14,8 +14,7 @@ from pbfx.structure import Counts, Structure
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A network as it was: its score, how many dendrites each part had, and a copy of its
-    tensors."""
+    """A network as it was: its score, the dendrites of each part, and a copy of its tensors."""
 
     score: float
     structures: dict[str, Structure]

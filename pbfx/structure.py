@@ -52,8 +52,7 @@ class Structure:
 def structure_of_keys(
     state_dict: Mapping[str, Any], prefix: str, sites: Iterable[Site]
 ) -> Structure | None:
-    """Return the structure that the keys under `prefix` describe, or None if they mention no
-    dendrites at all."""
+    """Return the structure that the keys under `prefix` describe; None without any dendrites."""
 
     def rows(key: str) -> int:
         value = state_dict.get(key)

@@ -28,8 +28,7 @@ TRAINING = "training"
 
 @dataclasses.dataclass(frozen=True)
 class _TrainingFlag:
-    """What a traced module holds in place of its `training` attribute: the name of the node that
-    reads it."""
+    """What a traced module holds as its `training`: the name of the node that reads it."""
 
     target: str
 

@@ -60,8 +60,7 @@ def hold_eval(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 
 def _is_a(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Return whether `module` computes what one of `kinds` does, and nothing besides: hooks have to
-    go on firing."""
+    """Return whether `module` does what one of `kinds` does, and has no hooks that must fire."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     return not hooked and any(
         isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds
