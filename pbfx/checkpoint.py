@@ -176,13 +176,19 @@ def _network(
 ) -> tuple[dict[str, Tensor], dict[str, Structure]]:
     """Return values and structures without candidates, and without sites that have no more."""
     parts = perforated_parts(model)
-    dropped = tuple(
-        join(path, site.dendrites) + ("." if site.name not in network.sites else ".candidates.")
-        for path, network in ((p, s.without_candidates()) for p, s in structures.items())
-        for site in parts[path].perforation.sites
-    )
-    kept = {name: value for name, value in values.items() if not name.startswith(dropped)}
-    return kept, {path: structure.without_candidates() for path, structure in structures.items()}
+    networks = {path: structure.without_candidates() for path, structure in structures.items()}
+    # A layer that is registered under several names has its dendrites' keys under each.
+    aliases: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(name)
+    dropped = []
+    for path, network in networks.items():
+        for site in parts[path].perforation.sites:
+            owner, _, own = join(path, site.dendrites).rpartition(".")
+            end = ".candidates." if site.name in network.sites else "."
+            dropped += [join(a, own) + end for a in aliases[id(model.get_submodule(owner))]]
+    kept = {k: value for k, value in values.items() if not k.startswith(tuple(dropped))}
+    return kept, networks
 
 
 def _check_untracked(model: nn.Module, wanted: dict[str, Structure], path: Any) -> None:

@@ -56,7 +56,9 @@ def parameter_count(model: nn.Module) -> int:
 
 def network_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict without candidates: what the network computes with."""
-    pools = tuple(f"{path}." for path, m in model.named_modules() if isinstance(m, Candidates))
+    # Under every name: a layer that is registered twice has its keys twice.
+    named = model.named_modules(remove_duplicate=False)
+    pools = tuple(f"{path}." for path, m in named if isinstance(m, Candidates))
     return {name: t for name, t in model.state_dict().items() if not name.startswith(pools)}
 
 

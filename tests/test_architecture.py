@@ -24,7 +24,10 @@ LAYERS: list[tuple[str, str]] = [
     ("dendrites", "own the parameters of one site; know no graph around it"),
     ("learning", "train dendrites; know no pass"),
     ("passes pipeline perforated", "rewrite graphs; `perforated` is the GraphModule they rewrite"),
-    ("transform restructure parts snapshot undo optimizers checkpoint explain", "the verbs, each made of passes"),
+    (
+        "transform restructure parts snapshot undo optimizers checkpoint explain",
+        "the verbs, each made of passes",
+    ),
     ("policy history tracker", "when to restructure, and the call that does it"),
     ("backend", "torch.compile: lowers what the verbs made"),
     ("compat integrations cli __main__ demo", "outermost: nothing below imports them"),
