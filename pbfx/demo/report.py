@@ -10,7 +10,6 @@ import os
 import platform
 import shlex
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -24,6 +23,7 @@ from pbfx.demo.errors import DemoError
 from pbfx.demo.statistics import CONFIDENCE, Estimate
 from pbfx.demo.study import EpochRow, Run
 from pbfx.demo.summary import Summary
+from pbfx.files import atomic_path
 
 
 def check_folder(folder: Path) -> None:
@@ -42,20 +42,10 @@ def check_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` beside `path` and move it there: a reader sees all of it or none."""
+    """Write `content` to `path`, whose folder is made: a reader sees all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files for the owner alone; a result is as readable as any other file.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def report_json(
@@ -181,9 +171,3 @@ def _finite(value: float) -> float | None:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
