@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pbfx.demo import nets
+
 # Batches are rotated over so much memory that no cache holds them: an H200 has 50 MiB of L2.
 _ROTATED_BYTES = 64 * 2**20
 _MOST_BATCHES = 256
@@ -18,31 +20,18 @@ _MOST_BATCHES = 256
 Batch = tuple[Tensor, Tensor]
 
 
-class MnistNet(nn.Module):
-    """The net of the PyTorch MNIST example, its layers scaled by `width`."""
+class MnistNet(nets.MnistNet):
+    """The demo's net, ending as the PyTorch MNIST example does."""
 
-    def __init__(self, width: float = 1.0) -> None:
-        super().__init__()
-        first, second, hidden = (_scaled(n, width) for n in (32, 64, 128))
-        self.conv1 = nn.Conv2d(1, first, 3)
-        self.conv2 = nn.Conv2d(first, second, 3)
-        self.dropout1 = nn.Dropout(0.25)
-        self.dropout2 = nn.Dropout(0.5)
-        self.fc1 = nn.Linear(second * 144, hidden)
-        self.fc2 = nn.Linear(hidden, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.conv2(F.relu(self.conv1(x))))
-        x = self.dropout1(F.max_pool2d(x, 2)).flatten(1)
-        x = self.dropout2(F.relu(self.fc1(x)))
-        return F.log_softmax(self.fc2(x), dim=1)
+    def forward(self, images: Tensor) -> Tensor:
+        return F.log_softmax(super().forward(images), dim=1)
 
 
 class Mlp(nn.Sequential):
     """784-512-512-10, the hidden layers scaled by `width`."""
 
     def __init__(self, width: float = 1.0) -> None:
-        hidden = _scaled(512, width)
+        hidden = nets.scaled(512, width)
         super().__init__(
             nn.Linear(784, hidden),
             nn.ReLU(),
@@ -77,7 +66,7 @@ class ResNet18(nn.Module):
 
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
-        channels = [_scaled(n, width) for n in (64, 64, 128, 256, 512)]
+        channels = [nets.scaled(n, width) for n in (64, 64, 128, 256, 512)]
         self.stem = nn.Conv2d(3, channels[0], 7, 2, 3, bias=False)
         self.norm = nn.BatchNorm2d(channels[0])
         blocks = []
@@ -120,7 +109,7 @@ class BertBase(nn.Module):
 
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
-        heads = _scaled(12, width)
+        heads = nets.scaled(12, width)
         hidden = 64 * heads
         self.embedding = nn.Embedding(30522, hidden)
         self.layers = nn.Sequential(*(EncoderLayer(hidden, heads) for _ in range(12)))
@@ -178,7 +167,3 @@ def fresh(name: str, width: float, device: torch.device, seed: int) -> nn.Module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MODELS[name].build(width).to(device)
-
-
-def _scaled(size: int, width: float) -> int:
-    return max(int(size * width), 1)

@@ -82,7 +82,6 @@ def save(model: nn.Module, path: str | os.PathLike[str], tracker: Resumable | No
                 "config": part.perforation.config.to_json(),
                 "sites": [site.name for site in part.perforation.sites],
                 "dendrites": {n: c.dendrites for n, c in part.structure().sites.items()},
-                "phase": str(part.perforation.phase),
                 "draws": part.perforation.draws,
             }
             for path_, part in parts.items()

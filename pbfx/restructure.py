@@ -65,8 +65,7 @@ def start_dendrite_phase(model: nn.Module) -> tuple[Frozen, dict[str, SiteLearne
         part.perforation.phase = Phase.DENDRITE
         part.rebuild()
     freeze(model)
-    learners = learners_of(model)
-    return frozen, learners
+    return frozen, learners_of(model)
 
 
 def learners_of(model: nn.Module) -> dict[str, SiteLearner]:
