@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from pbfx.config import Config
 from pbfx.errors import ConfigError, nearest
+from pbfx.paths import join
 from pbfx.topology import reaches_output
 from pbfx_kernels import Geometry
 
@@ -110,8 +111,29 @@ def read_input(node: fx.Node) -> fx.Node:
     return value
 
 
-def find_sites(
-    root: nn.Module, graph: fx.Graph, config: Config
+def find_sites(root, graph, config):
+    sites, skipped = describe_sites(root, graph)
+    chosen, unwanted = choose_sites({"": (root, sites)}, config)
+    return chosen[""], (*skipped, *unwanted[""])
+
+
+def choose_sites(parts, config):
+    _check_patterns(config, [join(p, s.name) for p, (_, ss) in parts.items() for s in ss])
+    chosen, unwanted = {}, {}
+    for path, (root, sites) in parts.items():
+        mine, no = [], []
+        for site in sites:
+            reason = _unwanted(root, site, config, join(path, site.name))
+            if reason:
+                no.append(Skipped(site.name, site.op, reason))
+            else:
+                mine.append(site)
+        chosen[path], unwanted[path] = tuple(mine), tuple(no)
+    return chosen, unwanted
+
+
+def describe_sites(
+    root: nn.Module, graph: fx.Graph
 ) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
     """Return the sites of `graph` in the order of their first call, and what was left out.
 
@@ -154,25 +176,17 @@ def find_sites(
     # A weight that any of its calls rules out is ruled out: its dendrites would be right for some
     # calls only.
     eligible = [site for site in sites.values() if site.name not in skipped]
-    _check_patterns(config, [site.name for site in eligible])
-    chosen = []
-    for site in eligible:
-        reason = _unwanted(root, site, config)
-        if reason:
-            skipped[site.name] = Skipped(site.name, site.op, reason)
-        else:
-            chosen.append(site)
-    return tuple(chosen), tuple(skipped.values())
+    return tuple(eligible), tuple(skipped.values())
 
 
-def _unwanted(root: nn.Module, site: Site, config: Config) -> str | None:
-    if not any(fnmatch.fnmatchcase(site.name, glob) for glob in config.include):
+def _unwanted(root: nn.Module, site: Site, config: Config, name: str) -> str | None:
+    if not any(fnmatch.fnmatchcase(name, glob) for glob in config.include):
         return "no pattern of include matches it"
     for glob in config.exclude:
-        if fnmatch.fnmatchcase(site.name, glob):
+        if fnmatch.fnmatchcase(name, glob):
             return f"excluded by {glob!r}"
     owner = root.get_submodule(site.weight.rpartition(".")[0])
-    if config.filter_fn is not None and not config.filter_fn(owner, site.name):
+    if config.filter_fn is not None and not config.filter_fn(owner, name):
         return "filter_fn said no"
     return None
 
@@ -257,6 +271,8 @@ def _describe_function(root: nn.Module, node: fx.Node, op: str) -> Site | Skippe
     if reason:
         return Skipped(path, op, reason)
     assert isinstance(weight, torch.Tensor)
+    owner = path.rpartition(".")[0]
+    named = path.rpartition(".")[2] == "weight" and is_site_module(root.get_submodule(owner))
     geometry, padding = Geometry((), (), (), 1), None
     if op != "linear":
         stride, pad, dilation, groups = form
@@ -264,12 +280,12 @@ def _describe_function(root: nn.Module, node: fx.Node, op: str) -> Site | Skippe
             tuple(weight.shape[2:]), stride, pad, dilation, groups, "zeros"
         )
     return Site(
-        name=path,
+        name=owner if named else path,
         op=op,
         functional=True,
         weight=path,
         bias=None if bias_node is None else str(bias_node.target),
-        dendrites=f"{path}_dendrites",
+        dendrites=join(owner, "dendrites") if named else f"{path}_dendrites",
         geometry=geometry,
         padding=padding,
     )

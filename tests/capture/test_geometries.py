@@ -28,7 +28,7 @@ def echo(model: nn.Module) -> nn.Module:
     plain = dict(model.named_parameters())
     ours = pbfx.grow(pbfx.transform(model, pbfx.Config(activation="relu")))
     (site,) = ours.perforation.sites
-    (dendrites,) = ours.dendrites().values()
+    (dendrites,) = ours.grown().values()
     with torch.no_grad():
         dendrites.weight[0] = plain[site.weight]
         if site.bias is not None:
