@@ -87,7 +87,7 @@ class PerforatedModule(fx.GraphModule):
             raise
         self.recompile()
 
-    def dendrites(self) -> dict[str, Dendrites]:
+    def grown(self) -> dict[str, Dendrites]:
         """Return the dendrites modules that exist now, by the name of their site."""
         return {
             site.name: module
@@ -99,7 +99,7 @@ class PerforatedModule(fx.GraphModule):
         """Return the dendrites module of `site`, made empty if there is none yet."""
         module = self._lookup(site.dendrites)
         if module is None:
-            module = Dendrites(site, self.perforation.config, self.get_parameter(site.weight))
+            module = Dendrites(site, self.perforation.config, self.get_parameter(site.home))
             owner, _, name = site.dendrites.rpartition(".")
             self.get_submodule(owner).add_module(name, module)
         return module
@@ -122,9 +122,9 @@ class PerforatedModule(fx.GraphModule):
         """Draw weights (count, *W) and biases (count, N) for `site` from the private generator."""
         perforation = self.perforation
         perforation.draws += 1
-        like = self.get_parameter(site.weight).detach()
+        like = self.get_parameter(site.home).detach()
         seed = f"{perforation.config.seed}/{site.name}/{perforation.draws}"
-        return draw_weights(like, site.bias is not None, count, seed)
+        return draw_weights(site, like, count, seed)
 
     def structure(self) -> Structure:
         """Return how many dendrites and candidates each site has."""
@@ -133,7 +133,7 @@ class PerforatedModule(fx.GraphModule):
                 name: Counts(
                     module.count, 0 if module.candidates is None else module.candidates.count
                 )
-                for name, module in self.dendrites().items()
+                for name, module in self.grown().items()
             }
         )
 
@@ -148,9 +148,9 @@ class PerforatedModule(fx.GraphModule):
             dendrites.resize(counts.dendrites)
             dendrites.candidates = None
             if counts.candidates:
-                like = self.get_parameter(site.weight).detach()
-                weight = like.new_zeros(counts.candidates, *like.shape)
-                bias = like.new_zeros(counts.candidates, like.shape[0]) if site.bias else None
+                like = self.get_parameter(site.home).detach()
+                weight = like.new_zeros(counts.candidates, *site.shape)
+                bias = like.new_zeros(counts.candidates, site.neurons) if site.biased else None
                 dendrites.candidates = Candidates(
                     site, self.perforation.config, weight, bias, counts.dendrites
                 )

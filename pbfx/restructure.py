@@ -73,7 +73,7 @@ def learners_of(model: nn.Module) -> dict[str, SiteLearner]:
     return {
         join(path, name): SiteLearner(dendrites.candidates, part.perforation.config)
         for path, part in parts_of(model).items()
-        for name, dendrites in part.dendrites().items()
+        for name, dendrites in part.grown().items()
         if dendrites.candidates is not None
     }
 
@@ -124,7 +124,7 @@ def thaw(model: nn.Module, frozen: Frozen) -> None:
 def promote(model: nn.Module, learners: dict[str, SiteLearner]) -> None:
     """Turn the best candidate of each neuron into a dendrite; drop the rest of the pools."""
     for path, part in parts_of(model).items():
-        for name, dendrites in part.dendrites().items():
+        for name, dendrites in part.grown().items():
             learner = learners.get(join(path, name))
             if learner is not None:
                 dendrites.candidates = None
@@ -185,6 +185,6 @@ def grow_part(part: PerforatedModule, n: int, names: set[str]) -> None:
             for _ in range(n):
                 weight, bias = part.draw(site, 1)
                 dendrites = part.ensure_dendrites(site)
-                links = weight.new_zeros(dendrites.count, weight.shape[1])
+                links = weight.new_zeros(dendrites.count, site.neurons)
                 dendrites.append(weight[0], None if bias is None else bias[0], links)
     part.rebuild()

@@ -10,7 +10,7 @@ from pbfx.capture import capture
 from pbfx.config import Config
 from pbfx.errors import CaptureError, ConfigError
 from pbfx.perforated import PerforatedModule, Perforation, perforated_parts
-from pbfx.sites import find_sites, is_site_module
+from pbfx.sites import choose_sites, describe_sites, is_site_module
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,9 @@ def transform(model: nn.Module, config: Config | None = None) -> PerforatedModul
                 f"cannot perforate {name}: its attribute {attribute!r} would hide behind "
                 f"PerforatedModule.{attribute}; rename it"
             )
-    sites, skipped = find_sites(root, graph, config)
+    described, skipped = describe_sites(root, graph)
+    sites, unwanted = choose_sites({"": (root, described)}, config)[""]
+    skipped += unwanted
     if not sites:
         reasons = "; ".join(f"{s.name} ({s.op}): {s.reason}" for s in skipped)
         raise CaptureError(

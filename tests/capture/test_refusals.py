@@ -258,7 +258,7 @@ def test_nothing_to_grow_on():
     with pytest.raises(pbfx.CaptureError, match=r"attend \(MultiheadAttention\): not a linear"):
         pbfx.transform(HasAttention())
     config = pbfx.Config(exclude="*")
-    with pytest.raises(pbfx.CaptureError, match=r"0 \(linear\): excluded by '\*'"):
+    with pytest.raises(pbfx.ConfigError, match=r"'0' \(linear\): excluded by '\*'; '4'"):
         pbfx.transform(perceptron(), config)
 
 
@@ -330,7 +330,7 @@ def test_a_layer_whose_forward_was_replaced_is_kept_and_no_site():
     assert torch.equal(ours(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["graph", "code", "dendrites", "rebuild", "perforation"])
+@pytest.mark.parametrize("name", ["graph", "code", "grown", "rebuild", "perforation"])
 def test_names_that_would_hide(name: str):
     class Net(nn.Module):
         def __init__(self, value):
