@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import textwrap
 
 from torch import nn
@@ -79,9 +80,9 @@ def explain(model: nn.Module) -> Explanation:
         for site in part.perforation.sites:
             dendrites = grown.get(site.name)
             count = 0 if dendrites is None else dendrites.count
-            weight = part.get_parameter(site.weight)
-            neurons = weight.shape[0]
-            own = weight.numel() + (neurons if site.bias else 0)
+            neurons = site.neurons
+            soma = math.prod(site.shape) + (neurons if site.bias else 0)
+            own = math.prod(site.shape) + (neurons if site.biased else 0)
             # Each new dendrite also has a link to the soma and one from every older dendrite.
             links = count * neurons + count * (count - 1) // 2 * neurons
             sites.append(
@@ -90,7 +91,7 @@ def explain(model: nn.Module) -> Explanation:
                     op=site.op,
                     calls=site.calls,
                     dendrites=count,
-                    parameters=own * (count + 1) + links,
+                    parameters=soma + own * count + links,
                     next_dendrite=own + neurons * (count + 1),
                 )
             )

@@ -77,7 +77,7 @@ def managed_parameters(model: nn.Module) -> list[str]:
 def soma_weight_of(model: nn.Module) -> Callable[[str], nn.Parameter]:
     """Return a function from the name of a dendrites' parameter to its soma's weight."""
     weights = {
-        join(path, site.dendrites): join(path, site.weight)
+        join(path, site.dendrites): join(path, site.home)
         for path, part in parts_of(model).items()
         for site in part.perforation.sites
     }

@@ -124,7 +124,7 @@ class PerforatedModule(fx.GraphModule):
         """Return the dendrites module of `site`, made empty if there is none yet."""
         module = self._lookup(site.dendrites)
         if module is None:
-            module = Dendrites(site, self.perforation.config, self.get_parameter(site.weight))
+            module = Dendrites(site, self.perforation.config, self.get_parameter(site.home))
             owner, _, name = site.dendrites.rpartition(".")
             self.get_submodule(owner).add_module(name, module)
         return module
@@ -147,10 +147,10 @@ class PerforatedModule(fx.GraphModule):
         """Draw weights (count, *W) and biases (count, N) for `site` from the private generator."""
         perforation = self.perforation
         perforation.draws += 1
-        like = self.get_parameter(site.weight).detach()
+        like = self.get_parameter(site.home).detach()
         name = join(perforation.path, site.name)
         seed = f"{perforation.config.seed}/{name}/{perforation.draws}"
-        return draw_weights(like, site.bias is not None, count, seed)
+        return draw_weights(site, like, count, seed)
 
     def structure(self) -> Structure:
         """Return how many dendrites and candidates each site has."""
@@ -174,9 +174,9 @@ class PerforatedModule(fx.GraphModule):
             dendrites.resize(counts.dendrites)
             dendrites.candidates = None
             if counts.candidates:
-                like = self.get_parameter(site.weight).detach()
-                weight = like.new_zeros(counts.candidates, *like.shape)
-                bias = like.new_zeros(counts.candidates, like.shape[0]) if site.bias else None
+                like = self.get_parameter(site.home).detach()
+                weight = like.new_zeros(counts.candidates, *site.shape)
+                bias = like.new_zeros(counts.candidates, site.neurons) if site.biased else None
                 dendrites.candidates = Candidates(
                     site, self.perforation.config, weight, bias, counts.dendrites
                 )

@@ -20,8 +20,8 @@ from pbfx.dendrites import Dendrites
 from pbfx.errors import ConfigError, RestructureError, nearest
 from pbfx.learning import SiteLearner
 from pbfx.optimizers import Schedule, sync_optimizer
-from pbfx.passes.hold_eval import held_by_graph
 from pbfx.parts import candidate_parameters, managed_parameters, parts_of, soma_weight_of
+from pbfx.passes.hold_eval import held_by_graph
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
@@ -94,8 +94,9 @@ def freeze(model: nn.Module) -> None:
 def hold_outside(model: nn.Module) -> list[RemovableHandle]:
     """Hold what no graph holds in eval too, until the handles are removed.
 
-    A module that keeps its own forward, or that no pass knows (attention, recurrent nets), reads its
-    own flag, and the training loop switches modes at will, so each is switched back as it is called.
+    A module that keeps its own forward, or that no pass knows (attention, recurrent nets), reads
+    its own flag, and the training loop switches modes at will: each is switched back as it is
+    called.
     """
     held = {
         id(module)
@@ -191,6 +192,6 @@ def grow_part(part: PerforatedModule, n: int, names: set[str]) -> None:
             for _ in range(n):
                 weight, bias = part.draw(site, 1)
                 dendrites = part.ensure_dendrites(site)
-                links = weight.new_zeros(dendrites.count, weight.shape[1])
+                links = weight.new_zeros(dendrites.count, site.neurons)
                 dendrites.append(weight[0], None if bias is None else bias[0], links)
     part.rebuild()

@@ -68,9 +68,10 @@ def transform(model: nn.Module, config: Config | None = None) -> nn.Module:
     }
     skipped = {path: left for path, (_, left) in described.items()}
     roots = {path: part.root for path, part in captured.parts.items()}
-    chosen, unwanted = choose_sites({p: (roots[p], sites[p]) for p in roots}, config)
+    choice = choose_sites({path: (roots[path], sites[path]) for path in roots}, config)
+    chosen = {path: kept for path, (kept, _) in choice.items()}
     skipped = {
-        path: (*(_left_for(captured, path, s) for s in skipped[path]), *unwanted[path])
+        path: (*(_left_for(captured, path, s) for s in skipped[path]), *choice[path][1])
         for path in roots
     }
     outside = _outside(captured)

@@ -219,7 +219,7 @@ def functions_refused(name: str) -> Iterator[None]:
 
 @contextmanager
 def contexts_refused(name: str) -> Iterator[None]:
-    """Refuse activation checkpointing and other hooks on saved tensors, which a graph would drop."""
+    """Refuse activation checkpointing, and other hooks on saved tensors that a graph would drop."""
     hooks = torch.autograd.graph.saved_tensors_hooks
     original = hooks.__enter__
 
@@ -244,7 +244,7 @@ _BULK = ("parameters", "named_parameters", "buffers", "named_buffers")
 @contextmanager
 def questions_refused(name: str) -> Iterator[None]:
     """Refuse a forward that asks for torch's modes, or reads its parameters in bulk."""
-    faults = {
+    faults: dict[tuple[Any, str], str] = {
         (torch, key): f"asks torch.{key}(), and a graph has only one of the answers"
         for key in _MODES
     } | {

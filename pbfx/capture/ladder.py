@@ -236,9 +236,9 @@ def _methods(cls: type) -> Iterator[str]:
         if base.__module__.partition(".")[0] in ("torch", "builtins"):
             continue
         for name, value in vars(base).items():
-            if isinstance(value, FunctionType) and not name.startswith("_"):
-                if name != "forward" and not hasattr(nn.Module, name):
-                    yield name
+            known = name.startswith("_") or name == "forward" or hasattr(nn.Module, name)
+            if isinstance(value, FunctionType) and not known:
+                yield name
 
 
 def _may_hold_ops(module: nn.Module) -> bool:

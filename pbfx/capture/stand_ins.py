@@ -1,6 +1,6 @@
 """Stand-ins for a forward's inputs that refuse questions which a graph cannot ask again.
 
-A plain `fx.Proxy` answers `isinstance(x, torch.Tensor)` with False and `hasattr(x, "logits")` with
+A plain `Proxy` answers `isinstance(x, torch.Tensor)` with False and `hasattr(x, "logits")` with
 True, whatever the real value will be, and the answer becomes part of the graph without a word. A
 `StandIn` raises instead. It tells a question from a use by who asks: Python looks up `__class__`
 for `isinstance`, and calls `__getattr__` from a call instruction for `hasattr`.
@@ -13,10 +13,9 @@ import linecache
 import sys
 from bisect import bisect_right
 from types import CodeType, FrameType
-from typing import Any
 
 import torch
-from torch import fx
+from torch.fx.proxy import Attribute, Proxy
 
 from pbfx.errors import CaptureError
 
@@ -25,7 +24,7 @@ _BETWEEN = frozenset({"abc", "_py_abc", "typing", "typing_extensions"})
 _TENSOR_ATTRIBUTES = frozenset(dir(torch.Tensor))
 
 
-class StandIn(fx.Proxy):
+class StandIn(Proxy):
     """What tracing gives to `forward` in place of a value that depends on its input."""
 
     @property
@@ -43,7 +42,7 @@ class StandIn(fx.Proxy):
             f"{_place(frame)}"
         )
 
-    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+    def __getattr__(self, name: str) -> Attribute:
         """Return an attribute to be read at run time; refuse `hasattr` and its like."""
         frame = sys._getframe(1)
         asker = frame.f_globals.get("__name__", "")
@@ -59,7 +58,7 @@ class StandIn(fx.Proxy):
         return StandInAttribute(self, name)
 
 
-class StandInAttribute(StandIn, fx.proxy.Attribute):
+class StandInAttribute(StandIn, Attribute):
     """An attribute of a stand-in: a value of its own, or a method about to be called."""
 
 

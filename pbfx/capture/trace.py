@@ -92,13 +92,12 @@ class SourceTracer(fx.Tracer):
         """Record a value; refuse containers of a class of their own, which would come out plain."""
         kind = type(a)
         named = issubclass(kind, tuple) and hasattr(kind, "_fields")
-        if issubclass(kind, (dict, list, tuple)) and kind not in (dict, list, tuple) and not named:
-            if not kind.__module__.startswith(("torch.", "builtins")):
-                plain = "dict" if issubclass(kind, dict) else "tuple or list"
-                raise CaptureError(
-                    f"forward hands on a {kind.__name__}, which a graph would turn into a plain "
-                    f"{plain}"
-                )
+        own = not named and not kind.__module__.startswith(("torch.", "builtins"))
+        if own and issubclass(kind, (dict, list, tuple)):
+            plain = "dict" if issubclass(kind, dict) else "tuple or list"
+            raise CaptureError(
+                f"forward hands on a {kind.__name__}, which a graph would turn into a plain {plain}"
+            )
         return super().create_arg(a)
 
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
@@ -178,7 +177,7 @@ def is_torch_layer(module: nn.Module) -> bool:
 
 
 def may_return_none(module: nn.Module) -> bool:
-    """Return whether a part of what `module` returns may be None: of torch's layers, attention's."""
+    """Return whether something in what `module` returns may be None, as in attention's."""
     convolves = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     torchs = is_torch_layer(module) or convolves
     return isinstance(module, nn.MultiheadAttention) or not torchs

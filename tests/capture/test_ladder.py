@@ -325,5 +325,5 @@ def test_patterns_see_the_paths_of_the_whole_model():
     seen = []
     pbfx.transform(Coder(), pbfx.Config(filter_fn=lambda module, path: seen.append(path) or True))
     assert seen == ["down.0", "down.2", "up"]
-    with pytest.raises(pbfx.ConfigError, match="include='down.O' matches.*or 'down.0'"):
+    with pytest.raises(pbfx.ConfigError, match=r"include='down\.O' matches.*or 'down\.0'"):
         pbfx.transform(Coder(), pbfx.Config(include="down.O"))

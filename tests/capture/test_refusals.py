@@ -291,7 +291,7 @@ def test_nothing_to_grow_on():
     with pytest.raises(pbfx.CaptureError, match=r"attend \(MultiheadAttention\): not a linear"):
         pbfx.transform(HasAttention())
     config = pbfx.Config(exclude="*")
-    with pytest.raises(pbfx.CaptureError, match=r"0 \(linear\): excluded by '\*'"):
+    with pytest.raises(pbfx.ConfigError, match=r"'0' \(linear\): excluded by '\*'; '4'"):
         pbfx.transform(perceptron(), config)
 
 
