@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import linecache
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -54,8 +56,6 @@ class SourceTracer(fx.Tracer):
     ) -> None:
         super().__init__()
         self._is_leaf, self._absent, self._modes = is_leaf, absent, modes()
-        # Errors and pictures point to the user's line.
-        self.record_stack_traces = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether `m` stays one node."""
@@ -99,6 +99,12 @@ class SourceTracer(fx.Tracer):
                 f"forward hands on a {kind.__name__}, which a graph would turn into a plain {plain}"
             )
         return super().create_arg(a)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Record a node with the user's lines that it came from, for errors and pictures."""
+        node = super().create_node(*args, **kwargs)
+        node.stack_trace = _lines()
+        return node
 
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Record a node; refuse one under a `with` block that the graph would not enter again."""
@@ -183,12 +189,30 @@ def may_return_none(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) or not torchs
 
 
-def _asker() -> Any:
+def _asker() -> FrameType:
     """Return the frame of the model's code that is calling a module."""
-    frame = sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(_NOT_THE_MODEL):
+    return next(_model_frames(sys._getframe(1)), sys._getframe(1))
+
+
+def _lines() -> str:
+    """Return the lines of the model's code that are running, the innermost last.
+
+    fx can do this, but its way imports Inductor, which takes seconds.
+    """
+    frames = reversed(list(_model_frames(sys._getframe(1))))
+    return "\n".join(
+        f'File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n'
+        f"    {linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()}"
+        for frame in frames
+    )
+
+
+def _model_frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield the frames of the model's code that is being traced, the innermost first."""
+    while frame is not None and frame.f_code is not _trace.__code__:
+        if not frame.f_globals.get("__name__", "").startswith(_NOT_THE_MODEL):
+            yield frame
         frame = frame.f_back
-    return frame
 
 
 def _trace(clone: nn.Module, name: str, tracer: SourceTracer) -> fx.Graph:
