@@ -165,7 +165,8 @@ def load(
 def _structures(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Structure]:
     """Return the structure of each part of `model` that the saved keys describe."""
     return {
-        path: structure_of_keys(values, join(path, ""), part.perforation.sites) or Structure({})
+        path: structure_of_keys(values, f"{path}." if path else "", part.perforation.sites)
+        or Structure({})
         for path, part in perforated_parts(model).items()
     }
 

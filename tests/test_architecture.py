@@ -21,7 +21,7 @@ KERNELS = ROOT / "kernels" / "pbfx_kernels"
 LAYERS: list[tuple[str, str]] = [
     ("errors config phase files encoding", "say what is wrong, wanted, stored; know no graph"),
     ("topology sites capture structure", "read the model; rewrite nothing"),
-    ("dendrites", "own the parameters of one site; know no graph around it"),
+    ("dendrites spread", "own the parameters of one site; know no graph around it"),
     ("learning", "train dendrites; know no pass"),
     ("passes pipeline perforated", "rewrite graphs; `perforated` is the GraphModule they rewrite"),
     (
