@@ -15,6 +15,7 @@ remembers the shape of a leaf for as long as anyone holds an old loss.
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -176,6 +177,10 @@ class Dendrites(nn.Module):
         self.to_dendrite = nn.Parameter(like.new_zeros(0, 0, neurons))
         self.candidates = None
         self.set_trainable()
+        # torch's fused fast paths (nn.TransformerEncoderLayer, nn.MultiheadAttention in eval) read
+        # the weights around the modules, which would leave dendrites out without a word. They stand
+        # aside where a module inside has a hook.
+        self.register_forward_pre_hook(_keep_out_of_fast_paths)
 
     @property
     def count(self) -> int:
@@ -252,6 +257,10 @@ class Dendrites(nn.Module):
             self.activation,
             self.site.geometry,
         )
+
+
+def _keep_out_of_fast_paths(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Do nothing; that there is a hook is what counts."""
 
 
 def pad(x: Tensor, site: Site) -> Tensor:

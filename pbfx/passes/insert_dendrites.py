@@ -34,7 +34,7 @@ def insert_dendrites(gm: fx.GraphModule, ctx: PassContext) -> int:
     rewrites = 0
     for path, (site, _) in ctx.grown(gm).items():
         for soma in list(gm.graph.nodes):
-            if soma_weight(soma) != site.weight:
+            if soma_weight(gm, soma) != site.weight:
                 continue
             join = find_join(gm, soma, site.neurons)
             place, views = (soma, ()) if join is None else (join.norm, join.views)
