@@ -23,7 +23,8 @@ from pbfx.config import Config
 from pbfx.encoding import decode, encode
 from pbfx.errors import CheckpointError, PbfxError
 from pbfx.files import atomic_path
-from pbfx.parts import join
+from pbfx.kept import kept_modules
+from pbfx.paths import join
 from pbfx.perforated import perforated_parts
 from pbfx.structure import Structure, structure_of_keys
 from pbfx.transform import transform
@@ -77,6 +78,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], tracker: Resumable | No
             raise CheckpointError(f"cannot save {name}: a {type(value).__name__} is no tensor")
     header: dict[str, Any] = {
         "format": FORMAT,
+        "transformed": _is_transformed(model),
         "parts": {
             path_: {
                 "config": part.perforation.config.to_json(),
@@ -97,6 +99,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], tracker: Resumable | No
             save_file(_separate(tensors), temporary, {"pbfx": json.dumps(header)})
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"pbfx.save: cannot write {os.fspath(path)}: {error}") from error
+
+
+def _is_transformed(model: nn.Module) -> bool:
+    """Return whether `model` itself came out of `pbfx.transform`, and not only parts of it."""
+    return "" in perforated_parts(model) or "" in kept_modules(model)
 
 
 def load(
@@ -165,7 +172,8 @@ def load(
 def _structures(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Structure]:
     """Return the structure of each part of `model` that the saved keys describe."""
     return {
-        path: structure_of_keys(values, join(path, ""), part.perforation.sites) or Structure({})
+        path: structure_of_keys(values, f"{path}." if path else "", part.perforation.sites)
+        or Structure({})
         for path, part in perforated_parts(model).items()
     }
 
@@ -237,15 +245,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _transform_as(model: nn.Module, header: dict[str, Any], path: Any) -> nn.Module:
-    if list(header["parts"]) != [""]:
+    parts = header["parts"]
+    if not header["transformed"]:
         raise CheckpointError(
-            f"{path} holds a model of which parts were transformed ({', '.join(header['parts'])}); "
+            f"{path} holds a model of which parts were transformed ({', '.join(parts)}); "
             "transform the same parts of yours before pbfx.load"
         )
-    part = header["parts"][""]
     # The sites by name stand for a filter function, which is code and is not in the file.
-    names = tuple(glob.escape(name) for name in part["sites"])
-    settings = part["config"] | {"include": names, "exclude": ()}
+    names = [join(part, name) for part, saved in parts.items() for name in saved["sites"]]
+    settings = next(iter(parts.values()))["config"]
+    settings = settings | {"include": [glob.escape(name) for name in names], "exclude": ()}
     try:
         return transform(model, Config(**settings))
     except PbfxError as error:

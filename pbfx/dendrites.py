@@ -4,7 +4,7 @@ All D dendrites of a site are stacked in one tensor per role, so that one op eva
 checkpoint holds four tensors per site whatever D is:
 
     weight        (D, *soma.weight.shape)   V in the equations
-    bias          (D, N)                    c, where the soma has a bias
+    bias          (D, N)                    c, where the site's dendrites have one
     to_soma       (D, N)                    T: zero at birth, so growing never changes the output
     to_dendrite   (D, D, N)                 U, strictly lower-triangular: the cascade
 
@@ -26,23 +26,23 @@ from pbfx.sites import Site
 from pbfx_kernels import Moment
 
 
-def draw_weights(
-    like: Tensor, has_bias: bool, count: int, seed: str
-) -> tuple[Tensor, Tensor | None]:
+def draw_weights(site: Site, like: Tensor, count: int, seed: str) -> tuple[Tensor, Tensor | None]:
     """Draw `count` sets of weights as torch initialises a fresh linear or conv layer,
     U(±1/sqrt(fan_in)).
 
+    For a transposed convolution torch takes the fan-in of the convolution that it transposes; here
+    it is what a neuron reads, so that preactivations have the same scale at every site.
+
     Args:
-        like: the soma's weight (N, ...), for shape, dtype and device.
-        has_bias: whether to draw biases too.
+        site: for the shape, and whether to draw biases too.
+        like: the soma's weight, for dtype and device.
         count: D or C.
         seed: names the draw; the same words give the same numbers on every machine.
 
     Returns:
-        Weights (count, *like.shape), and biases (count, N) or None. torch's global streams are not
+        Weights (count, *site.shape), and biases (count, N) or None. torch's global streams are not
         touched.
     """
-    fan_in = max(like[0].numel(), 1)
     # Drawn on the CPU, so that a seed means the same on every device.
     generator = torch.Generator("cpu").manual_seed(zlib.crc32(seed.encode()))
 
@@ -50,12 +50,15 @@ def draw_weights(
         if like.is_meta:
             return torch.empty(shape, dtype=like.dtype, device="meta")
         drawn = (
-            torch.rand(shape, generator=generator, device="cpu").mul_(2).sub_(1).div_(fan_in**0.5)
+            torch.rand(shape, generator=generator, device="cpu")
+            .mul_(2)
+            .sub_(1)
+            .div_(site.fan_in**0.5)
         )
         return drawn.to(device=like.device, dtype=like.dtype)
 
-    weight = uniform(count, *like.shape)
-    return weight, uniform(count, like.shape[0]) if has_bias else None
+    weight = uniform(count, *site.shape)
+    return weight, uniform(count, site.neurons) if site.biased else None
 
 
 class Candidates(nn.Module):
@@ -88,7 +91,7 @@ class Candidates(nn.Module):
     ) -> None:
         super().__init__()
         self.site, self.activation = site, config.activation
-        count, neurons = weight.shape[:2]
+        count, neurons = weight.shape[0], site.neurons
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias)
         self.to_dendrite = nn.Parameter(weight.new_zeros(count, dendrites, neurons))
@@ -134,7 +137,7 @@ class Candidates(nn.Module):
             neuron,
             pad(x, self.site),
             activations,
-            self.weight,
+            self.site.op_weight(self.weight),
             self.bias,
             self.to_dendrite,
             self.moments,
@@ -152,7 +155,7 @@ class Dendrites(nn.Module):
     Args:
         site: where they grow.
         config: activation and mode of learning.
-        weight: the soma's weight, for shape, dtype and device.
+        weight: the soma's weight, for dtype and device.
     """
 
     candidates: Candidates | None
@@ -160,10 +163,10 @@ class Dendrites(nn.Module):
     def __init__(self, site: Site, config: Config, weight: Tensor) -> None:
         super().__init__()
         self.site, self.activation, self.learning = site, config.activation, config.learning
-        neurons = weight.shape[0]
+        neurons = site.neurons
         like = weight.detach()
-        self.weight = nn.Parameter(like.new_zeros(0, *weight.shape))
-        self.bias = nn.Parameter(like.new_zeros(0, neurons)) if site.bias else None
+        self.weight = nn.Parameter(like.new_zeros(0, *site.shape))
+        self.bias = nn.Parameter(like.new_zeros(0, neurons)) if site.biased else None
         self.to_soma = nn.Parameter(like.new_zeros(0, neurons))
         self.to_dendrite = nn.Parameter(like.new_zeros(0, 0, neurons))
         self.candidates = None
@@ -190,7 +193,7 @@ class Dendrites(nn.Module):
 
         Args:
             weight: (*soma.weight.shape).
-            bias: (N,), or None where the soma has none.
+            bias: (N,), or None where the site's dendrites have none.
             to_dendrite: (D, N), how strongly each older dendrite feeds the new one.
         """
         old = self.count
@@ -237,7 +240,7 @@ class Dendrites(nn.Module):
         return evaluate(
             soma,
             pad(x, self.site),
-            self.weight,
+            self.site.op_weight(self.weight),
             self.bias,
             self.to_soma,
             self.to_dendrite,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pbfx.dendrites import Candidates, Dendrites
 from pbfx.errors import RestructureError
+from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, perforated_parts
 
 
@@ -23,11 +24,6 @@ def parts_of(model: nn.Module) -> dict[str, PerforatedModule]:
             f"{type(model).__name__} has no perforated parts; pass it through pbfx.transform first"
         )
     return parts
-
-
-def join(prefix: str, name: str) -> str:
-    """Return the path of `name` inside the module at `prefix`."""
-    return f"{prefix}.{name}" if prefix else name
 
 
 def candidate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -81,7 +77,7 @@ def managed_parameters(model: nn.Module) -> list[str]:
 def soma_weight_of(model: nn.Module) -> Callable[[str], nn.Parameter]:
     """Return a function from the name of a dendrites' parameter to its soma's weight."""
     weights = {
-        join(path, site.dendrites): join(path, site.weight)
+        join(path, site.dendrites): join(path, site.home)
         for path, part in parts_of(model).items()
         for site in part.perforation.sites
     }

@@ -19,8 +19,11 @@ KERNELS = ROOT / "kernels" / "pbfx_kernels"
 # Lowest first: a room may import rooms of its own line and of the lines above it. A room is a file
 # or a folder directly under pbfx/.
 LAYERS: list[tuple[str, str]] = [
-    ("errors config phase files encoding", "say what is wrong, wanted, stored; know no graph"),
-    ("topology sites capture structure", "read the model; rewrite nothing"),
+    (
+        "errors config phase files encoding paths",
+        "say what is wrong, wanted, stored; know no graph",
+    ),
+    ("topology sites capture structure kept", "read the model; rewrite nothing"),
     ("dendrites", "own the parameters of one site; know no graph around it"),
     ("learning", "train dendrites; know no pass"),
     ("passes pipeline perforated", "rewrite graphs; `perforated` is the GraphModule they rewrite"),

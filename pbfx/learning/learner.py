@@ -131,7 +131,7 @@ class SiteLearner:
         for name in ("weight", "bias"):
             live, best = getattr(pool, name), getattr(pool, f"best_{name}")
             if live is not None:
-                rows = better.view(*better.shape, *(1 for _ in live.shape[2:]))
+                rows = better if name == "bias" else pool.site.along_weight(better)
                 best.copy_(torch.where(rows, live, best))
         pool.best_to_dendrite.copy_(
             torch.where(better[:, None, :], pool.to_dendrite, pool.best_to_dendrite)
@@ -142,7 +142,7 @@ class SiteLearner:
 
     @torch.no_grad()
     def chosen(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the best candidate of each neuron: weight (N, ...), bias (N,) or None, to_dendrite
+        """Return the best candidate of each neuron: weight (*W), bias (N,) or None, to_dendrite
         (D, N).
 
         Where no batch ever measured, or every candidate of a neuron is constant, the first stands
@@ -153,7 +153,9 @@ class SiteLearner:
         neurons = torch.arange(winner.numel(), device=winner.device)
         best_bias = pool._buffers["best_bias"]
         bias = None if best_bias is None else best_bias[winner, neurons]
-        return pool.best_weight[winner, neurons], bias, pool.best_to_dendrite[winner, :, neurons].T
+        rows = pool.site.along_weight(winner[None]).expand(1, *pool.site.shape)
+        weight = pool.best_weight.gather(0, rows)[0]
+        return weight, bias, pool.best_to_dendrite[winner, :, neurons].T
 
     @torch.no_grad()
     def prospects(self) -> tuple[Statistics, Tensor]:

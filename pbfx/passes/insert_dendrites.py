@@ -17,7 +17,7 @@ import operator
 from torch import fx
 
 from pbfx.passes.context import PassContext, copy_provenance
-from pbfx.sites import read_input
+from pbfx.sites import read_input, soma_weight
 
 
 def insert_dendrites(gm: fx.GraphModule, ctx: PassContext) -> int:
@@ -25,7 +25,7 @@ def insert_dendrites(gm: fx.GraphModule, ctx: PassContext) -> int:
     rewrites = 0
     for path, (site, _) in ctx.grown(gm).items():
         for soma in list(gm.graph.nodes):
-            if not site.is_soma(soma) or any(user.target == path for user in soma.users):
+            if soma_weight(soma) != site.weight or any(user.target == path for user in soma.users):
                 continue
             with gm.graph.inserting_after(soma):
                 dendrites = gm.graph.call_module(path, (soma, read_input(soma)))

@@ -116,8 +116,8 @@ def test_new_keys_nest_under_what_they_belong_to(case: Case):
     expected = {}
     for site in model.perforation.sites:
         weight = parameters[site.weight]
-        owner = site.name if site.functional else site.weight.removesuffix(".weight")
-        path = f"{owner}_dendrites" if site.functional else f"{owner}.dendrites"
+        # A module owns its weight; any other parameter has its dendrites beside it.
+        path = f"{site.name}_dendrites" if site.name in parameters else f"{site.name}.dendrites"
         expected[f"{path}.weight"] = (3, *weight.shape)
         expected[f"{path}.to_soma"] = (3, len(weight))
         expected[f"{path}.to_dendrite"] = (3, 3, len(weight))

@@ -1,0 +1,76 @@
+"""Read the sites off a graph."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import fx, nn
+
+from pbfx.sites.functions import describe_function, read_call
+from pbfx.sites.layers import describe_module
+from pbfx.sites.site import Site, Skipped
+from pbfx.topology import reaches_output
+
+
+def describe_sites(
+    root: nn.Module, graph: fx.Graph
+) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
+    """Return the sites of `graph` in the order of their first call, and what was left out.
+
+    Args:
+        root: the module over which the graph runs; every path is relative to it.
+        graph: the source graph.
+
+    Returns:
+        Sites, and the other ops with parameters, with the reason for each.
+    """
+    sites: dict[str, Site] = {}
+    skipped: dict[str, Skipped] = {}
+    useful, alive = reaches_output(graph), set()
+    for node in graph.nodes:
+        found = _describe(root, node)
+        if isinstance(found, Site):
+            if node in useful:
+                alive.add(found.name)
+            known = sites.get(found.name)
+            together = found if known is None else _merge(known, found)
+            if together is None:
+                reason = "its weight is used with two different geometries"
+                found = Skipped(found.name, found.op, reason)
+            else:
+                sites[found.name] = together
+        if isinstance(found, Skipped):
+            skipped.setdefault(found.name, found)
+    for site in sites.values():
+        if site.name not in alive | skipped.keys():
+            reason = "its output does not reach the model's output"
+            skipped[site.name] = Skipped(site.name, site.op, reason)
+    # A weight that any of its calls rules out is ruled out: its dendrites would be right for some
+    # calls only.
+    eligible = tuple(site for site in sites.values() if site.name not in skipped)
+    return eligible, tuple(skipped.values())
+
+
+def _describe(root: nn.Module, node: fx.Node) -> Site | Skipped | None:
+    """Return the site that `node` calls, why it is none, or None for other ops."""
+    if node.op == "call_module":
+        return describe_module(root.get_submodule(str(node.target)), str(node.target), node)
+    call = read_call(node)
+    return None if call is None else describe_function(root, node, call)
+
+
+def _merge(known: Site, found: Site) -> Site | None:
+    """Return the site of two calls with one weight, or None where no dendrite can serve both.
+
+    A bias of one call only is no obstacle: dendrites have a bias of their own.
+    """
+    together = dataclasses.replace(
+        known,
+        bias=known.bias or found.bias,
+        biased=known.biased or found.biased,
+        calls=known.calls + 1,
+    )
+    same = dataclasses.replace(
+        found, bias=together.bias, biased=together.biased, calls=together.calls, op=known.op
+    )
+    return together if same == together else None
