@@ -7,7 +7,7 @@ knows nothing of graphs and serves as the measure of what a capture has found.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,6 +97,13 @@ def weights_read(model: nn.Module, run: Callable[[], object]) -> list[Read]:
     with _running(model, listener), listener:
         run()
     return list(listener.reads.values())
+
+
+def nearest_owner(name: str, known: Mapping[str, str]) -> str | None:
+    """Return what `known` says of `name` or of the innermost module around it; None if nothing."""
+    while name and name not in known:
+        name = name.rpartition(".")[0]
+    return known.get(name)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from benchmarks.gate import same_bits
 from benchmarks.sweep.language import build_transformers
 from benchmarks.sweep.subject import Name, NotBuilt, Subject
 from benchmarks.sweep.vision import build_timm, build_torchvision
-from benchmarks.weights import weights_read
+from benchmarks.weights import nearest_owner, weights_read
 from pbfx.errors import PbfxError
 from pbfx.parts import parts_of
 
@@ -31,6 +31,8 @@ BUILDERS: dict[str, Callable[[str], Subject]] = {
 BUILD, PLAIN, TRANSFORM, COMPARE = "build", "plain", "transform", "compare"
 # Answers to "are the outputs the same?".
 YES, NO, VARIES = "yes", "no", "the plain model varies"
+# A loss that pbfx.explain does not mention.
+UNSAID = "NO REASON GIVEN"
 _REASON = 300
 
 
@@ -144,7 +146,10 @@ def _describe(finding: Finding, model: nn.Module, plain: _Plain) -> None:
             covered.add(id(part.get_parameter(site.weight)))
     explanation = pbfx.explain(model)
     finding.sites = len(explanation.sites)
-    reasons.update(f"{op}: {reason}" for _, op, reason in explanation.skipped)
+    said = {name: f"{op}: {reason}" for name, op, reason in explanation.skipped}
+    for read in plain.reads:
+        if id(read.parameter) not in covered:
+            reasons[nearest_owner(read.name, said) or UNSAID] += 1
     finding.left_out = "; ".join(f"{n} x {why}" for why, n in reasons.most_common(6)) or None
     read = sum(r.numel for r in plain.reads if id(r.parameter) in covered)
     finding.covered_percent = 100.0 * read / plain.linear_conv if plain.linear_conv else None

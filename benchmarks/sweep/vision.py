@@ -105,10 +105,9 @@ def build_timm(name: str) -> Subject:
     """
     import timm
 
-    with torch.device("meta"):
-        # Some constructors read values of their own tensors, which meta tensors have not.
-        with contextlib.suppress(NotImplementedError, RuntimeError):
-            check_size(_parameters(timm.create_model(name, pretrained=False)))
+    # Some constructors read values of their own tensors, which meta tensors have not.
+    with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+        check_size(_parameters(timm.create_model(name, pretrained=False)))
     model = timm.create_model(name, pretrained=False)
     check_size(_parameters(model))
     config = getattr(model, "pretrained_cfg", {})

@@ -260,11 +260,13 @@ class Inception(nn.Module):
 
 
 MEMBERS = [
-    Member("lenet", LeNet, images(3, 1, 16, 16), 5),
+    Member("lenet", LeNet, images(3, 1, 16, 16), 5, rungs="op"),
     Member("vgg", VGG, images(3, 3, 12, 12), 5),
     Member("resnet", lambda: ResNet(BasicBlock), images(3, 3, 8, 8), 9),
     Member("resnet, pre-activation", lambda: ResNet(PreActivationBlock), images(3, 3, 8, 8), 9),
-    Member("densenet", DenseNet, images(3, 3, 8, 8), 11),
-    Member("densenet, checkpointed", lambda: DenseNet(True), images(3, 3, 8, 8), 11),
-    Member("inception", Inception, images(3, 3, 11, 11), 13),
+    Member("densenet", DenseNet, images(3, 3, 8, 8), 11, rungs="whole op"),
+    Member(
+        "densenet, checkpointed", lambda: DenseNet(True), images(3, 3, 8, 8), 11, rungs="whole op"
+    ),
+    Member("inception", Inception, images(3, 3, 11, 11), 13, rungs="submodule op"),
 ]

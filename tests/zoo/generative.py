@@ -217,6 +217,7 @@ MEMBERS = [
         Generator,
         images(3, 6, 1, 1),
         3,
+        rungs="submodule",
         methods={"sample": lambda m: m.sample(2, torch.Generator().manual_seed(5))},
     ),
     Member(
@@ -231,6 +232,7 @@ MEMBERS = [
         Autoencoder,
         images(4, 10),
         4,
+        rungs="submodule",
         methods={
             "encode": lambda m: m.encode(torch.linspace(-1, 1, 10)),
             "decode": lambda m: m.decode(torch.tensor([[0.1, -0.2, 0.3]])),
@@ -241,10 +243,18 @@ MEMBERS = [
         VariationalAutoencoder,
         images(3, 1, 8, 8),
         5,
+        rungs="op",
         methods={
             "encode": lambda m: m.encode(torch.linspace(-1, 1, 64).view(1, 1, 8, 8)),
             "decode": lambda m: m.decode(torch.tensor([[0.1, -0.2]])),
         },
     ),
-    Member("diffusion unet", DiffusionUNet, _noisy, 23, eval_inputs=_noisy_unlabelled),
+    Member(
+        "diffusion unet",
+        DiffusionUNet,
+        _noisy,
+        23,
+        rungs="submodule op",
+        eval_inputs=_noisy_unlabelled,
+    ),
 ]

@@ -132,6 +132,6 @@ def _one_graph(generator: torch.Generator) -> Arguments:
 
 
 MEMBERS = [
-    Member("graph network", GraphNet, _graphs, 4, eval_inputs=_one_graph),
-    Member("mixture of experts", MixtureOfExperts, images(2, 5, 5), 12),
+    Member("graph network", GraphNet, _graphs, 4, rungs="submodule op", eval_inputs=_one_graph),
+    Member("mixture of experts", MixtureOfExperts, images(2, 5, 5), 12, rungs="submodule op"),
 ]

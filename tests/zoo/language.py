@@ -483,15 +483,17 @@ MEMBERS = [
         lambda: EncoderModel(EncoderConfig()),
         _masked,
         13,
+        rungs="op",
         methods=_COMMON | {"get_input_embeddings": lambda m: m.get_input_embeddings()(_PROMPT)},
         eval_inputs=_embedded,
     ),
-    Member("bert-like, checkpointed", _checkpointed, _masked, 13, methods=_COMMON),
+    Member("bert-like, checkpointed", _checkpointed, _masked, 13, rungs="op", methods=_COMMON),
     Member(
         "masked language model",
         lambda: MaskedLanguageModel(EncoderConfig(output_hidden_states=False)),
         _masked_with_labels,
         14,
+        rungs="op",
         eval_inputs=_masked,
     ),
     Member(
@@ -499,6 +501,7 @@ MEMBERS = [
         lambda: CausalLanguageModel(DecoderConfig()),
         _next,
         9,
+        rungs="submodule op",
         eval_inputs=_prompt,
         methods=_COMMON
         | {
@@ -506,5 +509,16 @@ MEMBERS = [
             "generate without cache": lambda m: m.generate(_PROMPT, 5, use_cache=False),
         },
     ),
-    Member("torch's transformer", SequenceClassifier, _steps, 10),
+    Member(
+        "torch's transformer",
+        SequenceClassifier,
+        _steps,
+        10,
+        rungs="whole op",
+        left_out={
+            f"encoder.layers.{i}.self_attn.{weight}": "MultiheadAttention"
+            for i in (0, 1)
+            for weight in ("in_proj_weight", "out_proj.weight")
+        },
+    ),
 ]

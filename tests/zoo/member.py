@@ -21,10 +21,10 @@ class Member:
         build: makes the model; draws from torch's global stream only.
         inputs: positional and named arguments of `forward`, drawn from a generator.
         possible: weights that a linear or conv op reads in a forward pass, each counted once.
-        rungs: how the model is captured: the rung of every perforated part, each named once.
-        left_out: weights of `possible` that carry no dendrites, with words of the reason.
-        reported: further layers that `explain` must mention (they own weights, and are no linear
-            or conv op), with words of the reason.
+        rungs: how the model is captured: the rungs of its perforated parts.
+        left_out: weights of `possible` that carry no dendrites, by name (of the module, where the
+            weight is computed), with words of what `explain` says of them.
+        reported: further layers that `explain` must mention, with words of what it says.
         methods: what the user's class offers beside `forward`, as calls on a model.
         eval_inputs: those of evaluation, where they differ.
     """
@@ -33,7 +33,7 @@ class Member:
     build: Callable[[], nn.Module]
     inputs: Callable[[torch.Generator], Arguments]
     possible: int
-    rungs: frozenset[str] = frozenset({"whole"})
+    rungs: str = "whole"
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
     reported: Mapping[str, str] = dataclasses.field(default_factory=dict)
     methods: Mapping[str, Callable[[nn.Module], Any]] = dataclasses.field(default_factory=dict)

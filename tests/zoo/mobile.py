@@ -220,6 +220,7 @@ MEMBERS = [
         EfficientNet,
         images(4, 3, 16, 16),
         13,
+        rungs="submodule op",
         methods={
             "forward_features": lambda m: m.forward_features(_IMAGE),
             "forward_head": lambda m: m.forward_head(m.forward_features(_IMAGE), pre_logits=True),
@@ -231,6 +232,7 @@ MEMBERS = [
         ConvNeXt,
         images(4, 3, 16, 16),
         9,
+        rungs="submodule op",
         methods={"forward_features": lambda m: m.forward_features(_IMAGE)},
     ),
 ]

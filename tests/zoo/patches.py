@@ -168,14 +168,18 @@ MEMBERS = [
         MlpMixer,
         images(4, 3, 8, 8),
         10,
+        rungs="submodule op",
         methods={"forward_features": _METHODS["forward_features"]},
     ),
-    Member("vit", VisionTransformer, images(4, 3, 8, 8), 10, methods=_METHODS),
+    Member(
+        "vit", VisionTransformer, images(4, 3, 8, 8), 10, rungs="submodule op", methods=_METHODS
+    ),
     Member(
         "vit, attention written out",
         lambda: VisionTransformer(global_pool="avg", fused=False),
         images(4, 3, 8, 8),
         10,
+        rungs="submodule op",
         methods=_METHODS,
     ),
 ]

@@ -102,13 +102,21 @@ def _tokens_and_state(generator: torch.Generator) -> Arguments:
 
 
 MEMBERS = [
-    Member("lstm cells", CellNet, images(3, 4, 3), 5),
+    Member(
+        "lstm cells",
+        CellNet,
+        images(3, 4, 3),
+        5,
+        rungs="op",
+        left_out={f"lstm{i}.weight_{kind}": "LSTMCell" for i in (1, 2) for kind in ("ih", "hh")},
+    ),
     Member("gated tagger", GatedTagger, _tokens, 3),
     Member(
         "lstm language model",
         LanguageLSTM,
         _tokens_and_state,
         2,
+        rungs="op",
         reported={"rnn": "LSTM"},
         eval_inputs=_tokens,
         methods={"init_hidden": lambda m: m.init_hidden(2)},

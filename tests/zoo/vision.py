@@ -278,6 +278,7 @@ MEMBERS = [
         Detector,
         _labelled,
         9,
+        rungs="submodule op",
         eval_inputs=images(2, 3, 8, 8),
         methods={"head": lambda m: m.head([torch.linspace(-1, 1, 36).view(1, 4, 3, 3)])},
     ),
@@ -286,6 +287,7 @@ MEMBERS = [
         Siamese,
         _pair,
         2,
+        rungs="submodule",
         methods={
             "get_embedding": lambda m: m.get_embedding(torch.linspace(-1, 1, 64).view(1, 1, 8, 8))
         },
