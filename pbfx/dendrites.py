@@ -15,6 +15,7 @@ remembers the shape of a leaf for as long as anyone holds an old loss.
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 import pbfx_kernels
 from pbfx.config import Config
 from pbfx.sites import Site
+from pbfx.spread import Spread
 from pbfx_kernels import Moment
 
 
@@ -71,7 +73,7 @@ class Candidates(nn.Module):
     The buffers are the learner's memory; they live here so that they move, save and load with the
     model: `running` the decayed sums of learning batches, `heldout` the sums of measuring batches
     of this epoch, `best_*` the best candidates seen on measuring batches, and what was measured of
-    them.
+    them. `spread` measures the preactivations of candidates that join after a norm.
     """
 
     direction: Tensor
@@ -113,6 +115,8 @@ class Candidates(nn.Module):
             "best_batches": (count, neurons),
         }.items():
             self.register_buffer(name, weight.new_zeros(shape, dtype=precise))
+        # A norm scales what its neuron computes; dendrites join after it and have to come scaled.
+        self.spread = Spread(count, neurons, weight, precise) if site.norm else None
         self.register_buffer("best_weight", weight.detach().clone())
         self.register_buffer("best_bias", None if bias is None else bias.detach().clone())
         self.register_buffer("best_to_dendrite", self.to_dendrite.detach().clone())
@@ -133,7 +137,7 @@ class Candidates(nn.Module):
         # Nothing comes back from a forward without gradients, such as a validation pass.
         if not torch.is_grad_enabled():
             return neuron
-        out, _ = pbfx_kernels.candidates(
+        out, z = pbfx_kernels.candidates(
             neuron,
             pad(x, self.site),
             activations,
@@ -146,6 +150,8 @@ class Candidates(nn.Module):
             self.activation,
             self.site.geometry,
         )
+        if self.spread is not None and self.spread.open:
+            self.spread.add(z, self.site.geometry.channel_axis)
         return out
 
 
@@ -171,6 +177,10 @@ class Dendrites(nn.Module):
         self.to_dendrite = nn.Parameter(like.new_zeros(0, 0, neurons))
         self.candidates = None
         self.set_trainable()
+        # torch's fused fast paths (nn.TransformerEncoderLayer, nn.MultiheadAttention in eval) read
+        # the weights around the modules, which would leave dendrites out without a word. They stand
+        # aside where a module inside has a hook.
+        self.register_forward_pre_hook(_keep_out_of_fast_paths)
 
     @property
     def count(self) -> int:
@@ -247,6 +257,10 @@ class Dendrites(nn.Module):
             self.activation,
             self.site.geometry,
         )
+
+
+def _keep_out_of_fast_paths(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Do nothing; that there is a hook is what counts."""
 
 
 def pad(x: Tensor, site: Site) -> Tensor:

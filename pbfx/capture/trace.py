@@ -183,7 +183,7 @@ def is_torch_layer(module: nn.Module) -> bool:
     if isinstance(module, nn.Sequential) or forward is nn.Module.forward:
         return False
     inherits = (getattr(forward, "__module__", None) or "").startswith("torch.nn.")
-    if type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")):
+    if type(module).__module__.startswith(("torch.nn.", "torch.ao.")):
         return True
     return (
         inherits
