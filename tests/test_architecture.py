@@ -20,7 +20,7 @@ KERNELS = ROOT / "kernels" / "pbfx_kernels"
 # or a folder directly under pbfx/.
 LAYERS: list[tuple[str, str]] = [
     ("errors config phase files encoding", "say what is wrong, wanted, stored; know no graph"),
-    ("topology sites capture structure", "read the model; rewrite nothing"),
+    ("topology cells attention sites capture structure", "read the model; rewrite nothing"),
     ("dendrites spread", "own the parameters of one site; know no graph around it"),
     ("learning", "train dendrites; know no pass"),
     ("passes pipeline perforated", "rewrite graphs; `perforated` is the GraphModule they rewrite"),
