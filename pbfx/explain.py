@@ -8,7 +8,9 @@ import textwrap
 
 from torch import nn
 
-from pbfx.parts import join, parts_of
+from pbfx.kept import kept_modules
+from pbfx.parts import parts_of
+from pbfx.paths import join
 
 # A terminal's width by custom.
 COLUMNS = 80
@@ -72,7 +74,8 @@ def explain(model: nn.Module) -> Explanation:
         RestructureError: if the model has no perforated parts.
     """
     sites, skipped = [], []
-    for path, part in parts_of(getattr(model, "_orig_mod", model)).items():
+    model = getattr(model, "_orig_mod", model)
+    for path, part in parts_of(model).items():
         grown = part.grown()
         for site in part.perforation.sites:
             dendrites = grown.get(site.name)
@@ -93,4 +96,6 @@ def explain(model: nn.Module) -> Explanation:
                 )
             )
         skipped += [(join(path, s.name), s.op, s.reason) for s in part.perforation.skipped]
+    for path, kept in kept_modules(model).items():
+        skipped += [(join(path, s.name), s.op, s.reason) for s in kept.skipped]
     return Explanation(tuple(sites), tuple(skipped))

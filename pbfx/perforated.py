@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
 
+from pbfx.absorbed import absorb, assign
+from pbfx.capture import Rung
 from pbfx.config import Config
 from pbfx.dendrites import Candidates, Dendrites, draw_weights
 from pbfx.errors import PassError, PbfxError
 from pbfx.passes.context import PassContext
+from pbfx.paths import join
 from pbfx.phase import Phase
 from pbfx.pipeline import PassRecord, run_passes
 from pbfx.sites import Site, Skipped
@@ -35,6 +39,12 @@ class Perforation:
         sites: where dendrites may grow.
         skipped: the other ops with parameters, and why.
         config: what the user asked for.
+        path: where this module stood in the model that was transformed.
+        rung: how it was captured.
+        reason: why no graph around it could be had; empty for a whole model.
+        kind: the user's class.
+        absorbed: paths of the modules whose forwards run in the graph.
+        recapture: captures this module anew, with some modules inside as graphs of their own.
         phase: which graph runs now.
         draws: how many pools of weights have been drawn, so that a new pool differs from the last.
         records: what the passes did at the last rebuild.
@@ -45,18 +55,31 @@ class Perforation:
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
     config: Config
+    path: str = ""
+    rung: Rung = Rung.WHOLE
+    reason: str = ""
+    kind: type[nn.Module] = nn.Module
+    absorbed: tuple[str, ...] = ()
+    recapture: Callable[[PerforatedModule, frozenset[str], str], None] | None = None
     phase: Phase = Phase.NEURON
     draws: int = 0
     records: tuple[PassRecord, ...] = ()
     tracker: object = None
 
 
-class PerforatedModule(fx.GraphModule):
-    """A captured model that can grow dendrites.
+class _Start(nn.Module):
+    """Ends the chain of constructors: the state of a user's class is copied, not made anew."""
 
-    It has the parameters, buffers, submodules, attributes and state-dict keys of the user's model.
-    `perforation` holds the rest. After every structural change `rebuild` derives a new graph from
-    the source graph and recompiles.
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+class PerforatedModule(fx.GraphModule):
+    """A captured module that can grow dendrites.
+
+    It has the parameters, buffers, submodules, attributes and state-dict keys of the user's module,
+    and is an instance of its class. `perforation` holds the rest. After every structural change
+    `rebuild` derives a new graph from the source graph and recompiles.
     """
 
     perforation: Perforation
@@ -68,6 +91,16 @@ class PerforatedModule(fx.GraphModule):
                 self.__dict__[name] = value
         self.perforation = perforation
         self.rebuild()
+        absorb(self, perforation.absorbed)
+
+    @classmethod
+    def over(cls, root: nn.Module, perforation: Perforation) -> PerforatedModule:
+        """Return a perforated module in the place of `root`, an instance of its class too."""
+        kind, own = cls, perforation.kind
+        if not issubclass(own, fx.GraphModule) and not _customises_access(own):
+            # Methods of our own first; everything else is the user's.
+            kind = type(own.__name__, (cls, _Start, own), {"__module__": own.__module__})
+        return kind(root, perforation, own.__name__)
 
     def rebuild(self) -> None:
         """Derive the graph for the present structure and phase, and recompile.
@@ -123,7 +156,8 @@ class PerforatedModule(fx.GraphModule):
         perforation = self.perforation
         perforation.draws += 1
         like = self.get_parameter(site.home).detach()
-        seed = f"{perforation.config.seed}/{site.name}/{perforation.draws}"
+        name = join(perforation.path, site.name)
+        seed = f"{perforation.config.seed}/{name}/{perforation.draws}"
         return draw_weights(site, like, count, seed)
 
     def structure(self) -> Structure:
@@ -161,6 +195,18 @@ class PerforatedModule(fx.GraphModule):
             # Into or out of the eval in which the dendrite phase holds the network.
             self.train(self.training)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "perforation" not in self.__dict__ or name in _GRAPH_MODULE_STATE:
+            super().__setattr__(name, value)
+        else:
+            assign(self, name, value, super().__setattr__, self)
+
+    def original(self) -> nn.Module:
+        """Return a module of the user's class over the state of this one, without a graph."""
+        plain = self._shell()
+        plain.__class__ = self.perforation.kind
+        return plain
+
     def train(self, mode: bool = True) -> PerforatedModule:
         """Set the mode as usual; in the dendrite phase the network's own modules stay in eval."""
         super().train(mode)
@@ -186,9 +232,10 @@ class PerforatedModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PerforatedModule:
         # Known to `memo` before its parts are copied, since a part may refer back to the whole.
-        twin = memo[id(self)] = PerforatedModule.__new__(PerforatedModule)
+        kind = type(self)
+        twin = memo[id(self)] = kind.__new__(kind)
         perforation = dataclasses.replace(self.perforation, tracker=None)
-        twin.__init__(copy.deepcopy(self._shell(), memo), perforation, type(self).__name__)
+        twin.__init__(copy.deepcopy(self._shell(), memo), perforation, kind.__name__)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -200,6 +247,10 @@ class PerforatedModule(fx.GraphModule):
             "path) or torch.save(model.state_dict(), path), and copy it with copy.deepcopy"
         )
 
+    def _recompile_submodules(self) -> list[Any]:
+        # Parts inside have graphs of their own, which `rebuild` derives when they change.
+        return []
+
     def _shell(self) -> nn.Module:
         """Return a plain module with everything that is not fx's or pbfx's."""
         shell = nn.Module()
@@ -208,6 +259,31 @@ class PerforatedModule(fx.GraphModule):
             {name: value for name, value in self.__dict__.items() if name not in ours}
         )
         return shell
+
+
+def hides(module: nn.Module) -> str | None:
+    """Return why a perforated module cannot take the place of `module`, or None."""
+    own = {*module.__dict__, *module._modules, *module._parameters, *module._buffers}
+    for base in type(module).__mro__:
+        if base.__module__.partition(".")[0] not in ("torch", "builtins"):
+            own |= vars(base).keys()
+    taken = {"perforation", *dir(PerforatedModule)} - set(dir(nn.Module))
+    if isinstance(module, fx.GraphModule):
+        taken -= set(dir(fx.GraphModule)) | set(_GRAPH_MODULE_STATE)
+    clash = sorted(own & taken)
+    return (
+        f"its attribute {clash[0]!r} would hide behind PerforatedModule.{clash[0]}"
+        if clash
+        else None
+    )
+
+
+def _customises_access(cls: type) -> bool:
+    """Return whether a user's class watches its attributes, which a graph module's would upset."""
+    watched = ("__setattr__", "__getattr__", "__delattr__")
+    return cls.__getattribute__ is not object.__getattribute__ or any(
+        getattr(cls, name) is not getattr(nn.Module, name) for name in watched
+    )
 
 
 def perforated_parts(model: nn.Module) -> dict[str, PerforatedModule]:

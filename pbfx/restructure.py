@@ -16,11 +16,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from pbfx.absorbed import Absorbed
 from pbfx.dendrites import Dendrites
 from pbfx.errors import ConfigError, RestructureError, nearest
 from pbfx.learning import SiteLearner
 from pbfx.optimizers import Schedule, sync_optimizer
-from pbfx.parts import candidate_parameters, join, managed_parameters, parts_of, soma_weight_of
+from pbfx.parts import candidate_parameters, managed_parameters, parts_of, soma_weight_of
+from pbfx.passes.hold_eval import held_by_graph
+from pbfx.paths import join
 from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
 from pbfx.undo import undoing
@@ -90,12 +93,17 @@ def freeze(model: nn.Module) -> None:
 
 
 def hold_outside(model: nn.Module) -> list[RemovableHandle]:
-    """Hold what lies outside the perforated parts in eval too, until the handles are removed.
+    """Hold what no graph holds in eval too, until the handles are removed.
 
-    No graph of ours runs there, and the training loop switches modes at will, so each module is
-    switched back as it is called.
+    A module that keeps its own forward, or that no pass knows (attention, recurrent nets), reads
+    its own flag, and the training loop switches modes at will: each is switched back as it is
+    called.
     """
-    inside = {id(module) for part in parts_of(model).values() for module in part.modules()}
+    held = {
+        id(module)
+        for part in parts_of(model).values()
+        for module in held_by_graph(part, part.perforation.source)
+    }
 
     def hold(module: nn.Module, _: Any) -> None:
         module.training = False
@@ -103,7 +111,8 @@ def hold_outside(model: nn.Module) -> list[RemovableHandle]:
     return [
         module.register_forward_pre_hook(hold)
         for module in model.modules()
-        if id(module) not in inside
+        # What a graph has absorbed is never called.
+        if id(module) not in held and not isinstance(module, Absorbed)
     ]
 
 

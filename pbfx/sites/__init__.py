@@ -11,7 +11,7 @@ from pbfx.sites.describe import describe_sites
 from pbfx.sites.functions import read_input, soma_weight
 from pbfx.sites.layers import is_site_module
 from pbfx.sites.norms import Join, find_join, is_permutation
-from pbfx.sites.site import Padding, Site, Skipped, convolution_form, join_path, leaves
+from pbfx.sites.site import Padding, Site, Skipped, convolution_form, leaves
 from pbfx.sites.unfold import UNFOLDABLE, unfold
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "find_join",
     "is_permutation",
     "is_site_module",
-    "join_path",
     "leaves",
     "read_input",
     "soma_weight",

@@ -9,7 +9,8 @@ from torch import nn
 
 from pbfx.config import Config
 from pbfx.errors import ConfigError, nearest
-from pbfx.sites.site import Site, Skipped, join_path
+from pbfx.paths import join
+from pbfx.sites.site import Site, Skipped
 
 Choice = tuple[tuple[Site, ...], tuple[Skipped, ...]]
 
@@ -30,13 +31,13 @@ def choose_sites(
     Raises:
         ConfigError: if a pattern matches no site of any part, or nothing is left to grow on.
     """
-    names = [join_path(path, site.name) for path, (_, sites) in parts.items() for site in sites]
+    names = [join(path, site.name) for path, (_, sites) in parts.items() for site in sites]
     _check_patterns(config, names)
     chosen: dict[str, Choice] = {}
     for path, (root, sites) in parts.items():
         kept, unwanted = [], []
         for site in sites:
-            reason = _unwanted(root, site, join_path(path, site.name), config)
+            reason = _unwanted(root, site, join(path, site.name), config)
             if reason is None:
                 kept.append(site)
             else:
@@ -44,7 +45,7 @@ def choose_sites(
         chosen[path] = tuple(kept), tuple(unwanted)
     if names and not any(kept for kept, _ in chosen.values()):
         reasons = "; ".join(
-            f"{join_path(path, s.name)!r} ({s.op}): {s.reason}"
+            f"{join(path, s.name)!r} ({s.op}): {s.reason}"
             for path, (_, unwanted) in chosen.items()
             for s in unwanted
         )

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pbfx.cells import cell_map
+from pbfx.paths import join
 from pbfx.sites.layers import MODULES, is_site_module, why_ineligible
-from pbfx.sites.site import Site, Skipped, convolution_form, join_path, leaves
+from pbfx.sites.site import Site, Skipped, convolution_form, leaves
 from pbfx_kernels import LINEAR
 
 FUNCTIONS: dict[Callable[..., Any], str] = {
@@ -145,7 +146,7 @@ def soma_weight(root: nn.Module, node: fx.Node) -> str | None:
     if node.op == "call_module":
         # An embedding may own the same weight, and computes something else with it.
         is_soma = is_site_module(root.get_submodule(str(node.target)))
-        return join_path(str(node.target), "weight") if is_soma else None
+        return join(str(node.target), "weight") if is_soma else None
     call = read_call(node)
     return None if call is None else call.weight
 
@@ -161,7 +162,7 @@ def describe_function(root: nn.Module, node: fx.Node, call: Call) -> Site | Skip
     # The function then stands for a call of the module itself.
     stands_for_module = attribute == "weight" and isinstance(owner, tuple(MODULES))
     name = owner_path if stands_for_module else path
-    dendrites = join_path(owner_path, "dendrites") if stands_for_module else f"{path}_dendrites"
+    dendrites = join(owner_path, "dendrites") if stands_for_module else f"{path}_dendrites"
     reason = why_ineligible(weight)
     if not reason and call.matrix and weight.dim() != 2:
         reason = f"its weight has {weight.dim()} axes, and dendrites need a matrix"

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from pbfx.sites.site import Padding, Site, Skipped, convolution_form, join_path
+from pbfx.paths import join
+from pbfx.sites.site import Padding, Site, Skipped, convolution_form
 from pbfx.sites.unfold import UNFOLDABLE, why_folded
 from pbfx_kernels import LINEAR, Geometry
 
@@ -69,12 +70,12 @@ def describe_module(module: nn.Module, path: str, node: fx.Node) -> Site | Skipp
     return Site(
         name=path,
         op=next(op for base, op in MODULES.items() if isinstance(module, base)),
-        weight=join_path(path, "weight"),
-        home=join_path(path, home),
+        weight=join(path, "weight"),
+        home=join(path, home),
         shape=weight_shape(module),
-        bias=None if bias is None else join_path(path, "bias"),
+        bias=None if bias is None else join(path, "bias"),
         biased=getattr(module, "bias", None) is not None,
-        dendrites=join_path(path, "dendrites"),
+        dendrites=join(path, "dendrites"),
         geometry=geometry,
         padding=padding,
     )

@@ -106,11 +106,6 @@ class Skipped:
     reason: str
 
 
-def join_path(prefix: str, name: str) -> str:
-    """Return the path of `name` inside the module at `prefix`; either may be ""."""
-    return f"{prefix}.{name}" if prefix and name else prefix or name
-
-
 def convolution_form(
     kernel: tuple[int, ...],
     stride: Any,

@@ -196,7 +196,7 @@ class Random(nn.Module):
             x = self._apply_step(step, x * 1)
         return self.head(x.mean((2, 3)) if self.space else x)
 
-    def input(self) -> Tensor:
+    def _input(self) -> Tensor:
         generator = torch.Generator().manual_seed(7)
         shape = (3, WIDTH, 5, 6) if self.space else (5, WIDTH)
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -309,7 +309,7 @@ def assert_close(found: Tensor, expected: Tensor, what: str) -> None:
 
 @given(models())
 def test_insertion_is_bit_identical(model: Random):
-    ours, x = pbfx.transform(model), model.input()
+    ours, x = pbfx.transform(model), model._input()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     assert list(ours.state_dict()) == list(state)
     expected = run(model, x)
@@ -322,7 +322,7 @@ def test_insertion_is_bit_identical(model: Random):
 @given(models(), st.integers(1, 3))
 def test_growth_keeps_the_output_and_the_keys(model: Random, dendrites: int):
     model.eval()
-    ours, x = pbfx.transform(model), model.input()
+    ours, x = pbfx.transform(model), model._input()
     expected, keys = run(ours, x), list(model.state_dict())
     pbfx.grow(ours, dendrites)
     assert_equal(run(ours, x), expected)
@@ -341,7 +341,7 @@ def test_outputs_and_gradients_are_the_oracles(
 ):
     ours = pbfx.transform(model, pbfx.Config(activation=activation, learning=learning))
     randomise(pbfx.grow(ours, dendrites), scale=0.7)
-    x = model.input().requires_grad_()
+    x = model._input().requires_grad_()
     state = {key: value.clone() for key, value in ours.state_dict().items()}
     (out,) = run(ours, x)
     found = gradients(out, ours)
@@ -368,7 +368,7 @@ def test_outputs_and_gradients_are_the_oracles(
 
 @given(models(), st.integers(0, 2))
 def test_the_dendrite_phase_leaves_the_base_untouched(model: Random, dendrites: int):
-    ours, x = pbfx.transform(model, pbfx.Config(candidates=2)), model.input()
+    ours, x = pbfx.transform(model, pbfx.Config(candidates=2)), model._input()
     if dendrites:
         randomise(pbfx.grow(ours, dendrites))
     was_training = ours.training
@@ -405,7 +405,7 @@ def test_state_dicts_grow_a_fresh_model(model: Random, dendrites: int):
     import copy
 
     fresh = pbfx.transform(copy.deepcopy(model))
-    ours, x = pbfx.transform(model), model.input()
+    ours, x = pbfx.transform(model), model._input()
     if dendrites:
         randomise(pbfx.grow(ours, dendrites))
     with torch.no_grad():
@@ -421,7 +421,7 @@ def test_the_oracle_tells_a_wrong_gradient():
     """An oracle that agrees with everything would prove nothing."""
     torch.manual_seed(0)
     model = Random([("linear", True)], space=False).to(torch.float64)
-    x = model.input()
+    x = model._input()
     found = {}
     for learning in ("perforated", "gradient"):
         ours = pbfx.transform(model, pbfx.Config(learning=learning))
