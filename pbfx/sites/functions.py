@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from pbfx.cells import cell_map
 from pbfx.paths import join
 from pbfx.sites.layers import MODULES, is_site_module, why_ineligible
 from pbfx.sites.site import Site, Skipped, convolution_form, leaves
@@ -18,6 +19,8 @@ from pbfx_kernels import LINEAR
 
 FUNCTIONS: dict[Callable[..., Any], str] = {
     F.linear: "linear",
+    # The linear maps of a recurrent cell that is taken apart.
+    cell_map: "linear",
     F.conv1d: "conv1d",
     F.conv2d: "conv2d",
     F.conv3d: "conv3d",
