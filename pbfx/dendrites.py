@@ -15,6 +15,7 @@ remembers the shape of a leaf for as long as anyone holds an old loss.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,10 @@ import pbfx_kernels
 from pbfx.config import Config
 from pbfx.sites import Site
 from pbfx_kernels import Moment
+
+
+# The candidates' buffers that are kept as their weights are.
+_LIKE_WEIGHT = frozenset(("best_weight", "best_bias", "best_to_dendrite"))
 
 
 def draw_weights(site: Site, like: Tensor, count: int, seed: str) -> tuple[Tensor, Tensor | None]:
@@ -117,6 +122,19 @@ class Candidates(nn.Module):
         self.register_buffer("best_bias", None if bias is None else bias.detach().clone())
         self.register_buffer("best_to_dendrite", self.to_dendrite.detach().clone())
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Candidates:
+        # Sums over many batches keep their float32 under `half` and `bfloat16`.
+        sums = [self.moments, *(t for name, t in self.named_buffers() if name not in _LIKE_WEIGHT)]
+        wide = {id(t) for s in sums for t in (s, s.grad) if t is not None}
+
+        def widely(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            narrowed = id(tensor) in wide and new.dtype.itemsize < torch.float32.itemsize
+            return tensor.to(new.device) if narrowed else new
+
+        super()._apply(widely, recurse)
+        return self
+
     @property
     def count(self) -> int:
         """C, the size of the pool."""
@@ -130,8 +148,9 @@ class Candidates(nn.Module):
 
     def forward(self, neuron: Tensor, x: Tensor, activations: Tensor) -> Tensor:
         """Return `neuron` unchanged; on the way back, measure the error that arrives there."""
-        # Nothing comes back from a forward without gradients, such as a validation pass.
-        if not torch.is_grad_enabled():
+        # Nothing comes back from a forward without gradients, such as a validation pass, and nothing
+        # stays behind after one that torch.func differentiates.
+        if not torch.is_grad_enabled() or _in_torch_func():
             return neuron
         out, _ = pbfx_kernels.candidates(
             neuron,
@@ -232,21 +251,32 @@ class Dendrites(nn.Module):
         """
         if not self.count:
             return soma, soma.new_empty((0, *soma.shape))
-        evaluate = (
-            pbfx_kernels.reference.dendrites
-            if self.learning == "gradient"
-            else pbfx_kernels.dendrites
-        )
+        x, evaluate = pad(x, self.site), pbfx_kernels.dendrites
+        weight, bias, to_dendrite = self.site.op_weight(self.weight), self.bias, self.to_dendrite
+        if self.learning == "gradient":
+            evaluate = pbfx_kernels.reference.dendrites
+        elif _in_torch_func():
+            # Its transforms do not go through the op; the reference blocks the same errors if what
+            # they must not reach is detached.
+            evaluate = pbfx_kernels.reference.dendrites
+            x, weight, to_dendrite = x.detach(), weight.detach(), to_dendrite.detach()
+            bias = None if bias is None else bias.detach()
         return evaluate(
             soma,
-            pad(x, self.site),
-            self.site.op_weight(self.weight),
-            self.bias,
+            x,
+            weight,
+            bias,
             self.to_soma,
-            self.to_dendrite,
+            to_dendrite,
             self.activation,
             self.site.geometry,
         )
+
+
+def _in_torch_func() -> bool:
+    """Return whether torch.func (grad, vmap, jvp, ...) is transforming what runs now."""
+    # Dynamo does not know the question, and compiles torch.func's transforms by itself.
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def pad(x: Tensor, site: Site) -> Tensor:

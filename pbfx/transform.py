@@ -12,7 +12,8 @@ from pbfx.config import Config
 from pbfx.errors import CaptureError, ConfigError
 from pbfx.kept import ATTRIBUTE, Kept
 from pbfx.paths import join
-from pbfx.perforated import PerforatedModule, Perforation, hides, perforated_parts
+from pbfx.perforated import PerforatedModule, hides, perforated_parts
+from pbfx.perforation import Perforation
 from pbfx.sites import Site, Skipped, choose_sites, describe_sites, is_site_module
 
 logger = logging.getLogger(__name__)

@@ -23,10 +23,10 @@ LAYERS: list[tuple[str, str]] = [
         "errors config phase files encoding paths",
         "say what is wrong, wanted, stored; know no graph",
     ),
-    ("topology sites capture structure kept", "read the model; rewrite nothing"),
+    ("topology sites capture structure kept plain_graph", "read the model; rewrite nothing"),
     ("dendrites", "own the parameters of one site; know no graph around it"),
     ("learning", "train dendrites; know no pass"),
-    ("passes pipeline perforated", "rewrite graphs; `perforated` is the GraphModule they rewrite"),
+    ("passes pipeline perforation perforated", "rewrite graphs; `perforated` is the GraphModule they rewrite"),
     (
         "transform restructure parts snapshot undo optimizers checkpoint explain",
         "the verbs, each made of passes",

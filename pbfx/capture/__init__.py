@@ -18,6 +18,7 @@ What refuses keeps its own forward, and the modules inside are captured instead 
 """
 
 from pbfx.capture.clone import redirect, shared_clone
+from pbfx.capture.guards import CONSTANT
 from pbfx.capture.ladder import Capture, Captured, Rung, capture
 
-__all__ = ["Capture", "Captured", "Rung", "capture", "redirect", "shared_clone"]
+__all__ = ["CONSTANT", "Capture", "Captured", "Rung", "capture", "redirect", "shared_clone"]
