@@ -126,13 +126,14 @@ class Candidates(nn.Module):
         # Sums over many batches keep their float32 under `half` and `bfloat16`.
         sums = [self.moments, *(t for name, t in self.named_buffers() if name not in _LIKE_WEIGHT)]
         wide = {id(t) for s in sums for t in (s, s.grad) if t is not None}
+        per_dendrite = _per_dendrite(fn, self.weight, self.best_weight)
 
-        def widely(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
+        def change(tensor: Tensor) -> Tensor:
+            new = per_dendrite(tensor)
             narrowed = id(tensor) in wide and new.dtype.itemsize < torch.float32.itemsize
             return tensor.to(new.device) if narrowed else new
 
-        super()._apply(widely, recurse)
+        super()._apply(change, recurse)
         return self
 
     @property
@@ -190,6 +191,10 @@ class Dendrites(nn.Module):
         self.to_dendrite = nn.Parameter(like.new_zeros(0, 0, neurons))
         self.candidates = None
         self.set_trainable()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dendrites:
+        super()._apply(_per_dendrite(fn, self.weight), recurse)
+        return self
 
     @property
     def count(self) -> int:
@@ -271,6 +276,23 @@ class Dendrites(nn.Module):
             self.activation,
             self.site.geometry,
         )
+
+
+def _per_dendrite(
+    fn: Callable[[Tensor], Tensor], *stacks: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Return what applies `fn` to stacked weights as if each were a soma's.
+
+    A memory format is for a convolution's weight; the stack has one axis more than the format has.
+    """
+    stacked = {id(t) for s in stacks for t in (s, s.grad) if t is not None}
+
+    def apply(tensor: Tensor) -> Tensor:
+        if id(tensor) not in stacked:
+            return fn(tensor)
+        return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+
+    return apply
 
 
 def _in_torch_func() -> bool:
