@@ -14,7 +14,14 @@ from pbfx.kept import ATTRIBUTE, Kept
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, hides, perforated_parts
 from pbfx.perforation import Perforation
-from pbfx.sites import Site, Skipped, choose_sites, describe_sites, is_site_module
+from pbfx.sites import (
+    Site,
+    Skipped,
+    choose_sites,
+    describe_sites,
+    folded_weights,
+    is_site_module,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +76,8 @@ def transform(model: nn.Module, config: Config | None = None) -> nn.Module:
     }
     skipped = {path: left for path, (_, left) in described.items()}
     roots = {path: part.root for path, part in captured.parts.items()}
-    choice = choose_sites({path: (roots[path], sites[path]) for path in roots}, config)
+    found = {path: (roots[path], sites[path]) for path in roots}
+    choice = choose_sites(found, config, folded_weights(captured.root))
     chosen = {path: kept for path, (kept, _) in choice.items()}
     skipped = {
         path: (*(_left_for(captured, path, s) for s in skipped[path]), *choice[path][1])

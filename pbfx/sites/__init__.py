@@ -6,6 +6,7 @@ of dendrites. Describing reads a graph and nothing else; choosing applies the us
 sites of all parts of a model at once.
 """
 
+from pbfx.sites.adapters import folded_weights
 from pbfx.sites.choose import choose_sites
 from pbfx.sites.describe import describe_sites
 from pbfx.sites.functions import read_input, soma_weight
@@ -19,6 +20,7 @@ __all__ = [
     "choose_sites",
     "convolution_form",
     "describe_sites",
+    "folded_weights",
     "is_site_module",
     "read_input",
     "soma_weight",
