@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 import pbfx_kernels
 from pbfx.config import Config
 from pbfx.sites import Site
+from pbfx.spread import Spread
+from pbfx.structure import Counts
 from pbfx_kernels import Moment
-
 
 # The candidates' buffers that are kept as their weights are.
 _LIKE_WEIGHT = frozenset(("best_weight", "best_bias", "best_to_dendrite"))
@@ -76,7 +78,7 @@ class Candidates(nn.Module):
     The buffers are the learner's memory; they live here so that they move, save and load with the
     model: `running` the decayed sums of learning batches, `heldout` the sums of measuring batches
     of this epoch, `best_*` the best candidates seen on measuring batches, and what was measured of
-    them.
+    them. `spread` measures the preactivations of candidates that join after a norm.
     """
 
     direction: Tensor
@@ -118,6 +120,8 @@ class Candidates(nn.Module):
             "best_batches": (count, neurons),
         }.items():
             self.register_buffer(name, weight.new_zeros(shape, dtype=precise))
+        # A norm scales what its neuron computes; dendrites join after it and have to come scaled.
+        self.spread = Spread(count, neurons, weight, precise) if site.norm else None
         self.register_buffer("best_weight", weight.detach().clone())
         self.register_buffer("best_bias", None if bias is None else bias.detach().clone())
         self.register_buffer("best_to_dendrite", self.to_dendrite.detach().clone())
@@ -153,7 +157,7 @@ class Candidates(nn.Module):
         # stays behind after one that torch.func differentiates.
         if not torch.is_grad_enabled() or _in_torch_func():
             return neuron
-        out, _ = pbfx_kernels.candidates(
+        out, z = pbfx_kernels.candidates(
             neuron,
             pad(x, self.site),
             activations,
@@ -166,6 +170,8 @@ class Candidates(nn.Module):
             self.activation,
             self.site.geometry,
         )
+        if self.spread is not None and self.spread.open:
+            self.spread.add(z, self.site.geometry.channel_axis)
         return out
 
 
@@ -191,6 +197,10 @@ class Dendrites(nn.Module):
         self.to_dendrite = nn.Parameter(like.new_zeros(0, 0, neurons))
         self.candidates = None
         self.set_trainable()
+        # torch's fused fast paths (nn.TransformerEncoderLayer, nn.MultiheadAttention in eval) read
+        # the weights around the modules, which would leave dendrites out without a word. They stand
+        # aside where a module inside has a hook.
+        self.register_forward_pre_hook(_keep_out_of_fast_paths)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dendrites:
         super()._apply(_per_dendrite(fn, self.weight), recurse)
@@ -200,6 +210,11 @@ class Dendrites(nn.Module):
     def count(self) -> int:
         """D, the number of accepted dendrites per neuron."""
         return self.weight.shape[0]
+
+    @property
+    def counts(self) -> Counts:
+        """D, and C of the candidates if there are any."""
+        return Counts(self.count, 0 if self.candidates is None else self.candidates.count)
 
     def extra_repr(self) -> str:
         """Show D and the activation in the model's printout."""
@@ -278,9 +293,11 @@ class Dendrites(nn.Module):
         )
 
 
-def _per_dendrite(
-    fn: Callable[[Tensor], Tensor], *stacks: Tensor
-) -> Callable[[Tensor], Tensor]:
+def _keep_out_of_fast_paths(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Do nothing; that there is a hook is what counts."""
+
+
+def _per_dendrite(fn: Callable[[Tensor], Tensor], *stacks: Tensor) -> Callable[[Tensor], Tensor]:
     """Return what applies `fn` to stacked weights as if each were a soma's.
 
     A memory format is for a convolution's weight; the stack has one axis more than the format has.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim.swa_utils import AveragedModel
 
+from pbfx.absorbed import absorb, assign
 from pbfx.capture import CONSTANT
 from pbfx.dendrites import Candidates, Dendrites, draw_weights
 from pbfx.errors import CheckpointError, PassError
@@ -21,7 +22,7 @@ from pbfx.phase import Phase
 from pbfx.pipeline import run_passes
 from pbfx.plain_graph import named
 from pbfx.sites import Site
-from pbfx.structure import Counts, Structure, structure_of_keys
+from pbfx.structure import Structure, structure_of_keys
 
 # What fx.GraphModule itself keeps on an instance; everything else belongs to the user, `meta` too,
 # which fx starts empty and only carries along.
@@ -56,13 +57,12 @@ class PerforatedModule(fx.GraphModule):
                 self.__dict__[name] = value
         self.perforation = perforation
         self.rebuild()
+        absorb(self, perforation.absorbed)
 
     @staticmethod
     def over(root: nn.Module, perforation: Perforation) -> PerforatedModule:
         """Return a perforated module in the place of `root`, an instance of its class too."""
-        own = type(root)
-        plain = issubclass(own, fx.GraphModule) or _customises_access(own)
-        return _kind(None if plain else own)(root, perforation, own.__name__)
+        return _kind(perforation.kind)(root, perforation, perforation.kind.__name__)
 
     def rebuild(self) -> None:
         """Derive the graph for the present structure and phase, and recompile.
@@ -124,14 +124,7 @@ class PerforatedModule(fx.GraphModule):
 
     def structure(self) -> Structure:
         """Return how many dendrites and candidates each site has."""
-        return Structure(
-            {
-                name: Counts(
-                    module.count, 0 if module.candidates is None else module.candidates.count
-                )
-                for name, module in self.grown().items()
-            }
-        )
+        return Structure({name: module.counts for name, module in self.grown().items()})
 
     def adopt(self, structure: Structure) -> None:
         """Take on `structure`: the first D dendrites of each site survive, new ones are zero."""
@@ -157,32 +150,25 @@ class PerforatedModule(fx.GraphModule):
             # Into or out of the eval in which the dendrite phase holds the network.
             self.train(self.training)
 
-    @torch.no_grad()
-    def imitate(self, other: PerforatedModule) -> None:
-        """Take on the structure of `other`, of the same model, and the values of what is new here.
-
-        What this module computes changes only if it loses dendrites: new ones have no weight yet.
-        """
-        if self.structure() == other.structure():
-            return
-        known = {name: module.count for name, module in self.grown().items()}
-        self.adopt(other.structure())
-        mine = self.grown()
-        for name, theirs in other.grown().items():
-            first = known.get(name, 0)
-            for role, values in theirs.named_parameters(recurse=False):
-                mine[name].get_parameter(role)[first:].copy_(values[first:])
-            if theirs.candidates is not None:
-                pool = mine[name].candidates
-                assert pool is not None
-                pool.load_state_dict(theirs.candidates.state_dict())
-
     def lead(self) -> None:
         """Let the averaged copies of this module follow its structure."""
         for twin in list(self.perforation.followers):
             # A copy with a tracker of its own goes its own way.
             if isinstance(twin, PerforatedModule) and twin.perforation.tracker is None:
-                twin.imitate(self)
+                _imitate(twin, self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "perforation" not in self.__dict__ or name in _GRAPH_MODULE_STATE:
+            super().__setattr__(name, value)
+        else:
+            assign(self, name, value, super().__setattr__, self)
+
+    def original(self) -> nn.Module:
+        """Return a module of the user's class over the state of this one, without a graph."""
+        plain = nn.Module()
+        plain.__dict__.update(self._without_ours(self.__dict__))
+        plain.__class__ = self.perforation.kind
+        return plain
 
     def train(self, mode: bool = True) -> PerforatedModule:
         """Set the mode as usual; in the dendrite phase the network's own modules stay in eval."""
@@ -244,8 +230,8 @@ class PerforatedModule(fx.GraphModule):
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        own, name = _class_of(self), type(self).__name__
-        if own is not None and named(own) is None:
+        own, name = self.perforation.kind, type(self).__name__
+        if named(own) is None:
             raise CheckpointError(
                 f"a perforated {name} cannot be pickled: its class {own.__module__}."
                 f"{own.__qualname__} cannot be imported by that name; define it at the top level "
@@ -280,26 +266,24 @@ class PerforatedModule(fx.GraphModule):
                 f"a perforated {type(self).__name__} cannot be copied or pickled: its "
                 f"__getstate__ must return a dict of attributes, got {type(state).__name__}"
             )
+        return self._without_ours(state)
+
+    @staticmethod
+    def _without_ours(state: dict[str, Any]) -> dict[str, Any]:
         ours = _GRAPH_MODULE_STATE | {"perforation"}
         return {name: value for name, value in state.items() if name not in ours}
 
 
-def _kind(own: type[nn.Module] | None) -> type[PerforatedModule]:
-    """Return a class of perforated modules that are instances of `own` too."""
-    if own is None:
+def _kind(own: type[nn.Module]) -> type[PerforatedModule]:
+    """Return a class of perforated modules, instances of `own` too where that can be."""
+    if issubclass(own, fx.GraphModule) or _customises_access(own):
         return PerforatedModule
     # Methods of our own first; everything else is the user's.
     bases = (PerforatedModule, _Start, own)
     return type(own.__name__, bases, {"__module__": own.__module__})
 
 
-def _class_of(module: PerforatedModule) -> type[nn.Module] | None:
-    """Return the user's class that `module` is an instance of, if there is one."""
-    line = type(module).__mro__
-    return line[line.index(_Start) + 1] if _Start in line else None
-
-
-def _blank(own: type[nn.Module] | None) -> PerforatedModule:
+def _blank(own: type[nn.Module]) -> PerforatedModule:
     """Return a module without any state, for `_restore`."""
     kind = _kind(own)
     return kind.__new__(kind)
@@ -312,6 +296,40 @@ def _restore(module: PerforatedModule, state: tuple[str, Any, dict[str, Any]]) -
     shell = nn.Module()
     shell.__dict__.update(module.__dict__)
     module.__init__(shell, perforation, name)
+
+
+@torch.no_grad()
+def _imitate(twin: PerforatedModule, model: PerforatedModule) -> None:
+    """Give `twin` the structure of `model`, and the values of what is new there.
+
+    What the twin computes changes only if it loses dendrites: new ones have no weight yet. Parts
+    inside count as well, since hooks may have split one of the two.
+    """
+    theirs = _dendrites(model)
+    known = {name: module.count for name, module in _dendrites(twin).items()}
+    changed = False
+    for path, part in perforated_parts(twin).items():
+        names = {site.name: join(path, site.name) for site in part.perforation.sites}
+        wanted = {n: theirs[full].counts for n, full in names.items() if full in theirs}
+        if part.structure() != Structure(wanted):
+            part.adopt(Structure(wanted))
+            changed = True
+    for name, mine in _dendrites(twin).items() if changed else ():
+        first = known.get(name, 0)
+        for role, values in theirs[name].named_parameters(recurse=False):
+            mine.get_parameter(role)[first:].copy_(values[first:])
+        pool = theirs[name].candidates
+        if mine.candidates is not None and pool is not None:
+            mine.candidates.load_state_dict(pool.state_dict())
+
+
+def _dendrites(model: PerforatedModule) -> dict[str, Dendrites]:
+    """Return the dendrites modules of `model` and of the parts inside, by the path of the site."""
+    return {
+        join(path, name): module
+        for path, part in perforated_parts(model).items()
+        for name, module in part.grown().items()
+    }
 
 
 def _is_averaging() -> bool:

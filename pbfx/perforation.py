@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
@@ -30,6 +31,9 @@ class Perforation:
         path: where this module stood in the model that was transformed.
         rung: how it was captured.
         reason: why no graph around it could be had; empty for a whole model.
+        kind: the user's class.
+        absorbed: paths of the modules whose forwards run in the graph.
+        recapture: captures this module anew, with some modules inside as graphs of their own.
         phase: which graph runs now.
         draws: how many pools of weights have been drawn, so that a new pool differs from the last.
         records: what the passes did at the last rebuild.
@@ -44,6 +48,9 @@ class Perforation:
     path: str = ""
     rung: Rung = Rung.WHOLE
     reason: str = ""
+    kind: type[nn.Module] = nn.Module
+    absorbed: tuple[str, ...] = ()
+    recapture: Callable[[Any, frozenset[str], str], None] | None = None
     phase: Phase = Phase.NEURON
     draws: int = 0
     records: tuple[PassRecord, ...] = ()

@@ -24,11 +24,14 @@ LAYERS: list[tuple[str, str]] = [
         "say what is wrong, wanted, stored; know no graph",
     ),
     ("topology sites capture structure kept plain_graph", "read the model; rewrite nothing"),
-    ("dendrites", "own the parameters of one site; know no graph around it"),
+    ("dendrites spread", "own the parameters of one site; know no graph around it"),
     ("learning", "train dendrites; know no pass"),
-    ("passes pipeline perforation perforated", "rewrite graphs; `perforated` is the GraphModule they rewrite"),
     (
-        "transform restructure parts snapshot undo optimizers checkpoint explain",
+        "passes pipeline perforation perforated absorbed",
+        "rewrite graphs; `perforated` is what they rewrite",
+    ),
+    (
+        "transform assembly restructure parts snapshot undo optimizers checkpoint explain",
         "the verbs, each made of passes",
     ),
     ("policy history tracker", "when to restructure, and the call that does it"),

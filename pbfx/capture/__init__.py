@@ -17,8 +17,18 @@ here, by recording it or by refusing:
 What refuses keeps its own forward, and the modules inside are captured instead (`ladder`).
 """
 
-from pbfx.capture.clone import redirect, shared_clone
+from pbfx.capture.clone import REGISTRIES, redirect, shared_clone
 from pbfx.capture.guards import CONSTANT
-from pbfx.capture.ladder import Capture, Captured, Rung, capture
+from pbfx.capture.ladder import Capture, Captured, Rung, capture, capture_clone
 
-__all__ = ["CONSTANT", "Capture", "Captured", "Rung", "capture", "redirect", "shared_clone"]
+__all__ = [
+    "CONSTANT",
+    "REGISTRIES",
+    "Capture",
+    "Captured",
+    "Rung",
+    "capture",
+    "capture_clone",
+    "redirect",
+    "shared_clone",
+]

@@ -46,6 +46,7 @@ class SourceTracer(fx.Tracer):
 
     Args:
         is_leaf: modules for which this is true stay one node, beside those that fx keeps whole.
+        may_return_none: whether something in what such a module returns may be None.
         absent: names of inputs that are to be None, as if the caller had left them out.
     """
 
@@ -53,10 +54,14 @@ class SourceTracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(
-        self, is_leaf: Callable[[nn.Module], bool], absent: frozenset[str] = frozenset()
+        self,
+        is_leaf: Callable[[nn.Module], bool],
+        may_return_none: Callable[[nn.Module], bool] = lambda _: False,
+        absent: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         self._is_leaf, self._absent, self._modes = is_leaf, absent, modes()
+        self._may_return_none = may_return_none
         # What a forward makes without input is a constant of the graph, and has to have its numbers
         # also while a model without any is made, under `torch.device("meta")`.
         on_meta = torch.get_default_device().type == "meta"
@@ -75,7 +80,7 @@ class SourceTracer(fx.Tracer):
     ) -> Any:
         """Record or enter a submodule, and note where tracing failed."""
         if self.is_leaf_module(m, ""):
-            if may_return_none(m) and asks_for_none(_asker().f_code):
+            if self._may_return_none(m) and asks_for_none(_asker().f_code):
                 raise CaptureError(
                     f"forward compares something with None and calls {self.path_of_module(m)!r} "
                     f"({type(m).__name__}), whose result may be None; a graph has one answer only"
@@ -136,13 +141,18 @@ class SourceTracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
-def trace(root: nn.Module, is_leaf: Callable[[nn.Module], bool] = lambda _: False) -> fx.Graph:
+def trace(
+    root: nn.Module,
+    is_leaf: Callable[[nn.Module], bool] = lambda _: False,
+    may_return_none: Callable[[nn.Module], bool] = lambda _: False,
+) -> fx.Graph:
     """Trace the `forward` of `root` and return its graph.
 
     Args:
         root: a shared clone. It may gain buffers, for the constants that tracing finds loose; they
             stay out of the state dict.
         is_leaf: modules for which this is true stay one node, beside those that torch made.
+        may_return_none: whether something in what such a module returns may be None.
 
     Raises:
         CaptureError: with the reason, when `forward` cannot be traced or would not survive it
@@ -150,14 +160,14 @@ def trace(root: nn.Module, is_leaf: Callable[[nn.Module], bool] = lambda _: Fals
             innermost module that was being traced.
     """
     name = type(root).__name__
-    graph = _trace(root, name, SourceTracer(is_leaf))
+    graph = _trace(root, name, SourceTracer(is_leaf, may_return_none))
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     optional = frozenset(str(node.target) for node in inputs if node.args == (None,))
     if optional:
         twin = shared_clone(root)
         # By path, because leaves are told by identity.
         leaves = {id(twin.get_submodule(p)) for p, m in root.named_modules() if is_leaf(m)}
-        absent = _trace(twin, name, SourceTracer(lambda m: id(m) in leaves, optional))
+        absent = _trace(twin, name, SourceTracer(lambda m: id(m) in leaves, absent=optional))
         if _steps(graph, optional) != _steps(absent, optional):
             _forget_constants(root, frozenset())
             raise CaptureError(
@@ -181,20 +191,13 @@ def is_torch_layer(module: nn.Module) -> bool:
     if isinstance(module, nn.Sequential) or forward is nn.Module.forward:
         return False
     inherits = (getattr(forward, "__module__", None) or "").startswith("torch.nn.")
-    if type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")):
+    if type(module).__module__.startswith(("torch.nn.", "torch.ao.")):
         return True
     return (
         inherits
         # A helper that a user's conv overrides may hold anything.
         and not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     )
-
-
-def may_return_none(module: nn.Module) -> bool:
-    """Return whether something in what `module` returns may be None, as in attention's."""
-    convolves = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    torchs = is_torch_layer(module) or convolves
-    return isinstance(module, nn.MultiheadAttention) or not torchs
 
 
 def _asker() -> FrameType:

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from pbfx.sites.functions import describe_function, read_call
 from pbfx.sites.layers import describe_module
+from pbfx.sites.norms import find_join
 from pbfx.sites.site import Site, Skipped
 from pbfx.topology import reaches_output
 
@@ -30,6 +31,11 @@ def describe_sites(
     for node in graph.nodes:
         found = _describe(root, node)
         if isinstance(found, Site):
+            join = find_join(root, node, found.neurons)
+            if join is not None:
+                # A bias of the op would be lost in the norm, so ops before norms often have none;
+                # a dendrite joins after it and needs one.
+                found = dataclasses.replace(found, norm=join.kind, biased=True)
             if node in useful:
                 alive.add(found.name)
             known = sites.get(found.name)
@@ -68,9 +74,15 @@ def _merge(known: Site, found: Site) -> Site | None:
         known,
         bias=known.bias or found.bias,
         biased=known.biased or found.biased,
+        norm=known.norm or found.norm,
         calls=known.calls + 1,
     )
     same = dataclasses.replace(
-        found, bias=together.bias, biased=together.biased, calls=together.calls, op=known.op
+        found,
+        op=known.op,
+        bias=together.bias,
+        biased=together.biased,
+        norm=together.norm,
+        calls=together.calls,
     )
     return together if same == together else None

@@ -27,8 +27,15 @@ def test_dendrites_over_a_frozen_base(case: Case, learning: str):
     pbfx.grow(model)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     roles = {name.rpartition(".")[2] for name in names}
-    assert roles == ({"to_soma"} if learning == "perforated" else
-                     {"weight", "bias", "to_soma", "to_dendrite"}) or "bias" not in roles
+    assert (
+        roles
+        == (
+            {"to_soma"}
+            if learning == "perforated"
+            else {"weight", "bias", "to_soma", "to_dendrite"}
+        )
+        or "bias" not in roles
+    )
     assert all("dendrites" in name for name in names)
     base = {n: v.clone() for n, v in model.named_parameters() if "dendrites" not in n}
     optimizer = torch.optim.Adam(trainable(model), lr=1e-2)
@@ -194,8 +201,9 @@ def test_peft_adapters_are_bit_identical_and_switch():
 @pytest.mark.filterwarnings("default")
 def test_peft_base_layers_are_sites_and_its_matrices_only_by_name():
     model = pbfx.transform(with_peft())
-    sites = {s.name or path for path, part in parts_of(model).items()
-             for s in part.perforation.sites}
+    sites = {
+        s.name or path for path, part in parts_of(model).items() for s in part.perforation.sites
+    }
     stem = "base_model.model"
     assert sites == {"head", f"{stem}.fc1.base_layer", f"{stem}.fc2.base_layer"}
     assert "merging folds it into its base layer" in str(pbfx.explain(model))

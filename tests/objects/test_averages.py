@@ -20,9 +20,7 @@ DECAY = 0.9
 
 
 def average(model: nn.Module, use_buffers: bool = False) -> AveragedModel:
-    return AveragedModel(
-        model, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=use_buffers
-    )
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=use_buffers)
 
 
 def expect(ema: AveragedModel, model: nn.Module) -> dict[str, Tensor]:

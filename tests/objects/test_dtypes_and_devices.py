@@ -10,7 +10,7 @@ import pbfx
 from models import Case, assert_equal, outputs, run
 from pbfx.dendrites import Candidates
 from pbfx.parts import candidate_parameters
-from subjects import SUBJECTS, STAGES, bring, each_stage, each_subject, gradients, loss_of, make
+from subjects import STAGES, SUBJECTS, bring, each_stage, each_subject, gradients, loss_of, make
 
 DTYPES = (torch.float64, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -207,8 +207,11 @@ def whole_run(case: Case, device: str, dtype: torch.dtype) -> None:
         pools = {name: p.detach().clone() for name, p in candidate_parameters(model).items()}
         base = {n: p.detach().clone() for n, p in model.named_parameters() if "dendrites" not in n}
         loop(model.train(), optimizer, scaler, device, dtype, x)
-        moved = {name for name, value in base.items()
-                 if not torch.equal(value, model.get_parameter(name))}
+        moved = {
+            name
+            for name, value in base.items()
+            if not torch.equal(value, model.get_parameter(name))
+        }
         assert bool(moved) is not bool(pools), "the base moves in the neuron phase, and only there"
         learnt = [n for n, value in pools.items() if not torch.equal(value, model.get_parameter(n))]
         assert bool(learnt) is bool(pools)

@@ -55,9 +55,7 @@ def test_grad_trains_dendrites_that_learn_by_gradient(case: Case):
 
 def check_grad(model: nn.Module, x: Tensor) -> None:
     candidates = candidate_parameters(model)
-    learning_now = {
-        name: p.detach() for name, p in model.named_parameters() if p.requires_grad
-    }
+    learning_now = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
         out = outputs(functional_call(model, parameters, (x,)))
