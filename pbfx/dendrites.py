@@ -153,8 +153,8 @@ class Candidates(nn.Module):
 
     def forward(self, neuron: Tensor, x: Tensor, activations: Tensor) -> Tensor:
         """Return `neuron` unchanged; on the way back, measure the error that arrives there."""
-        # Nothing comes back from a forward without gradients, such as a validation pass, and nothing
-        # stays behind after one that torch.func differentiates.
+        # Nothing comes back from a forward without gradients, such as a validation pass, and of one
+        # that torch.func differentiates nothing stays behind.
         if not torch.is_grad_enabled() or _in_torch_func():
             return neuron
         out, z = pbfx_kernels.candidates(

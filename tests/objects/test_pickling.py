@@ -122,7 +122,7 @@ def test_the_users_way_of_being_pickled_is_kept(way: Callable[[nn.Module], nn.Mo
 
 
 def test_a_tracked_model_is_pickled_in_the_dendrite_phase():
-    """What the tracker hangs on modules and parameters stays behind, or follows the copy's phase."""
+    """What the tracker hangs on the model stays behind, or follows the phase of the copy."""
     torch.manual_seed(0)
     model = pbfx.transform(Coder())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
