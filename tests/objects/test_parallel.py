@@ -1,4 +1,4 @@
-"""Wrappers that run a model in several places: they find what they look for in a transformed one."""
+"""Wrappers that run a model in several places find in a transformed one what they look for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel, replicate
 
 import pbfx
 from models import Case, assert_equal, run
-from subjects import SUBJECTS, STAGES, gradients, loss_of, make
+from subjects import STAGES, SUBJECTS, gradients, loss_of, make
 
 
 @pytest.fixture
