@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pbfx.dendrites import Dendrites
 from pbfx.errors import ConfigError, RestructureError, nearest
-from pbfx.learning import SiteLearner
+from pbfx.learning import SiteLearner, new_cohort
 from pbfx.optimizers import Schedule, sync_optimizer
 from pbfx.parts import candidate_parameters, join, managed_parameters, parts_of, soma_weight_of
 from pbfx.perforated import PerforatedModule
@@ -70,8 +70,9 @@ def start_dendrite_phase(model: nn.Module) -> tuple[Frozen, dict[str, SiteLearne
 
 def learners_of(model: nn.Module) -> dict[str, SiteLearner]:
     """Return a new learner, not yet attached, for every pool of candidates in `model`."""
+    cohort = new_cohort()
     return {
-        join(path, name): SiteLearner(dendrites.candidates, part.perforation.config)
+        join(path, name): SiteLearner(dendrites.candidates, part.perforation.config, cohort)
         for path, part in parts_of(model).items()
         for name, dendrites in part.dendrites().items()
         if dendrites.candidates is not None
