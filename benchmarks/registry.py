@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks import restructure, step
+from benchmarks import dendrite_step, restructure, step
 from benchmarks.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark for benchmark in (step.BENCHMARK, restructure.BENCHMARK)
+    benchmark.name: benchmark
+    for benchmark in (step.BENCHMARK, dendrite_step.BENCHMARK, restructure.BENCHMARK)
 }

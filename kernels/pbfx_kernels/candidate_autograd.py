@@ -60,8 +60,11 @@ def differentiate(
     activation: str,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute what `reference.candidates_backward` does; the weight's gradient has the dtype of
-    the computation where that loses nothing."""
+    """Compute what `reference.candidates_backward` does.
+
+    Kernels leave the weight's gradient in the dtype of the computation, and the small ones as parts
+    of one buffer.
+    """
     if not fused(z):
         return reference.candidates_backward(
             grad, z, x, activations, direction, error_mean, weight_shape, activation, geometry
@@ -84,6 +87,7 @@ def fused(tensor: Tensor) -> bool:
 
 @functools.cache
 def triton_is_there() -> bool:
+    """Return whether Triton is installed; where it is not, say once what that costs."""
     found = importlib.util.find_spec("triton") is not None
     if not found:
         warnings.warn(

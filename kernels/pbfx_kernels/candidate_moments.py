@@ -198,9 +198,10 @@ class Signal(NamedTuple):
     """What the pass over the error leaves behind.
 
     Attributes:
-        dz: `(C, *soma)`, dtype of z, times `1 / (P * weight_scale)`. Its memory is `(B, C * N, ...)`
-            laid out as z, so that it is one convolution's output gradient without a copy.
-        weight_scale: what the weight gradient made from `dz` has still to be multiplied by.
+        dz: `(C, *soma)`, dtype of z, still to be multiplied by `weight_scale`. Its memory is
+            `(B, C * N, *spatial)` laid out as z, so that it is one convolution's output gradient
+            without a copy.
+        weight_scale: 1, but in float16.
         bias: ∂c, `(C, N)`, float32.
         to_dendrite: ∂U, `(C, D, N)`, float32.
         moments: `(6 * C, N)`, float32, rows in the order of `Moment`.
@@ -235,6 +236,7 @@ def candidate_moments(
     """
     count, neurons, dendrites = z.shape[0], grad.shape[channel_axis], activations.shape[0]
     rows = (_ROWS + dendrites) * count
+    z = regular(z, channel_axis, stacked=True)
     strides = interleaved_strides(z.shape, z.stride(), channel_axis)
     dz = z.new_empty_strided(z.shape, strides)
     average = 1 / max(grad.numel() // max(neurons, 1), 1)
@@ -243,7 +245,7 @@ def candidate_moments(
     half = math.sqrt(average) if z.dtype == torch.float16 else 1.0
     if z.numel():
         grad = regular(grad, channel_axis)
-        z, activations = (regular(stack, channel_axis, stacked=True) for stack in (z, activations))
+        activations = regular(activations, channel_axis, stacked=True)
         way = walk(
             grad.shape,
             channel_axis,

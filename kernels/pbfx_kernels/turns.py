@@ -89,7 +89,8 @@ def take_turn(memory: Memory, rules: Rules) -> Verdict:
     share = usual.clamp_min(1) / count.clamp_min(1)
     memory.heldout.add_(torch.where(tested, sums, 0.0))
     memory.heldout_batches.add_(tested)
-    fade = torch.where(learnt, rules.moment_decay, 1.0)
+    # In the memory's dtype: a number on its own would be rounded to float32.
+    fade = torch.where(learnt, sums.new_full((), rules.moment_decay), 1.0)
     memory.running.mul_(fade).add_(torch.where(learnt, sums, 0.0))
     memory.running_batches.mul_(fade).add_(learnt)
     _steer(memory)
@@ -137,9 +138,7 @@ def take_turns(
 
 def places(memory: Memory) -> tuple[int, ...]:
     """Return where `memory` lies, this batch's sums aside; what `addresses_of` depends on."""
-    return tuple(
-        tensor.data_ptr() for part in memory[1:] for tensor in (part if type(part) is tuple else (part,))
-    )
+    return tuple(tensor.data_ptr() for tensor in (*memory[1:-1], *memory.steps))
 
 
 def addresses_of(memory: Memory) -> Tensor | None:

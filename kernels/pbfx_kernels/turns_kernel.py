@@ -29,7 +29,7 @@ _COLUMNS, _NEURONS, _RUNNING, _RUNNING_BATCHES, _HELDOUT, _HELDOUT_BATCHES = (
     tl.constexpr(i) for i in range(6)
 )
 _DIRECTION, _ERROR_MEAN, _TURNS, _FIRST_STEP = (tl.constexpr(i) for i in range(6, 10))
-_FIELDS = tl.constexpr(10 + _STEPS)
+_FIELDS = tl.constexpr(9 + _STEPS)
 _STEP_FIELDS = tl.constexpr(_STEPS)
 
 
@@ -46,7 +46,7 @@ def _take_turns_kernel(
     sites,
     measure_every,
     priming_batches,
-    decay,
+    DECAY: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     site = tl.program_id(0)
@@ -77,7 +77,9 @@ def _take_turns_kernel(
     into = tl.load(line + tl.where(measures, _HELDOUT, _RUNNING)).to(tl.pointer_type(number))
     batches = tl.load(line + tl.where(measures, _HELDOUT_BATCHES, _RUNNING_BATCHES))
     batches = batches.to(tl.pointer_type(number))
-    fade = tl.where(finite & (measures == 0), decay, 1.0).to(number)
+    # A constant of the kernel: as an argument it would be rounded to float32.
+    decay, one = tl.full((), DECAY, number), tl.full((), 1.0, number)
+    fade = tl.where(finite & (measures == 0), decay, one)
     batches_now = tl.load(batches) * fade + finite.to(number)
     # Every thread has read the first sum, the first moment and the number of batches.
     tl.debug_barrier()
@@ -130,6 +132,7 @@ def line_of(memory: Memory) -> Tensor:
     steps = [step.data_ptr() for step in memory.steps]
     numbers = [columns, memory.error_mean.numel(), *(part.data_ptr() for part in parts)]
     numbers += steps + [0] * (_STEPS - len(steps))
+    assert len(numbers) == _FIELDS.value
     # By fills, each a launch with its number as argument: a copy from the host would wait for the
     # device, or keep host memory alive that a captured graph reads again.
     return torch.cat([memory.turns.new_full((1,), number) for number in numbers])
@@ -158,7 +161,7 @@ def take_turns_fused(
             len(memories),
             rules.measure_every,
             rules.priming_batches,
-            rules.moment_decay,
+            DECAY=rules.moment_decay,
             COLUMNS=min(triton.next_power_of_2(widest), _MOST_COLUMNS),
             num_warps=_WARPS,
         )

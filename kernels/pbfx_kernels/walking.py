@@ -8,6 +8,7 @@ then costs a look-up.
 """
 
 import functools
+import itertools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -66,7 +67,7 @@ def merged_stride(shape: Sizes, strides: Sizes) -> int | None:
     Axes of size 1 do not matter; the stride is 0 if there is only one position.
     """
     real = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
-    for (_, wide), (size, narrow) in zip(real, real[1:], strict=False):
+    for (_, wide), (size, narrow) in itertools.pairwise(real):
         if wide != size * narrow:
             return None
     return real[-1][1] if real else 0

@@ -85,10 +85,10 @@ class SiteLearner:
         assert pool.moments.grad is not None
         memory = Memory(
             pool.moments.grad,
-            *(buffers[name] for name in _MEMORY),  # pyright: ignore[reportArgumentType]
+            *(buffers[name] for name in _MEMORY),
             self._turns,
             tuple(self._adam.state[p]["step"] for p in self._learnt),
-        )
+        )  # pyright: ignore[reportCallIssue]
         where = places(memory)
         if where != self._line[0]:
             self._line = where, addresses_of(memory)
@@ -111,7 +111,7 @@ class SiteLearner:
                 alike.setdefault(parameter.dtype, []).append(parameter)
         for parameters in alike.values():
             states = [self._adam.state[parameter] for parameter in parameters]
-            torch._fused_adam_(
+            torch._fused_adam_(  # pyright: ignore
                 parameters,
                 [parameter.grad for parameter in parameters],
                 [state["exp_avg"] for state in states],
