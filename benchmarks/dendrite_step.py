@@ -58,6 +58,7 @@ class Trainer:
     device: torch.device
     bfloat16: bool
     _turn: int = 0
+    _graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, part: str) -> None:
         """Do one pass or step with the next batch."""
@@ -82,10 +83,15 @@ class Trainer:
             for _ in range(_WARM):
                 self.run(part)
         torch.cuda.current_stream(self.device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
             self.run(part)
-        return graph.replay
+        # Bound to this trainer: the graph reads and writes what it owns.
+        return self._replay
+
+    def _replay(self) -> None:
+        assert self._graph is not None
+        self._graph.replay()
 
 
 def run(args: argparse.Namespace) -> Iterator[Case]:

@@ -26,6 +26,8 @@ _FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # A training loop meets a handful of shapes; past this many the check runs again.
 _MOST_CHECKED = 4096
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
 _checked: set[Any] = set()
 
 
@@ -34,17 +36,23 @@ def preactivate(
     activations: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    to_dendrite: Tensor,
+    to_dendrite: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
-    """Compute what `reference.candidate_preactivations` does, strides aside."""
-    if not activations.shape[0] or not fused(activations):
+    """Compute what `reference.candidate_preactivations` does, strides aside.
+
+    The links may be None where there are no dendrites for them to come from.
+    """
+    dtype = activations.dtype
+    if to_dendrite is None or not activations.shape[0]:
+        bias = None if bias is None else bias.to(dtype)
+        return reference.preactivations(x.to(dtype), weight.to(dtype), bias, geometry)
+    if not fused(activations):
         return reference.candidate_preactivations(
             x, activations, weight, bias, to_dendrite, geometry
         )
     from pbfx_kernels.candidate_cascade import add_cascade_
 
-    dtype = activations.dtype
     z = reference.preactivations(x.to(dtype), weight.to(dtype), None, geometry)
     return add_cascade_(z, activations, bias, to_dendrite, geometry.channel_axis)
 
@@ -103,31 +111,53 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
 
     Tracers, compilers, dispatch modes, tensor subclasses and function transforms must see the op.
     """
-    return (
-        all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
     )
 
 
-def apply(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Do what `pbfx::candidates` does, on the op's tensors, activation and geometry.
+def apply(
+    neuron: Tensor,
+    x: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor,
+    moments: Tensor,
+    direction: Tensor,
+    error_mean: Tensor,
+    activation: str,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor]:
+    """Do what `pbfx::candidates` does; call it where `runs_eagerly` only.
 
     Returns:
         out: the neuron's output, in the same memory.
         z: as the op.
     """
-    tensors = arguments[:9]
-    form = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in tensors)
-    key = (form, *arguments[9:])
+    tensors = (
+        *(neuron, x, activations, weight, bias),
+        *(to_dendrite, moments, direction, error_mean),
+    )
+    form = [None if t is None else (t.shape, t.dtype, t.get_device()) for t in tensors]
+    key = (*form, activation, geometry)
     if key not in _checked:
-        check_candidates(*arguments)
+        check_candidates(*tensors, activation, geometry)
         if len(_checked) >= _MOST_CHECKED:
             _checked.clear()
         _checked.add(key)
-    return _Candidates.apply(*arguments)
+    # Links from no dendrites would cost a node in every backward pass.
+    links = to_dendrite if activations.shape[0] else None
+    return _cxx_apply(
+        *(neuron, x, activations, weight, bias, links, moments, direction, error_mean),
+        *(activation, geometry),
+    )
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
@@ -136,6 +166,11 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def _no_grad() -> AbstractContextManager[object]:
+    """Hold gradients off, which they are already unless somebody differentiates twice."""
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
 class _Candidates(torch.autograd.Function):
@@ -147,7 +182,7 @@ class _Candidates(torch.autograd.Function):
         activations: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        to_dendrite: Tensor,
+        to_dendrite: Tensor | None,
         moments: Tensor,
         direction: Tensor,
         error_mean: Tensor,
@@ -178,10 +213,14 @@ class _Candidates(torch.autograd.Function):
         grad, learned = grads[0], [None] * 4
         if ctx.learns and grad is not None:
             # Under `create_graph` the error stays differentiable; what candidates learn is not.
-            with torch.no_grad(), no_autocast(grad):
+            with _no_grad(), no_autocast(grad):
                 gradients = differentiate(grad, *ctx.saved_tensors, *ctx.form)
                 learned = [
                     None if dtype is None else gradient.to(dtype)
                     for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
                 ]
         return grad, None, None, *learned, None, None, None, None
+
+
+# The C++ half of `Function.apply`; the Python half looks for function transforms once more.
+_cxx_apply: Any = super(torch.autograd.Function, _Candidates).apply  # pyright: ignore[reportAttributeAccessIssue]

@@ -13,12 +13,16 @@ Source: Fahlman and Lebiere, *The Cascade-Correlation Learning Architecture*, 19
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pbfx_kernels.walking import on_device, regular, walk
+from pbfx_kernels.relaunch import Launch
+from pbfx_kernels.walking import ceiling, on_device, power_of_two, regular, walk
 
+# Forms of sites; a training loop meets a handful.
+_REMEMBERED = 4096
 # Elements per program: eight per thread of four warps.
 _TILE = 1024
 _WARPS = 4
@@ -87,41 +91,61 @@ def add_cascade_(
     if not z.numel():
         return z
     z, activations = (regular(stack, channel_axis, stacked=True) for stack in (z, activations))
-    count, neurons, dendrites = z.shape[0], z.shape[channel_axis], activations.shape[0]
-    way = walk(z.shape[1:], channel_axis, z.stride()[1:], activations.stride()[1:])
-    tile_neurons, tile_inner, programs = _plan(
-        way.outer, way.inner, neurons, way.strides[0][1] == 1
+    launch = _prepare(
+        (z.shape, z.stride(), z.dtype),
+        (activations.shape, activations.stride(), activations.dtype),
+        None if bias is None else bias.dtype,
+        to_dendrite.dtype,
+        channel_axis,
+        z.get_device(),
     )
     with on_device(z):
-        _candidate_cascade_kernel[(programs, count)](
+        launch(
             z,
             activations,
             None if bias is None else bias.contiguous(),
             to_dendrite.contiguous(),
-            neurons,
-            way.inner,
-            z.stride(0),
-            *way.strides[0],
-            activations.stride(0),
-            *way.strides[1],
-            D=dendrites,
-            HAS_BIAS=bias is not None,
-            TILE_N=tile_neurons,
-            TILE_I=tile_inner,
-            num_warps=_WARPS,
         )
     return z
 
 
-@functools.lru_cache(4096)
+Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+@functools.lru_cache(_REMEMBERED)
+def _prepare(
+    z: Form, a: Form, bias: torch.dtype | None, _: torch.dtype, channel_axis: int, __: int
+) -> Launch:
+    """Prepare the pass over tensors of this form, each of which can be walked.
+
+    Args:
+        z: shape, strides and dtype of the preactivations.
+        a: of the older dendrites' activations.
+        bias: its dtype, or None without one.
+        _: dtype of the links, for which Triton compiles anew.
+        channel_axis: axis of the neurons, negative.
+        __: the device, on which the compiled kernel lies.
+    """
+    count, neurons, dendrites = z[0][0], z[0][channel_axis], a[0][0]
+    way = walk(z[0][1:], channel_axis, z[1][1:], a[1][1:])
+    plan = _plan(way.outer, way.inner, neurons, way.strides[0][1] == 1)
+    return Launch(
+        _candidate_cascade_kernel,
+        (plan[2], count),
+        (neurons, way.inner, z[1][0], *way.strides[0], a[1][0], *way.strides[1]),
+        (dendrites, bias is not None, *plan[:2]),
+        _WARPS,
+    )
+
+
 def _plan(outer: int, inner: int, neurons: int, neurons_adjoin: bool) -> tuple[int, int, int]:
     """Return the tile's neurons and inner positions, and the number of programs per candidate."""
-    all_neurons, all_inner = triton.next_power_of_2(neurons), triton.next_power_of_2(inner)
+    all_neurons, all_inner = power_of_two(neurons), power_of_two(inner)
     if neurons_adjoin:
         tile_neurons = min(all_neurons, _NEURONS_WIDE)
         tile_inner = min(all_inner, _TILE // tile_neurons)
     else:
         tile_inner = min(all_inner, _INNER_WIDE)
         tile_neurons = min(all_neurons, _TILE // tile_inner)
-    tiles = outer * triton.cdiv(inner, tile_inner)
-    return tile_neurons, tile_inner, triton.cdiv(neurons, tile_neurons) * tiles
+    tiles = outer * ceiling(inner, tile_inner)
+    return tile_neurons, tile_inner, ceiling(neurons, tile_neurons) * tiles

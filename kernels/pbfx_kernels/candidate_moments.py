@@ -27,8 +27,19 @@ import triton.language as tl
 from torch import Tensor
 
 from pbfx_kernels.moments import Moment
-from pbfx_kernels.walking import interleaved_strides, on_device, regular, walk
+from pbfx_kernels.relaunch import Launch
+from pbfx_kernels.walking import (
+    ceiling,
+    interleaved_strides,
+    is_regular,
+    on_device,
+    power_of_two,
+    regular,
+    walk,
+)
 
+# Forms of sites; a training loop meets a handful.
+_REMEMBERED = 4096
 # The rows of the sums: the moments, then the gradient of the bias.
 _ROWS = len(Moment) + 1
 # Elements per tile: eight per thread of four warps, so that six accumulators fit in registers.
@@ -43,33 +54,32 @@ _INNER_WIDE = 256
 _PROGRAMS = 1024
 # Fewer tiles than this per program do not pay for a second stage.
 _TILES_EACH = 4
-# As Moment.COUNT is written by the kernel, and kernels see no Python enum.
-_COUNT, _A, _AA, _G, _GG, _AG = (tl.constexpr(int(row)) for row in Moment)
-_BIAS = tl.constexpr(_ROWS - 1)
-_LINKS = tl.constexpr(_ROWS)
 
 
 @triton.jit
-def _tanh(z):
-    # 1 - 2/(e^2z + 1) cancels near zero; there its odd series up to z^9 errs by less than 2e-8.
-    square = z * z
-    series = -17 / 315 + 62 / 2835 * square
-    series = 2 / 15 + series * square
-    series = -1 / 3 + series * square
-    near = z + z * square * series
+def _tanh(z, ROUNDED: tl.constexpr):
+    # 1 - 2/(e^2z + 1) cancels near zero, by less than 1e-7 in all: relative to a rounded z nothing.
     decay = tl.exp(-2.0 * tl.abs(z))
     far = (1.0 - decay) / (1.0 + decay)
-    return tl.where(tl.abs(z) < 0.25, near, tl.where(z < 0, -far, far))
+    a = tl.where(z < 0, -far, far)
+    if not ROUNDED:
+        # There the odd series up to z^9 errs by less than 2e-8 of tanh.
+        square = z * z
+        series = -17 / 315 + 62 / 2835 * square
+        series = 2 / 15 + series * square
+        series = -1 / 3 + series * square
+        a = tl.where(tl.abs(z) < 0.25, z + z * square * series, a)
+    return a
 
 
 @triton.jit
-def _activation_and_slope(z, ACTIVATION: tl.constexpr):
-    """Return f(z) and f'(z) of a float32 tile."""
+def _activation_and_slope(z, ACTIVATION: tl.constexpr, ROUNDED: tl.constexpr):
+    """Return f(z) and f'(z) of a float32 tile; ROUNDED if z comes from a dtype of half the bits."""
     if ACTIVATION == "sigmoid":
         a = tl.sigmoid(z)
         slope = a * (1.0 - a)
     elif ACTIVATION == "tanh":
-        a = _tanh(z)
+        a = _tanh(z, ROUNDED)
         slope = 1.0 - a * a
     elif ACTIVATION == "relu":
         # Zero at the kink, as torch does, and NaN stays NaN.
@@ -122,6 +132,7 @@ def _candidate_moments_kernel(
     ACTIVATION: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
+    EVEN: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_I: tl.constexpr,
 ):
@@ -150,13 +161,18 @@ def _candidate_moments_kernel(
     for tile in range(share, outer * tiles, tl.num_programs(1)):
         at_o = (tile // tiles).to(tl.int64)
         at_i = ((tile % tiles).to(tl.int64) * TILE_I + tl.arange(0, TILE_I))[None, :]
-        here = real[:, None] & (at_i < inner)
+        # Whole tiles everywhere: the compiler drops a mask of constants, and what it costs.
+        here = tl.full((TILE_N, TILE_I), True, tl.int1)
+        if not EVEN:
+            here = real[:, None] & (at_i < inner)
         g = tl.load(g_row + at_o * g_o + at_i * g_i, mask=here, other=0.0).to(tl.float32)
         z = tl.load(z_row + at_o * z_o + at_i * z_i, mask=here, other=0.0).to(tl.float32)
-        a, slope = _activation_and_slope(z, ACTIVATION)
-        # f(0) is not 0 for every f, and 0 - ḡ is not 0 either.
-        a = tl.where(here, a, 0.0)
-        dz = tl.where(here, -direction[:, None] * (g - mean[:, None]) * slope, 0.0)
+        a, slope = _activation_and_slope(z, ACTIVATION, z_ptr.dtype.element_ty != tl.float32)
+        dz = -direction[:, None] * (g - mean[:, None]) * slope
+        if not EVEN:
+            # f(0) is not 0 for every f, and 0 - ḡ is not 0 either.
+            a = tl.where(here, a, 0.0)
+            dz = tl.where(here, dz, 0.0)
         tl.store(
             dz_row + at_o * dz_o + at_i * dz_i,
             (dz * dz_scale).to(dz_ptr.dtype.element_ty),
@@ -177,19 +193,21 @@ def _candidate_moments_kernel(
                 other=0.0,
             ).to(tl.float32)
             sum_links += tl.sum(older * dz[None, :, :], axis=2)
-    to = sums_ptr + share.to(tl.int64) * (_LINKS + D) * row + c * neurons + n
+    # Rows in the order of `Moment`, then the bias and the links. No module's constant is read here:
+    # Triton would compare each with its old value at every launch.
+    to = sums_ptr + share.to(tl.int64) * (7 + D) * row + c * neurons + n
     # Once, whatever the number of shares.
     count = tl.zeros((TILE_N,), tl.float32) + tl.where(share == 0, positions, 0.0)
-    tl.store(to + _COUNT * row, count, mask=real)
-    tl.store(to + _A * row, tl.sum(sum_a, axis=1), mask=real)
-    tl.store(to + _AA * row, tl.sum(sum_aa, axis=1), mask=real)
-    tl.store(to + _G * row, tl.sum(sum_g, axis=1), mask=real)
-    tl.store(to + _GG * row, tl.sum(sum_gg, axis=1), mask=real)
-    tl.store(to + _AG * row, tl.sum(sum_ag, axis=1), mask=real)
-    tl.store(to + _BIAS * row, tl.sum(sum_dz, axis=1) * sum_scale, mask=real)
+    tl.store(to, count, mask=real)
+    tl.store(to + row, tl.sum(sum_a, axis=1), mask=real)
+    tl.store(to + 2 * row, tl.sum(sum_aa, axis=1), mask=real)
+    tl.store(to + 3 * row, tl.sum(sum_g, axis=1), mask=real)
+    tl.store(to + 4 * row, tl.sum(sum_gg, axis=1), mask=real)
+    tl.store(to + 5 * row, tl.sum(sum_ag, axis=1), mask=real)
+    tl.store(to + 6 * row, tl.sum(sum_dz, axis=1) * sum_scale, mask=real)
     if D > 0:
         # (C, D, N), as the parameter.
-        links = sums_ptr + share.to(tl.int64) * (_LINKS + D) * row + _LINKS * row
+        links = sums_ptr + share.to(tl.int64) * (7 + D) * row + 7 * row
         at = (c * D + e)[:, None] * neurons + n[None, :]
         tl.store(links + at, sum_links * sum_scale, mask=(e < D)[:, None] & real[None, :])
 
@@ -234,66 +252,126 @@ def candidate_moments(
         activation: f, one of `ACTIVATIONS`.
         channel_axis: axis of the neurons in `grad`, negative (`Geometry.channel_axis`).
     """
-    count, neurons, dendrites = z.shape[0], grad.shape[channel_axis], activations.shape[0]
+    prepared = _prepare(
+        (grad.shape, grad.stride(), grad.dtype),
+        (z.shape, z.stride(), z.dtype),
+        (activations.shape, activations.stride(), activations.dtype),
+        (direction.dtype, error_mean.dtype),
+        activation,
+        channel_axis,
+        grad.get_device(),
+    )
+    if prepared is None:
+        grad = regular(grad, channel_axis)
+        z, activations = (regular(stack, channel_axis, stacked=True) for stack in (z, activations))
+        return candidate_moments(
+            grad, z, activations, direction, error_mean, activation, channel_axis
+        )
+    dz = z.new_empty_strided(z.shape, prepared.strides)
+    if prepared.launch is None:
+        total = grad.new_zeros(prepared.sums, dtype=torch.float32)
+    else:
+        total = grad.new_empty(prepared.sums, dtype=torch.float32)
+        with on_device(grad):
+            prepared.launch(
+                grad, z, activations, direction.contiguous(), error_mean.contiguous(), dz, total
+            )
+        if len(prepared.sums) == 3:
+            total = total.sum(0)
+    moments, bias, links = total.split(prepared.parts)
+    return Signal(dz, prepared.weight_scale, bias, links.view(prepared.links), moments)
+
+
+class Prepared(NamedTuple):
+    """What one site's passes have in common.
+
+    Attributes:
+        strides: of dz.
+        weight_scale: of `Signal`.
+        sums: shape of the kernel's output, with a leading axis if it is in shares.
+        parts: rows of the moments, the bias and the links in it.
+        links: shape of the gradient of the links.
+        launch: of the kernel; None if there is nothing to sum.
+    """
+
+    strides: tuple[int, ...]
+    weight_scale: float
+    sums: tuple[int, ...]
+    parts: tuple[int, int, int]
+    links: tuple[int, int, int]
+    launch: Launch | None
+
+
+Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+@functools.lru_cache(_REMEMBERED)
+def _prepare(
+    g: Form,
+    z: Form,
+    a: Form,
+    _: tuple[torch.dtype, torch.dtype],
+    activation: str,
+    channel_axis: int,
+    __: int,
+) -> Prepared | None:
+    """Prepare the pass over tensors of this form; None if one of them cannot be walked.
+
+    Args:
+        g: shape, strides and dtype of the error.
+        z: of the preactivations.
+        a: of the older dendrites' activations.
+        _: dtypes of direction and mean, for which Triton compiles anew.
+        activation: f.
+        channel_axis: axis of the neurons in the error, negative.
+        __: the device, on which the compiled kernel lies.
+    """
+    count, dendrites = z[0][0], a[0][0]
+    neurons, elements = g[0][channel_axis], math.prod(z[0])
     rows = (_ROWS + dendrites) * count
-    z = regular(z, channel_axis, stacked=True)
-    strides = interleaved_strides(z.shape, z.stride(), channel_axis)
-    dz = z.new_empty_strided(z.shape, strides)
-    average = 1 / max(grad.numel() // max(neurons, 1), 1)
+    parts = len(Moment) * count, count, dendrites * count
+    links = count, dendrites, neurons
+    slices = (g[1], z[1][1:], a[1][1:]) if dendrites else (g[1], z[1][1:])
+    if elements and not all(is_regular(g[0], strides, channel_axis) for strides in slices):
+        return None
+    strides = interleaved_strides(z[0], z[1], channel_axis)
+    average = 1 / max(math.prod(g[0]) // max(neurons, 1), 1)
     # float16: 1/P on its own is below its smallest number for the P of a convolution, and the sum
     # of P terms without it is above the largest. So half of it before, and half after.
-    half = math.sqrt(average) if z.dtype == torch.float16 else 1.0
-    if z.numel():
-        grad = regular(grad, channel_axis)
-        activations = regular(activations, channel_axis, stacked=True)
-        way = walk(
-            grad.shape,
-            channel_axis,
-            grad.stride(),
-            z.stride()[1:],
-            strides[1:],
-            # Those of an empty stack say nothing, and must not keep the others from merging.
-            (activations if dendrites else z).stride()[1:],
-        )
-        padded = triton.next_power_of_2(max(dendrites, 1))
-        plan = _plan(way.outer, way.inner, neurons, count, padded, way.strides[1][1] == 1)
-        sums = grad.new_empty((plan.shares, rows, neurons), dtype=torch.float32)
-        with on_device(grad):
-            _candidate_moments_kernel[(plan.programs, plan.shares)](
-                grad,
-                z,
-                activations,
-                direction.contiguous(),
-                error_mean.contiguous(),
-                dz,
-                sums,
-                neurons,
-                way.outer,
-                way.inner,
-                count,
-                count * neurons,
-                *way.strides[0],
-                z.stride(0),
-                *way.strides[1],
-                strides[0],
-                *way.strides[2],
-                activations.stride(0),
-                *way.strides[3],
-                float(way.outer * way.inner),
-                average / half,
-                average,
-                ACTIVATION=activation,
-                D=dendrites,
-                D_PADDED=padded,
-                TILE_N=plan.tile_neurons,
-                TILE_I=plan.tile_inner,
-                num_warps=_WARPS,
-            )
-        total = sums[0] if plan.shares == 1 else sums.sum(0)
-    else:
-        total = grad.new_zeros((rows, neurons), dtype=torch.float32)
-    moments, bias, links = total.split((len(Moment) * count, count, dendrites * count))
-    return Signal(dz, half, bias, links.view(count, dendrites, neurons), moments)
+    half = math.sqrt(average) if z[2] == torch.float16 else 1.0
+    if not elements:
+        return Prepared(strides, half, (rows, neurons), parts, links, None)
+    # The strides of an empty stack say nothing, and must not keep the others from merging.
+    older = a[1] if dendrites else z[1]
+    way = walk(g[0], channel_axis, g[1], z[1][1:], strides[1:], older[1:])
+    padded = power_of_two(max(dendrites, 1))
+    plan = _plan(way.outer, way.inner, neurons, count, padded, way.strides[1][1] == 1)
+    even = neurons % plan.tile_neurons == 0 and way.inner % plan.tile_inner == 0
+    launch = Launch(
+        _candidate_moments_kernel,
+        (plan.programs, plan.shares),
+        (
+            neurons,
+            way.outer,
+            way.inner,
+            count,
+            count * neurons,
+            *way.strides[0],
+            z[1][0],
+            *way.strides[1],
+            strides[0],
+            *way.strides[2],
+            older[0],
+            *way.strides[3],
+            float(way.outer * way.inner),
+            average / half,
+            average,
+        ),
+        (activation, dendrites, padded, even, plan.tile_neurons, plan.tile_inner),
+        _WARPS,
+    )
+    sums = (rows, neurons) if plan.shares == 1 else (plan.shares, rows, neurons)
+    return Prepared(strides, half, sums, parts, links, launch)
 
 
 class Plan(NamedTuple):
@@ -305,20 +383,19 @@ class Plan(NamedTuple):
     shares: int
 
 
-@functools.lru_cache(4096)
 def _plan(
     outer: int, inner: int, neurons: int, candidates: int, dendrites: int, neurons_adjoin: bool
 ) -> Plan:
     """Choose tile and grid from the sizes alone, so that sums come out the same on every GPU."""
     most = max(min(_TILE, _STACKED // dendrites), 1)
-    all_neurons, all_inner = (triton.next_power_of_2(max(n, 1)) for n in (neurons, inner))
+    all_neurons, all_inner = (power_of_two(max(n, 1)) for n in (neurons, inner))
     if neurons_adjoin:
         tile_neurons = min(all_neurons, _NEURONS_WIDE, most)
         tile_inner = min(all_inner, most // tile_neurons)
     else:
         tile_inner = min(all_inner, _INNER_WIDE, most)
         tile_neurons = min(all_neurons, most // tile_inner)
-    programs = triton.cdiv(neurons, tile_neurons) * candidates
-    tiles = outer * triton.cdiv(inner, tile_inner)
-    shares = min(_PROGRAMS // max(programs, 1), triton.cdiv(tiles, _TILES_EACH))
+    programs = ceiling(neurons, tile_neurons) * candidates
+    tiles = outer * ceiling(inner, tile_inner)
+    shares = min(_PROGRAMS // max(programs, 1), ceiling(tiles, _TILES_EACH))
     return Plan(tile_neurons, tile_inner, programs, max(shares, 1))

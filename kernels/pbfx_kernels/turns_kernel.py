@@ -6,6 +6,7 @@ reads the sums twice, first to learn whether all are finite. Floor: a launch. Th
 4096-wide net, four candidates, has 400 KB of sums and as much of moments.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,23 +15,20 @@ import triton.language as tl
 from torch import Tensor
 
 from pbfx_kernels.moments import Moment
+from pbfx_kernels.relaunch import Launch
 from pbfx_kernels.turns import Memory, Rules, Verdict
-from pbfx_kernels.walking import on_device
+from pbfx_kernels.walking import on_device, power_of_two
 
+# Kernels of as many models' cohorts.
+_REMEMBERED = 1024
 # Columns (candidate, neuron) per step of a program: six rows of sums and six of moments each.
 _MOST_COLUMNS = 1024
 _WARPS = 8
 # Links, bias and weight have one of Adam's counters each.
 _STEPS = 3
-_COUNT, _A, _AA, _G, _GG, _AG = (tl.constexpr(int(row)) for row in Moment)
-_ROWS = tl.constexpr(len(Moment))
-# The columns of the table.
-_COLUMNS, _NEURONS, _RUNNING, _RUNNING_BATCHES, _HELDOUT, _HELDOUT_BATCHES = (
-    tl.constexpr(i) for i in range(6)
-)
-_DIRECTION, _ERROR_MEAN, _TURNS, _FIRST_STEP = (tl.constexpr(i) for i in range(6, 10))
-_FIELDS = tl.constexpr(9 + _STEPS)
-_STEP_FIELDS = tl.constexpr(_STEPS)
+# A line of the table: columns, neurons, addresses of running, running_batches, heldout,
+# heldout_batches, direction, error_mean, turns, and of the counters.
+_FIELDS = 9 + _STEPS
 
 
 @triton.jit
@@ -47,35 +45,38 @@ def _take_turns_kernel(
     measure_every,
     priming_batches,
     DECAY: tl.constexpr,
+    FIELDS: tl.constexpr,
+    STEPS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    # The numbers of rows and fields are written out: what a kernel reads of its module, Triton
+    # compares with its old value at every launch.
     site = tl.program_id(0)
     number = sums_ptr.dtype.element_ty
     before = tl.zeros((), tl.int64)
     for earlier in range(0, site):
-        before += tl.load(table_ptr + earlier * _FIELDS + _COLUMNS)
-    line = table_ptr + site * _FIELDS
-    columns = tl.load(line + _COLUMNS)
-    neurons = tl.load(line + _NEURONS)
-    sums = sums_ptr + before * _ROWS
+        before += tl.load(table_ptr + earlier * FIELDS)
+    line = table_ptr + site * FIELDS
+    columns, neurons = tl.load(line), tl.load(line + 1)
+    sums = sums_ptr + before * 6
     bad = tl.zeros((COLUMNS,), tl.int32)
     for start in range(0, columns, COLUMNS):
         at = start + tl.arange(0, COLUMNS)
-        for row in tl.static_range(_ROWS):
+        for row in tl.static_range(6):
             bad += _is_bad(tl.load(sums + row * columns + at, mask=at < columns, other=0.0))
     finite = tl.max(bad, axis=0) == 0
-    counter = tl.load(line + _TURNS).to(tl.pointer_type(tl.int64))
+    counter = tl.load(line + 8).to(tl.pointer_type(tl.int64))
     turn = tl.load(counter) + 1
     measures = turn % measure_every == 0
     learns = finite & (measures == 0) & (turn > priming_batches)
-    running = tl.load(line + _RUNNING).to(tl.pointer_type(number))
-    running_batches = tl.load(line + _RUNNING_BATCHES).to(tl.pointer_type(number))
+    running = tl.load(line + 2).to(tl.pointer_type(number))
+    running_batches = tl.load(line + 3).to(tl.pointer_type(number))
     usual = tl.load(running) / tl.maximum(tl.load(running_batches), 1.0)
     count = tl.where(finite, tl.load(sums), 0.0)
     share = tl.maximum(usual, 1.0) / tl.maximum(count, 1.0)
     # What a batch adds to depends on its turn, and how is the same.
-    into = tl.load(line + tl.where(measures, _HELDOUT, _RUNNING)).to(tl.pointer_type(number))
-    batches = tl.load(line + tl.where(measures, _HELDOUT_BATCHES, _RUNNING_BATCHES))
+    into = tl.load(line + tl.where(measures, 4, 2)).to(tl.pointer_type(number))
+    batches = tl.load(line + tl.where(measures, 5, 3))
     batches = batches.to(tl.pointer_type(number))
     # A constant of the kernel: as an argument it would be rounded to float32.
     decay, one = tl.full((), DECAY, number), tl.full((), 1.0, number)
@@ -83,27 +84,27 @@ def _take_turns_kernel(
     batches_now = tl.load(batches) * fade + finite.to(number)
     # Every thread has read the first sum, the first moment and the number of batches.
     tl.debug_barrier()
-    direction = tl.load(line + _DIRECTION).to(tl.pointer_type(number))
-    error_mean = tl.load(line + _ERROR_MEAN).to(tl.pointer_type(number))
+    direction = tl.load(line + 6).to(tl.pointer_type(number))
+    error_mean = tl.load(line + 7).to(tl.pointer_type(number))
     overflow = tl.where(finite, 0.0, float("inf")).to(number)
     for start in range(0, columns, COLUMNS):
         at = start + tl.arange(0, COLUMNS)
         real = at < columns
-        for row in tl.static_range(_ROWS):
+        for row in tl.static_range(6):
             place = row * columns + at
             s = tl.where(finite, tl.load(sums + place, mask=real, other=0.0), 0.0)
             total = tl.load(into + place, mask=real, other=0.0) * fade + s
             tl.store(into + place, total, mask=real)
             tl.store(sums + place, overflow + tl.zeros_like(total), mask=real)
-            if row == _COUNT:
+            if row == 0:
                 p = tl.maximum(total, 1.0)
-            elif row == _A:
+            elif row == 1:
                 mean_a = total / p
-            elif row == _G:
+            elif row == 3:
                 mean_g = total / p
-            elif row == _GG:
+            elif row == 4:
                 spread = tl.sqrt(tl.maximum(total / p - mean_g * mean_g, 0.0))
-            elif row == _AG:
+            elif row == 5:
                 covariance = total / p - mean_a * mean_g
         sign = tl.where(covariance > 0, 1.0, tl.where(covariance < 0, -1.0, 0.0))
         steered = real & (measures == 0)
@@ -114,8 +115,8 @@ def _take_turns_kernel(
         tl.store(error_mean + at, mean_g, mask=steered & (at < neurons))
     tl.store(batches, batches_now)
     tl.store(counter, turn)
-    for i in tl.static_range(_STEP_FIELDS):
-        place = tl.load(line + _FIRST_STEP + i)
+    for i in tl.static_range(STEPS):
+        place = tl.load(line + 9 + i)
         step = place.to(tl.pointer_type(tl.float32))
         there = place != 0
         tl.store(step, tl.load(step, mask=there, other=0.0) + learns.to(tl.float32), mask=there)
@@ -132,7 +133,7 @@ def line_of(memory: Memory) -> Tensor:
     steps = [step.data_ptr() for step in memory.steps]
     numbers = [columns, memory.error_mean.numel(), *(part.data_ptr() for part in parts)]
     numbers += steps + [0] * (_STEPS - len(steps))
-    assert len(numbers) == _FIELDS.value
+    assert len(numbers) == _FIELDS
     # By fills, each a launch with its number as argument: a copy from the host would wait for the
     # device, or keep host memory alive that a captured graph reads again.
     return torch.cat([memory.turns.new_full((1,), number) for number in numbers])
@@ -152,19 +153,9 @@ def take_turns_fused(
     gathered = torch.cat([memory.sums.reshape(-1) for memory in memories])
     table = torch.cat(list(lines))
     verdict = gathered.new_empty((2, len(memories)), dtype=torch.float32)
-    widest = max(sizes) // len(Moment)
+    launch = _prepare(len(sizes), max(sizes), rules, gathered.dtype, gathered.get_device())
     with on_device(gathered):
-        _take_turns_kernel[(len(memories),)](
-            gathered,
-            table,
-            verdict,
-            len(memories),
-            rules.measure_every,
-            rules.priming_batches,
-            DECAY=rules.moment_decay,
-            COLUMNS=min(triton.next_power_of_2(widest), _MOST_COLUMNS),
-            num_warps=_WARPS,
-        )
+        launch(gathered, table, verdict)
     shares, idles = (row.unbind() for row in verdict.unbind())
     return [
         Verdict(share, idle, overflow.view_as(memory.sums))
@@ -172,3 +163,16 @@ def take_turns_fused(
             memories, shares, idles, gathered.split(sizes), strict=True
         )
     ]
+
+
+@functools.lru_cache(_REMEMBERED)
+def _prepare(sites: int, widest: int, rules: Rules, _: torch.dtype, __: int) -> Launch:
+    """Prepare the launch for so many sites, the widest with so many sums of a dtype on a device."""
+    columns = min(power_of_two(widest // len(Moment)), _MOST_COLUMNS)
+    return Launch(
+        _take_turns_kernel,
+        (sites, 1),
+        (sites, rules.measure_every, rules.priming_batches),
+        (rules.moment_decay, _FIELDS, _STEPS, columns),
+        _WARPS,
+    )

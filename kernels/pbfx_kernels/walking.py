@@ -82,12 +82,13 @@ def regular(tensor: Tensor, channel_axis: int, stacked: bool = False) -> Tensor:
         stacked: whether there is a leading axis that is not walked.
     """
     skip = int(stacked)
-    fits = _is_regular(tensor.shape[skip:], tensor.stride()[skip:], channel_axis)
+    fits = is_regular(tensor.shape[skip:], tensor.stride()[skip:], channel_axis)
     return tensor if fits else tensor.contiguous()
 
 
 @functools.lru_cache(_REMEMBERED)
-def _is_regular(shape: Sizes, strides: Sizes, channel_axis: int) -> bool:
+def is_regular(shape: Sizes, strides: Sizes, channel_axis: int) -> bool:
+    """Return whether the axes before the neurons' merge into one, and likewise those after it."""
     axis = len(shape) + channel_axis
     halves = slice(0, axis), slice(axis + 1, None)
     return all(merged_stride(shape[half], strides[half]) is not None for half in halves)
@@ -112,6 +113,16 @@ def interleaved_strides(shape: Sizes, strides: Sizes, channel_axis: int) -> Size
         found[axis] = dense
         dense *= max(shape[axis], 1)
     return tuple(found)
+
+
+def power_of_two(number: int) -> int:
+    """Return the least power of two that is not below `number`, which is positive."""
+    return 1 << (number - 1).bit_length()
+
+
+def ceiling(number: int, divisor: int) -> int:
+    """Divide two whole numbers and round up."""
+    return -(-number // divisor)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

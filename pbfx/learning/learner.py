@@ -20,7 +20,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from pbfx.config import Config
@@ -47,6 +47,7 @@ class SiteLearner:
         self.rules = Rules(config.measure_every, config.priming_batches, config.moment_decay)
         self._cohort = new_cohort() if cohort is None else cohort
         self._turns = candidates.moments.new_zeros((), dtype=torch.int64)
+        self._parameters = list(candidates.parameters())
         self._learnt = candidates.learnt()
         # It holds state and settings only: `_step` calls its kernel, for all that is wrapped around
         # an optimizer's step costs more than a small site.
@@ -83,12 +84,9 @@ class SiteLearner:
         """Return the site's memory with the sums of this pass, and its addresses."""
         pool, buffers = self.candidates, self.candidates._buffers
         assert pool.moments.grad is not None
-        memory = Memory(
-            pool.moments.grad,
-            *(buffers[name] for name in _MEMORY),
-            self._turns,
-            tuple(self._adam.state[p]["step"] for p in self._learnt),
-        )  # pyright: ignore[reportCallIssue]
+        known: dict[str, Any] = {name: buffers[name] for name in _MEMORY}
+        steps = tuple(self._adam.state[p]["step"] for p in self._learnt)
+        memory = Memory(sums=pool.moments.grad, **known, turns=self._turns, steps=steps)
         where = places(memory)
         if where != self._line[0]:
             self._line = where, addresses_of(memory)
@@ -97,7 +95,7 @@ class SiteLearner:
     def finish(self, verdict: Verdict) -> None:
         """Step the candidates if the batch was one to learn from, and take all gradients away."""
         self._step(verdict)
-        for parameter in self.candidates.parameters():
+        for parameter in self._parameters:
             parameter.grad = None
         self.candidates.moments.grad = verdict.overflow
 
@@ -105,15 +103,17 @@ class SiteLearner:
         """Do a step of Adam with gradients divided by `share`, or none at all, on the device."""
         group = self._adam.param_groups[0]
         beta1, beta2 = group["betas"]
-        alike: dict[torch.dtype, list[nn.Parameter]] = {}
+        # Its kernel takes tensors of one dtype.
+        alike: dict[torch.dtype, list[tuple[Tensor, Tensor, dict[str, Tensor]]]] = {}
         for parameter in self._learnt:
             if parameter.grad is not None:
-                alike.setdefault(parameter.dtype, []).append(parameter)
-        for parameters in alike.values():
-            states = [self._adam.state[parameter] for parameter in parameters]
-            torch._fused_adam_(  # pyright: ignore
+                learnt = parameter, parameter.grad, self._adam.state[parameter]
+                alike.setdefault(parameter.dtype, []).append(learnt)
+        for together in alike.values():
+            parameters, gradients, states = (list(each) for each in zip(*together, strict=True))
+            _fused_adam_(
                 parameters,
-                [parameter.grad for parameter in parameters],
+                gradients,
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
@@ -210,7 +210,10 @@ class SiteLearner:
         self._prepare()
 
 
-# The buffers of candidates that a turn reads and edits, in the order of `Memory`.
+# The kernel of `torch.optim.Adam(fused=True)`, which has no public name of its own.
+_fused_adam_: Any = torch._fused_adam_  # pyright: ignore[reportPrivateImportUsage]
+
+# The buffers of candidates that a turn reads and edits, by their names in `Memory`.
 _MEMORY = (
     "running",
     "running_batches",

@@ -22,6 +22,7 @@ from benchmarks.registry import BENCHMARKS
 from benchmarks.runner import main, parser_of
 from benchmarks.table import WIDTH, multiple, render
 from benchmarks.timing import Quantiles, interleave
+from pbfx.learning import learner
 
 CPU = torch.device("cpu")
 TINY = {
@@ -280,7 +281,7 @@ def test_models_can_be_transformed_whole(name):
 
 
 def test_a_pool_that_does_not_learn_is_not_timed(monkeypatch):
-    monkeypatch.setattr(torch, "_fused_adam_", lambda *_, **__: None)
+    monkeypatch.setattr(learner, "_fused_adam_", lambda *_, **__: None)
     tiny = TINY["dendrite-step"].split()
-    with pytest.raises(GateError, match="the candidates at conv1 do not learn"):
+    with pytest.raises(GateError, match=r"the candidates at conv1.* do not learn"):
         list(dendrite_step.run(parser_of(dendrite_step.BENCHMARK).parse_args(tiny)))

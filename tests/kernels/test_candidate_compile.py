@@ -45,6 +45,7 @@ def test_moments(capability: int, dtype: str, layout: str, dendrites: int) -> No
         "ACTIVATION": "tanh",
         "D": dendrites,
         "D_PADDED": padded,
+        "EVEN": neurons % plan.tile_neurons == inner % plan.tile_inner == 0,
         "TILE_N": plan.tile_neurons,
         "TILE_I": plan.tile_inner,
     }
@@ -75,7 +76,14 @@ def test_moments_of_every_activation(capability: int, activation: str) -> None:
     kernel = compiled(
         candidate_moments._candidate_moments_kernel,
         types,
-        {"ACTIVATION": activation, "D": 3, "D_PADDED": 4, "TILE_N": 4, "TILE_I": 256},
+        {
+            "ACTIVATION": activation,
+            "D": 3,
+            "D_PADDED": 4,
+            "EVEN": False,
+            "TILE_N": 4,
+            "TILE_I": 256,
+        },
         capability,
         candidate_moments._WARPS,
     )
@@ -118,7 +126,12 @@ def test_turns(capability: int, number: str, columns: int) -> None:
     kernel = compiled(
         turns_kernel._take_turns_kernel,
         types,
-        {"COLUMNS": columns, "DECAY": 0.95},
+        {
+            "COLUMNS": columns,
+            "DECAY": 0.95,
+            "FIELDS": turns_kernel._FIELDS,
+            "STEPS": turns_kernel._STEPS,
+        },
         capability,
         turns_kernel._WARPS,
     )
