@@ -101,6 +101,7 @@ def add_cascade_(
     )
     with on_device(z):
         launch(
+            z.get_device(),
             z,
             activations,
             None if bias is None else bias.contiguous(),

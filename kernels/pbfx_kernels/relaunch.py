@@ -9,6 +9,7 @@ prepared once and remembered by the caller, with the compiled kernel.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # What Triton takes for granted of a pointer, or does not; torch's allocations are aligned to more.
@@ -27,7 +28,7 @@ class Launch:
         warps: per program.
     """
 
-    __slots__ = ("_again", "_arguments", "_first", "_warps")
+    __slots__ = ("_again", "_arguments", "_grid", "_kernel", "_warps")
 
     def __init__(
         self,
@@ -37,22 +38,28 @@ class Launch:
         constants: tuple[Any, ...],
         warps: int,
     ) -> None:
-        full = (*grid, 1)
-        self._arguments, self._warps = (*numbers, *constants), warps
-        self._first = lambda *given, **options: (kernel[full](*given, **options), full)
+        self._kernel, self._grid, self._warps = kernel, (*grid, 1), warps
+        self._arguments = (*numbers, *constants)
         self._again: Callable[..., object] | None = None
 
-    def __call__(self, *tensors: Tensor | None) -> None:
-        """Launch on the current device and stream, which must always be the same device."""
+    def __call__(self, device: int, *tensors: Tensor | None) -> None:
+        """Launch on the current stream of the current device.
+
+        Args:
+            device: its index, always the same.
+            tensors: the pointers, whose dtypes are always the same; None stays None.
+        """
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         bits = 0
-        for tensor in tensors:
-            if tensor is not None:
-                bits |= tensor.data_ptr()
+        for pointer in pointers:
+            bits |= pointer or 0
         aligned = not bits % _ALIGNMENT
         if aligned and self._again is not None:
-            self._again(*tensors, *self._arguments)
+            # As numbers: of a tensor the launcher asks the driver where it lies.
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            self._again(*pointers, *self._arguments, stream=stream)
             return
-        compiled, grid = self._first(*tensors, *self._arguments, num_warps=self._warps)
+        compiled = self._kernel[self._grid](*tensors, *self._arguments, num_warps=self._warps)
         # The interpreter compiles nothing.
         if aligned and compiled is not None:
-            self._again = compiled[grid]
+            self._again = compiled[self._grid]

@@ -119,8 +119,15 @@ def _steer(memory: Memory) -> None:
     memory.error_mean.data.copy_(mean_g[0])
 
 
+# Lines that make up a table, kept alive as long as it is, and the table.
+Tables = dict[tuple[int, ...], tuple[Sequence[Tensor], Tensor]]
+
+
 def take_turns(
-    memories: Sequence[Memory], addresses: Sequence[Tensor | None], rules: Rules
+    memories: Sequence[Memory],
+    addresses: Sequence[Tensor | None],
+    rules: Rules,
+    tables: Tables,
 ) -> list[Verdict]:
     """Book one batch of several sites on one device, their moments of one dtype.
 
@@ -128,12 +135,15 @@ def take_turns(
         memories: edited in place.
         addresses: `addresses_of` each of them.
         rules: the same for all.
+        tables: remembers the addresses of sites that take their turns together. Keep it as long as
+            a CUDA graph that was captured with it.
     """
     if any(address is None for address in addresses):
         return [take_turn(memory, rules) for memory in memories]
-    from pbfx_kernels.turns_kernel import take_turns_fused
+    from pbfx_kernels.turns_kernel import table_of, take_turns_fused
 
-    return take_turns_fused(memories, [a for a in addresses if a is not None], rules)
+    table = table_of([a for a in addresses if a is not None], tables)
+    return take_turns_fused(memories, table, rules)
 
 
 def places(memory: Memory) -> tuple[int, ...]:

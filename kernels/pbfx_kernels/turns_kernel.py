@@ -16,11 +16,12 @@ from torch import Tensor
 
 from pbfx_kernels.moments import Moment
 from pbfx_kernels.relaunch import Launch
-from pbfx_kernels.turns import Memory, Rules, Verdict
+from pbfx_kernels.turns import Memory, Rules, Tables, Verdict
 from pbfx_kernels.walking import on_device, power_of_two
 
 # Kernels of as many models' cohorts.
 _REMEMBERED = 1024
+_MOST_TABLES = 64
 # Columns (candidate, neuron) per step of a program: six rows of sums and six of moments each.
 _MOST_COLUMNS = 1024
 _WARPS = 8
@@ -139,23 +140,40 @@ def line_of(memory: Memory) -> Tensor:
     return torch.cat([memory.turns.new_full((1,), number) for number in numbers])
 
 
-def take_turns_fused(
-    memories: Sequence[Memory], lines: Sequence[Tensor], rules: Rules
-) -> list[Verdict]:
+def table_of(lines: Sequence[Tensor], tables: Tables) -> Tensor:
+    """Return the table with these lines, from `tables` if it is there.
+
+    Nothing is ever dropped from `tables`, since a captured graph may read it.
+    """
+    key = tuple(id(line) for line in lines)
+    if key in tables:
+        return tables[key][1]
+    table = torch.cat(list(lines))
+    # What a capture makes holds nothing before the first replay; and sites that are reached in ever
+    # other combinations, such as experts, would fill the memory.
+    if len(tables) < _MOST_TABLES and not _is_capturing(table):
+        tables[key] = lines, table
+    return table
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def take_turns_fused(memories: Sequence[Memory], table: Tensor, rules: Rules) -> list[Verdict]:
     """Do `take_turn` for all `memories` in one launch; they share a device and a dtype.
 
     Args:
         memories: edited in place; no site is empty.
-        lines: `line_of` each of them.
+        table: `table_of` their lines.
         rules: the same for all.
     """
     sizes = [memory.sums.numel() for memory in memories]
     gathered = torch.cat([memory.sums.reshape(-1) for memory in memories])
-    table = torch.cat(list(lines))
     verdict = gathered.new_empty((2, len(memories)), dtype=torch.float32)
     launch = _prepare(len(sizes), max(sizes), rules, gathered.dtype, gathered.get_device())
     with on_device(gathered):
-        launch(gathered, table, verdict)
+        launch(gathered.get_device(), gathered, table, verdict)
     shares, idles = (row.unbind() for row in verdict.unbind())
     return [
         Verdict(share, idle, overflow.view_as(memory.sums))

@@ -28,7 +28,15 @@ from pbfx.dendrites import Candidates
 from pbfx.learning.cohort import Cohort
 from pbfx.learning.moments import Statistics, statistics
 from pbfx_kernels import Moment
-from pbfx_kernels.turns import Memory, Rules, Verdict, addresses_of, places, take_turns
+from pbfx_kernels.turns import (
+    Memory,
+    Rules,
+    Tables,
+    Verdict,
+    addresses_of,
+    places,
+    take_turns,
+)
 
 
 class SiteLearner:
@@ -225,18 +233,24 @@ _MEMORY = (
 
 
 @torch.no_grad()
-def learn(learners: Sequence[SiteLearner]) -> None:
-    """Take one backward pass's moments and gradients away from all sites, and learn or measure."""
+def learn(learners: Sequence[SiteLearner], tables: Tables) -> None:
+    """Take one backward pass's moments and gradients away from all sites, and learn or measure.
+
+    Args:
+        learners: those that the pass has reached.
+        tables: what `take_turns` remembers of them from pass to pass.
+    """
     alike: dict[Hashable, list[SiteLearner]] = {}
     for learner in learners:
         alike.setdefault(learner.kind(), []).append(learner)
     for together in alike.values():
         memories, addresses = zip(*(learner.memory() for learner in together), strict=True)
-        verdicts = take_turns(memories, addresses, together[0].rules)
+        verdicts = take_turns(memories, addresses, together[0].rules, tables)
         for learner, verdict in zip(together, verdicts, strict=True):
             learner.finish(verdict)
 
 
 def new_cohort() -> Cohort:
     """Return a cohort whose members are site learners."""
-    return Cohort(learn)
+    tables: Tables = {}
+    return Cohort(lambda learners: learn(learners, tables))

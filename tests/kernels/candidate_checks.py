@@ -17,7 +17,7 @@ from torch import Tensor
 from pbfx_kernels import ACTIVATIONS, candidate_autograd, reference
 from pbfx_kernels.candidate_moments import candidate_moments
 from pbfx_kernels.turns import Memory, Rules, take_turn
-from pbfx_kernels.turns_kernel import line_of, take_turns_fused
+from pbfx_kernels.turns_kernel import line_of, table_of, take_turns_fused
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -239,7 +239,7 @@ def sums(c: int, n: int, positions: int, generator: torch.Generator) -> Tensor:
 def test_turns_are_those_of_the_reference(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     fused, plain = memories_of(dtype, DEVICE), memories_of(dtype, "cpu")
-    lines = [line_of(memory) for memory in fused]
+    lines, tables = [line_of(memory) for memory in fused], {}
     bad = {4: torch.inf, 5: torch.nan, 6: -torch.inf}
     for batch in range(1, 13):
         drawn = []
@@ -250,7 +250,7 @@ def test_turns_are_those_of_the_reference(dtype: torch.dtype) -> None:
             drawn.append(s.to(dtype).flatten(0, 1))
         fused = [m._replace(sums=s.to(DEVICE)) for m, s in zip(fused, drawn, strict=True)]
         plain = [m._replace(sums=s) for m, s in zip(plain, drawn, strict=True)]
-        found = take_turns_fused(fused, lines, RULES)
+        found = take_turns_fused(fused, table_of(lines, tables), RULES)
         for memory, twin, verdict in zip(fused, plain, found, strict=True):
             wanted = take_turn(twin, RULES)
             assert torch.equal(verdict.idle.cpu(), wanted.idle), batch
@@ -278,6 +278,21 @@ def test_a_turn_touches_no_other_memory() -> None:
         direction=torch.zeros(c, n, device=DEVICE),
         error_mean=torch.zeros(n, device=DEVICE),
     )
-    take_turns_fused([memory], [line_of(memory)], RULES)
+    take_turns_fused([memory], line_of(memory), RULES)
     assert (pool[[0, 2]] == 7.0).all()
     assert_close(pool[1].cpu(), torch.full_like(pool[1], 0.9 * 7 + 1).cpu().double(), F32)
+
+
+def test_tables_are_remembered_and_never_dropped() -> None:
+    memories, tables = memories_of(F32, DEVICE), {}
+    lines = [line_of(memory) for memory in memories]
+    whole = table_of(lines, tables)
+    assert table_of(lines, tables) is whole
+    some = [table_of(lines[:count], tables) for count in (1, 2)]
+    assert [table.numel() for table in (*some, whole)] == [12, 24, 36]
+    assert table_of(lines, tables) is whole
+    # Sites met in ever other combinations get a table each time, and it is right.
+    for index in range(100):
+        table = table_of([lines[index % 3].clone()], tables)
+        assert torch.equal(table, lines[index % 3])
+    assert len(tables) == 64
