@@ -111,12 +111,13 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
 
     Tracers, compilers, dispatch modes, tensor subclasses and function transforms must see the op.
     """
+    if torch.compiler.is_compiling():
+        return False
     for tensor in tensors:
         if type(tensor) not in _PLAIN:
             return False
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
     )

@@ -152,11 +152,13 @@ def places(memory: Memory) -> tuple[int, ...]:
 
 
 def addresses_of(memory: Memory) -> Tensor | None:
-    """Return the line about a site that the kernel reads, int64 on its device; None off a GPU.
+    """Return the line about a site that the kernel reads, int64 on its device.
 
-    It holds addresses: keep it as long as `places` of the memory stays the same, and no longer.
+    None where the kernel cannot run: off a GPU, or where memory has gaps. The line holds addresses:
+    keep it as long as `places` of the memory stays the same, and no longer.
     """
-    if not (memory.running.is_cuda and triton_is_there()):
+    dense = all(tensor.is_contiguous() for tensor in memory[1:-1])
+    if not (memory.running.is_cuda and dense and triton_is_there()):
         return None
     from pbfx_kernels.turns_kernel import line_of
 

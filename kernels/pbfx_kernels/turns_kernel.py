@@ -128,7 +128,6 @@ def _take_turns_kernel(
 def line_of(memory: Memory) -> Tensor:
     """Return the site's line of the table: sizes and addresses, int64."""
     parts = memory[1:8]
-    assert all(part.is_contiguous() for part in parts), "the buffers of candidates are contiguous"
     assert len(memory.steps) <= _STEPS, "weight, bias and links learn"
     columns = memory.running[0].numel()
     steps = [step.data_ptr() for step in memory.steps]

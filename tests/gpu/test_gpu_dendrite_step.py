@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pbfx
-from learning.loops import network, same
+from learning.loops import network, relative_error, same
 from pbfx.dendrites import Candidates
 
 pytestmark = pytest.mark.gpu
@@ -45,9 +45,12 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
 class Run:
     """A model in its dendrite phase, and the step that a user's loop does."""
 
-    def __init__(self, dendrites: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    def __init__(
+        self, dendrites: int, dtype: torch.dtype, layout: torch.memory_format, device: str = "cuda"
+    ) -> None:
         torch.manual_seed(0)
-        net = Net().cuda().to(memory_format=layout)
+        net = Net().to(device, memory_format=layout)
+        self.device = device
         self.model = pbfx.transform(net, pbfx.Config(**RULES))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         self.dtype, self.layout = dtype, layout
@@ -62,7 +65,7 @@ class Run:
         self.optimizer.zero_grad()
         enabled = self.dtype is not torch.float32
         # The weights' casts belong to the step: without the cache a graph makes them anew.
-        with torch.autocast("cuda", self.dtype, enabled=enabled, cache_enabled=False):
+        with torch.autocast(self.device, self.dtype, enabled=enabled, cache_enabled=False):
             loss = F.cross_entropy(self.model(x.to(memory_format=self.layout)).float(), y)
         loss.backward()
         self.optimizer.step()
@@ -104,6 +107,7 @@ def captured(run: Run, x: Tensor, y: Tensor) -> Callable[[], None]:
 def one_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     # A graph must be compared with the same convolutions.
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 each = pytest.mark.parametrize(
@@ -205,6 +209,19 @@ def test_an_overflow_leaves_no_trace_in_a_replay(position: int) -> None:
         else:
             assert not moments.grad.any()
             assert any(not torch.equal(before[n], after[n]) for n in before)
+
+
+def test_accumulation_counts_as_on_a_cpu() -> None:
+    """Gradients that nobody zeroes: the sums add to what a loss scaler was left, a zero."""
+    runs = [Run(0, torch.float32, torch.contiguous_format, device) for device in ("cpu", "cuda")]
+    for x, y in batches(7):
+        for run in runs:
+            run.optimizer.zero_grad = lambda *_: None
+            run.step(x.to(run.device), y.to(run.device))
+    cpu, cuda = (run.candidates() for run in runs)
+    for name, wanted in cpu.items():
+        if name.endswith(("running", "heldout", "batches")):
+            assert relative_error(cuda[name].cpu(), wanted) < 1e-3, name
 
 
 def test_eager_output_shares_the_memory_of_the_neuron() -> None:
