@@ -220,7 +220,7 @@ def test_accumulation_counts_as_on_a_cpu() -> None:
             run.step(x.to(run.device), y.to(run.device))
     cpu, cuda = (run.candidates() for run in runs)
     for name, wanted in cpu.items():
-        if name.endswith(("running", "heldout", "batches")):
+        if name.endswith((".running", ".heldout", "running_batches", "heldout_batches")):
             assert relative_error(cuda[name].cpu(), wanted) < 1e-3, name
 
 
