@@ -16,7 +16,7 @@ from pbfx.errors import CaptureError
 from pbfx.kept import ATTRIBUTE, Kept
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, Perforation, hides
-from pbfx.sites import Site, Skipped, describe_sites, is_site_module
+from pbfx.sites import Site, Skipped, describe_sites, is_site_module, why_no_layer
 from pbfx.undo import drop_compiled_code
 
 # For the path of each part: the module that its graph runs over, and its sites.
@@ -218,9 +218,7 @@ def _outside(captured: Capture) -> dict[str, tuple[Skipped, ...]]:
             if next(child.parameters(), None) is not None
         }
         found[path] = tuple(
-            _left_for(
-                captured, path, Skipped(name, type(m).__name__, "not a linear or conv operation")
-            )
+            _left_for(captured, path, Skipped(name, type(m).__name__, why_no_layer(m)))
             for name, m in layers.items()
             if not any(f"{known}.".startswith(f"{join(path, name)}.") for known in climbed)
         )

@@ -9,7 +9,7 @@ and nothing else; choosing applies the user's patterns to the sites of all parts
 from pbfx.sites.choose import choose_sites
 from pbfx.sites.describe import describe_sites
 from pbfx.sites.functions import read_input, soma_weight
-from pbfx.sites.layers import is_site_module
+from pbfx.sites.layers import is_site_module, why_no_layer
 from pbfx.sites.norms import Join, find_join, is_permutation
 from pbfx.sites.site import Padding, Site, Skipped, convolution_form, leaves
 from pbfx.sites.unfold import UNFOLDABLE, unfold
@@ -30,4 +30,5 @@ __all__ = [
     "read_input",
     "soma_weight",
     "unfold",
+    "why_no_layer",
 ]
