@@ -96,7 +96,7 @@ class SiteLearner:
             self._steer()
         for parameter in pool.parameters():
             parameter.grad = None
-        scale_candidates(pool, self.batches, self.config)
+        scale_candidates(pool, self.config)
         overflow = torch.where(finite, 0.0, torch.inf).to(pool.moments.dtype)
         pool.moments.grad = overflow.expand_as(pool.moments).clone()
 
