@@ -58,9 +58,10 @@ def describe_module(module: nn.Module, path: str, node: fx.Node) -> Site | Skipp
         return Skipped(path, kind, why_no_layer(module, node)) if owns else None
     assert isinstance(module, tuple(MODULES))
     home, reason = find_home(module)
-    if not reason and len(node.args) + len(node.kwargs) != 1:
-        given = "output_size" if isinstance(module, TRANSPOSED) else "more than one argument"
-        reason = f"it is called with {given}"
+    # A transposed convolution may also be given the size of its output.
+    most = 2 if isinstance(module, TRANSPOSED) else 1
+    if not reason and not 1 <= len(node.args) + len(node.kwargs) <= most:
+        reason = "it is called with more than one argument"
     if not reason and hasattr(module, "dendrites"):
         reason = "it has an attribute named 'dendrites' already"
     if reason:
