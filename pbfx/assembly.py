@@ -16,7 +16,7 @@ from pbfx.errors import CaptureError
 from pbfx.kept import ATTRIBUTE, Kept
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, Perforation, hides
-from pbfx.sites import Site, Skipped, describe_sites, is_site_module, why_no_layer
+from pbfx.sites import Site, Skipped, describe_sites, is_op, why_no_layer
 from pbfx.undo import drop_compiled_code
 
 # For the path of each part: the module that its graph runs over, and its sites.
@@ -93,7 +93,7 @@ def recapture(part: PerforatedModule, apart: frozenset[str], reason: str) -> Non
         with _without_dendrites(part):
             captured = capture_clone(
                 part.original(),
-                is_site_module,
+                is_op,
                 hides,
                 apart,
                 done=lambda module: isinstance(module, PerforatedModule),
