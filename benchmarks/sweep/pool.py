@@ -15,6 +15,17 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
 Task = TypeVar("Task")
+# Inherited by the server and all that it forks: one core per process, no downloads, no chatter.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+# The stage of a process that has not reported any.
+STARTING = "start"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +37,7 @@ class Ended(Generic[Task]):
         result: what the function returned; None if it did not come to that.
         stage: the last stage that it reported.
         fault: why there is no result; None if there is one.
-        seconds: from start to end.
+        seconds: from its first report to the end.
     """
 
     task: Task
@@ -42,7 +53,7 @@ class _Running:
     connection: Connection
     task: Any
     started: float
-    stage: str = "start"
+    stage: str = STARTING
 
 
 def run_each(
@@ -59,19 +70,14 @@ def run_each(
         function: a module-level `function(task, report)`; it may report stages by name.
         tasks: picklable; started in this order.
         jobs: how many run at a time.
-        time_limit: seconds after which a task is ended.
+        time_limit: seconds after its first report, or before it, after which a task is ended.
         budget: seconds after which all running tasks are ended and no more are started, or None.
         preload: modules that the server imports once for all.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    # Inherited by the server and all that it forks: one core per process, no downloads, no chatter.
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    outside = dict(os.environ)
+    os.environ |= _ENVIRONMENT
     begun, waiting, running = time.monotonic(), list(tasks), []
     try:
         while waiting or running:
@@ -90,6 +96,8 @@ def run_each(
                     running.remove(one)
                     yield ended
     finally:
+        os.environ.clear()
+        os.environ.update(outside)
         for one in running:
             one.process.kill()
             one.process.join()
@@ -110,6 +118,8 @@ def _poll(one: _Running, late: bool, limit: str) -> Ended | None:
         while one.connection.poll():
             kind, value = one.connection.recv()
             if kind == "stage":
+                if one.stage == STARTING:
+                    one.started = time.monotonic()
                 one.stage = value
             else:
                 result, said = value, True

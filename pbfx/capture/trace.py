@@ -169,7 +169,7 @@ def trace(
             )
     _register_constants(root, name)
     for node in graph.nodes:
-        # fx names a value after the module that gives it. One named `self`, as pretrained BERTs have,
+        # fx names a value after the module that gives it. One called `self`, as a BERT's attention,
         # would hide the module itself from the generated code.
         if node.name == "self":
             node._rename("self_value")
