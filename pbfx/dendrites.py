@@ -14,6 +14,7 @@ remembers the shape of a leaf for as long as anyone holds an old loss.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from typing import Any
 
@@ -25,7 +26,7 @@ import pbfx_kernels
 from pbfx.config import Config
 from pbfx.sites import Site
 from pbfx.spread import Spread
-from pbfx_kernels import Moment
+from pbfx_kernels import Geometry, Moment
 
 
 def draw_weights(site: Site, like: Tensor, count: int, seed: str) -> tuple[Tensor, Tensor | None]:
@@ -148,7 +149,7 @@ class Candidates(nn.Module):
             self.direction,
             self.error_mean,
             self.activation,
-            self.site.geometry,
+            fit_form(self.site, neuron, x),
         )
         if self.spread is not None and self.spread.open:
             self.spread.add(z, self.site.geometry.channel_axis)
@@ -255,12 +256,24 @@ class Dendrites(nn.Module):
             self.to_soma,
             self.to_dendrite,
             self.activation,
-            self.site.geometry,
+            fit_form(self.site, soma, x),
         )
 
 
 def _keep_out_of_fast_paths(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Do nothing; that there is a hook is what counts."""
+
+
+def fit_form(site: Site, soma: Tensor, x: Tensor) -> Geometry:
+    """Return the form of this call: a transposed convolution may be asked for another size."""
+    form = site.geometry
+    if not form.transposed:
+        return form
+    bare = dataclasses.replace(form, output_padding=(0,) * form.spatial)
+    least = bare.output_shape(x.shape, site.op_shape)[-form.spatial :]
+    extents = soma.shape[-form.spatial :]
+    added = tuple(size - base for size, base in zip(extents, least, strict=True))
+    return form if added == form.output_padding else dataclasses.replace(form, output_padding=added)
 
 
 def pad(x: Tensor, site: Site) -> Tensor:

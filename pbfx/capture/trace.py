@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import linecache
 import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
@@ -233,6 +234,7 @@ def _trace(clone: nn.Module, name: str, tracer: SourceTracer) -> fx.Graph:
             guards.enter_context(contexts_refused(name))
             guards.enter_context(questions_refused(name))
             guards.enter_context(_training_recorded(clone))
+            guards.enter_context(_output_padding_recorded(clone, tracer))
             return tracer.trace(clone)
     # Tracing runs the user's forward with stand-ins, so any exception at all can come out of it.
     except Exception as error:
@@ -266,6 +268,35 @@ def _training_recorded(clone: nn.Module) -> Iterator[None]:
         for path, module in modules.items():
             del module._buffers[TRAINING]
             module.__dict__[TRAINING] = flags[path]
+
+
+def output_padding(default: Any, *arguments: Any) -> list[int]:
+    """Return what a transposed convolution adds to its output so that it has the size asked for.
+
+    Args:
+        default: its own output padding, which holds where no size is asked for.
+        arguments: of `nn.ConvTranspose2d._output_padding`, which computes the rest.
+    """
+    layer: Any = types.SimpleNamespace(output_padding=default)
+    return nn.ConvTranspose2d._output_padding(layer, *arguments)
+
+
+@contextmanager
+def _output_padding_recorded(clone: nn.Module, tracer: SourceTracer) -> Iterator[None]:
+    """Keep whole what a transposed convolution, traced by itself, computes from shapes."""
+    if not isinstance(clone, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        yield
+        return
+
+    def record(*arguments: Any) -> Any:
+        given = clone.output_padding, *arguments
+        return tracer.create_proxy("call_function", output_padding, given, {})
+
+    clone.__dict__["_output_padding"] = record
+    try:
+        yield
+    finally:
+        del clone.__dict__["_output_padding"]
 
 
 def _steps(graph: fx.Graph, absent: frozenset[str]) -> list[tuple[Any, ...]]:
