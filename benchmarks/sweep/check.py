@@ -31,6 +31,9 @@ BUILDERS: dict[str, Callable[[str], Subject]] = {
 BUILD, PLAIN, TRANSFORM, COMPARE = "build", "plain", "transform", "compare"
 # Answers to "are the outputs the same?".
 YES, NO, VARIES = "yes", "no", "the plain model varies"
+# Comparing takes as long as running the plain model does; a model that is slow by itself must not
+# look as if pbfx had made it so.
+MAX_PLAIN_SECONDS = 20.0
 # A loss that pbfx.explain does not mention.
 UNSAID = "NO REASON GIVEN"
 _REASON = 300
@@ -84,7 +87,9 @@ def check(name: Name, seed: int, reached: Callable[[str], None]) -> Finding:
         finding.settings = subject.settings
         stage = PLAIN
         reached(stage)
+        started = time.perf_counter()
         plain = _Plain(subject, seed)
+        _check_pace(time.perf_counter() - started)
         finding.parameters = sum(p.numel() for p in subject.model.parameters())
         finding.linear_conv = plain.linear_conv
         stage = TRANSFORM
@@ -107,6 +112,14 @@ def check(name: Name, seed: int, reached: Callable[[str], None]) -> Finding:
         else:
             finding.outcome = "crashed"
     return finding
+
+
+def _check_pace(seconds: float) -> None:
+    if seconds > MAX_PLAIN_SECONDS:
+        raise NotBuilt(
+            f"too slow for the sweep: the plain model's runs took {seconds:.0f} s, limit "
+            f"{MAX_PLAIN_SECONDS:.0f} s"
+        )
 
 
 class _Plain:

@@ -64,14 +64,15 @@ def run_each(
     budget: float | None,
     preload: Sequence[str],
 ) -> Iterator[Ended[Task]]:
-    """Yield the end of every task as it comes.
+    """Yield the ends of tasks as they come.
 
     Args:
         function: a module-level `function(task, report)`; it may report stages by name.
         tasks: picklable; started in this order.
         jobs: how many run at a time.
         time_limit: seconds after its first report, or before it, after which a task is ended.
-        budget: seconds after which all running tasks are ended and no more are started, or None.
+        budget: seconds after which the rest is given up, what is running too, or None. What was
+            given up has no end.
         preload: modules that the server imports once for all.
     """
     context = multiprocessing.get_context("forkserver")
@@ -81,17 +82,14 @@ def run_each(
     begun, waiting, running = time.monotonic(), list(tasks), []
     try:
         while waiting or running:
-            over = budget is not None and time.monotonic() - begun > budget
-            while waiting and len(running) < jobs and not over:
+            if budget is not None and time.monotonic() - begun > budget:
+                return
+            while waiting and len(running) < jobs:
                 running.append(_start(context, function, waiting.pop(0)))
-            if over:
-                waiting.clear()
             wait([item for r in running for item in (r.connection, r.process.sentinel)], 0.5)
             for one in list(running):
-                late = over or time.monotonic() - one.started > time_limit
-                ended = _poll(
-                    one, late, f"no end within {time_limit:g} s" if not over else "budget spent"
-                )
+                late = time.monotonic() - one.started > time_limit
+                ended = _poll(one, f"no end within {time_limit:g} s" if late else None)
                 if ended is not None:
                     running.remove(one)
                     yield ended
@@ -111,8 +109,8 @@ def _start(context: Any, function: Callable[..., Any], task: Any) -> _Running:
     return _Running(process, ours, task, time.monotonic())
 
 
-def _poll(one: _Running, late: bool, limit: str) -> Ended | None:
-    """Take in what a process has said; return its end if it has ended or must."""
+def _poll(one: _Running, late: str | None) -> Ended | None:
+    """Take in what a process has said; return its end if it has ended, or must because `late`."""
     result, said, alive = None, False, one.process.is_alive()
     try:
         while one.connection.poll():
@@ -129,7 +127,7 @@ def _poll(one: _Running, late: bool, limit: str) -> Ended | None:
         return None
     fault = None
     if not said:
-        fault = limit if alive else None
+        fault = late if alive else None
         if alive:
             one.process.kill()
     one.process.join()
