@@ -14,6 +14,7 @@ remembers the shape of a leaf for as long as anyone holds an old loss.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,7 @@ from pbfx.config import Config
 from pbfx.sites import Site
 from pbfx.spread import Spread
 from pbfx.structure import Counts
-from pbfx_kernels import Moment
+from pbfx_kernels import Geometry, Moment
 
 # The candidates' buffers that are kept as their weights are.
 _LIKE_WEIGHT = frozenset(("best_weight", "best_bias", "best_to_dendrite"))
@@ -168,7 +169,7 @@ class Candidates(nn.Module):
             self.direction,
             self.error_mean,
             self.activation,
-            self.site.geometry,
+            fit_form(self.site, neuron, x),
         )
         if self.spread is not None and self.spread.open:
             self.spread.add(z, self.site.geometry.channel_axis)
@@ -289,12 +290,24 @@ class Dendrites(nn.Module):
             self.to_soma,
             to_dendrite,
             self.activation,
-            self.site.geometry,
+            fit_form(self.site, soma, x),
         )
 
 
 def _keep_out_of_fast_paths(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Do nothing; that there is a hook is what counts."""
+
+
+def fit_form(site: Site, soma: Tensor, x: Tensor) -> Geometry:
+    """Return the form of this call: a transposed convolution may be asked for another size."""
+    form = site.geometry
+    if not form.transposed:
+        return form
+    bare = dataclasses.replace(form, output_padding=(0,) * form.spatial)
+    least = bare.output_shape(x.shape, site.op_shape)[-form.spatial :]
+    extents = soma.shape[-form.spatial :]
+    added = tuple(size - base for size, base in zip(extents, least, strict=True))
+    return form if added == form.output_padding else dataclasses.replace(form, output_padding=added)
 
 
 def _per_dendrite(fn: Callable[[Tensor], Tensor], *stacks: Tensor) -> Callable[[Tensor], Tensor]:

@@ -23,7 +23,10 @@ LAYERS: list[tuple[str, str]] = [
         "errors config phase files encoding paths",
         "say what is wrong, wanted, stored; know no graph",
     ),
-    ("topology sites capture structure kept plain_graph", "read the model; rewrite nothing"),
+    (
+        "topology cells attention sites capture structure kept plain_graph",
+        "read the model; rewrite nothing",
+    ),
     ("dendrites spread", "own the parameters of one site; know no graph around it"),
     ("learning", "train dendrites; know no pass"),
     (

@@ -65,13 +65,15 @@ def build_torchvision(name: str) -> Subject:
         extra |= {"min_size": 64, "max_size": 96}
     if name in ("googlenet", "inception_v3"):
         extra["init_weights"] = False
-    with torch.device("meta"):
+    with _on_meta():
         check_size(_parameters(models.get_model(name, **extra)))
     model = models.get_model(name, **extra)
     if kind == "detection":
         return _settle(model, [("64 px", lambda size: _detection(64, "keypoint" in name))])
     if kind == "optical_flow":
-        return _settle(model, [("two frames of 128 px", lambda _: (_pictures(128, 2), {}))])
+        # Twelve refinements by default, all alike.
+        refined = {"num_flow_updates": 2}
+        return _settle(model, [("two frames of 128 px", lambda _: (_pictures(128, 2), refined))])
     if kind == "video":
         tries = [(8, 64), (16, 224)] if "mvit" not in name else [(16, 224)]
         return _settle(
@@ -105,8 +107,7 @@ def build_timm(name: str) -> Subject:
     """
     import timm
 
-    # Some constructors read values of their own tensors, which meta tensors have not.
-    with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+    with _on_meta():
         check_size(_parameters(timm.create_model(name, pretrained=False)))
     model = timm.create_model(name, pretrained=False)
     check_size(_parameters(model))
@@ -118,6 +119,14 @@ def build_timm(name: str) -> Subject:
     return _settle(
         model, [(f"{s} px", lambda _, s=s: (_pictures(s, 1, channels), {})) for s in sizes]
     )
+
+
+@contextlib.contextmanager
+def _on_meta() -> Iterator[None]:
+    """Build what is built in the body without memory; a few constructors cannot, and are let go."""
+    # They read values of their own tensors, which meta tensors have not.
+    with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+        yield
 
 
 def _scale(name: str) -> tuple[int, int, str]:

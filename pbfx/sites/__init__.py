@@ -13,8 +13,10 @@ from pbfx.sites.functions import read_input, soma_weight
 from pbfx.sites.layers import is_site_module
 from pbfx.sites.norms import Join, find_join, is_permutation
 from pbfx.sites.site import Padding, Site, Skipped, convolution_form, leaves
+from pbfx.sites.unfold import UNFOLDABLE, unfold
 
 __all__ = [
+    "UNFOLDABLE",
     "Join",
     "Padding",
     "Site",
@@ -29,4 +31,5 @@ __all__ = [
     "leaves",
     "read_input",
     "soma_weight",
+    "unfold",
 ]

@@ -6,10 +6,12 @@ import dataclasses
 
 from torch import fx, nn
 
+from pbfx.attention import project_apart
 from pbfx.sites.functions import describe_function, read_call
 from pbfx.sites.layers import describe_module
 from pbfx.sites.norms import find_join
 from pbfx.sites.site import Site, Skipped
+from pbfx.sites.unfold import unfolded
 from pbfx.topology import reaches_output
 
 
@@ -27,6 +29,7 @@ def describe_sites(
     """
     sites: dict[str, Site] = {}
     skipped: dict[str, Skipped] = {}
+    graph = unfolded(root, graph)
     useful, alive = reaches_output(graph), set()
     for node in graph.nodes:
         found = _describe(root, node)
@@ -59,6 +62,10 @@ def describe_sites(
 
 def _describe(root: nn.Module, node: fx.Node) -> Site | Skipped | None:
     """Return the site that `node` calls, why it is none, or None for other ops."""
+    if node.target is project_apart:
+        path = str(node.args[3].target)  # pyright: ignore[reportOptionalMemberAccess,reportAttributeAccessIssue]
+        reason = "its query is not its key, so that its rows read different inputs"
+        return Skipped(path, "linear", reason)
     if node.op == "call_module":
         return describe_module(root.get_submodule(str(node.target)), str(node.target), node)
     call = read_call(node)

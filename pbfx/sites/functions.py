@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from pbfx.cells import cell_map
 from pbfx.paths import join
 from pbfx.sites.layers import MODULES, is_site_module, why_ineligible
 from pbfx.sites.site import Site, Skipped, convolution_form, leaves
@@ -18,6 +19,8 @@ from pbfx_kernels import LINEAR
 
 FUNCTIONS: dict[Callable[..., Any], str] = {
     F.linear: "linear",
+    # The linear maps of a recurrent cell that is taken apart.
+    cell_map: "linear",
     F.conv1d: "conv1d",
     F.conv2d: "conv2d",
     F.conv3d: "conv3d",
@@ -163,6 +166,9 @@ def describe_function(root: nn.Module, node: fx.Node, call: Call) -> Site | Skip
     reason = why_ineligible(weight)
     if not reason and call.matrix and weight.dim() != 2:
         reason = f"its weight has {weight.dim()} axes, and dendrites need a matrix"
+    if call.transposed and isinstance(arguments["output_padding"], fx.Node):
+        # The dendrites see by the soma's output what was added to it.
+        arguments = arguments | {"output_padding": 0}
     form = [arguments[key] for key in _DEFAULTS if key != "bias"]
     if not reason and any(isinstance(leaf, fx.Node) for value in form for leaf in leaves(value)):
         reason = "its stride, padding, dilation or groups are computed from the input"
@@ -181,7 +187,7 @@ def describe_function(root: nn.Module, node: fx.Node, call: Call) -> Site | Skip
             arguments["groups"],
             output_padding=arguments["output_padding"] if call.transposed else None,
         )
-    bias = arguments["bias"]
+    bias: Any = arguments["bias"]
     known = isinstance(bias, fx.Node) and bias.op == "get_attr"
     return Site(
         name=name,

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from pbfx.paths import join
 from pbfx.sites.site import Padding, Site, Skipped, convolution_form
+from pbfx.sites.unfold import UNFOLDABLE, why_folded
 from pbfx_kernels import LINEAR, Geometry
 
 MODULES: dict[type[nn.Module], str] = {
@@ -20,6 +21,13 @@ MODULES: dict[type[nn.Module], str] = {
     nn.ConvTranspose3d: "conv_transpose3d",
 }
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_TRANSFORMERS = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
 # The helpers that these classes compute through.
 _HELPERS = ("forward", "_conv_forward", "_output_padding")
 
@@ -47,12 +55,13 @@ def describe_module(module: nn.Module, path: str, node: fx.Node) -> Site | Skipp
     if not is_site_module(module):
         quantised = type(module).__module__.startswith("torch.ao.nn.")
         owns = quantised or next(module.parameters(), None) is not None
-        return Skipped(path, kind, _why_no_layer(module)) if owns else None
+        return Skipped(path, kind, _why_no_layer(module, node)) if owns else None
     assert isinstance(module, tuple(MODULES))
     home, reason = find_home(module)
-    if not reason and len(node.args) + len(node.kwargs) != 1:
-        given = "output_size" if isinstance(module, TRANSPOSED) else "more than one argument"
-        reason = f"it is called with {given}"
+    # A transposed convolution may also be given the size of its output.
+    most = 2 if isinstance(module, TRANSPOSED) else 1
+    if not reason and not 1 <= len(node.args) + len(node.kwargs) <= most:
+        reason = "it is called with more than one argument"
     if not reason and hasattr(module, "dendrites"):
         reason = "it has an attribute named 'dendrites' already"
     if reason:
@@ -127,7 +136,14 @@ def why_ineligible(weight: Any) -> str | None:
     return None
 
 
-def _why_no_layer(module: nn.Module) -> str:
+def _why_no_layer(module: nn.Module, node: fx.Node) -> str:
+    if isinstance(module, UNFOLDABLE):
+        return why_folded(module, node) or "it is taken apart where it stands"
+    if isinstance(module, _TRANSFORMERS):
+        return (
+            "its forward branches on values, so that it stays one call; the layers inside it can "
+            "carry dendrites where they are transformed by themselves"
+        )
     if isinstance(module, nn.RNNBase):
         return (
             "it runs all its steps inside one op, where no dendrite can join; its cell form "

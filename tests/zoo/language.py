@@ -141,7 +141,7 @@ class SelfAttention(nn.Module):
         attention_mask: Tensor | None = None,
         head_mask: Tensor | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor | None]:
         query, key = self.split(self.query(hidden_states)), self.split(self.key(hidden_states))
         value = self.split(self.value(hidden_states))
         scores = torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(self.head_size)
@@ -152,7 +152,38 @@ class SelfAttention(nn.Module):
             probs = probs * head_mask
         context = torch.matmul(probs, value).permute(0, 2, 1, 3).contiguous()
         context = context.view(*context.size()[:-2], self.num_heads * self.head_size)
-        return (context, probs) if output_attentions else (context,)
+        return context, probs if output_attentions else None
+
+
+class AttentionOutput(nn.Module):
+    """The projection after attention, dropped, added and normed."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+
+
+class EncoderAttention(nn.Module):
+    """Attention and its output; the first is named `self`, as pretrained keys want it."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.self, self.output = SelfAttention(config), AttentionOutput(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        context, probs = self.self(hidden_states, attention_mask, head_mask, output_attentions)
+        return self.output(context, hidden_states), probs
 
 
 class EncoderLayer(nn.Module):
@@ -160,9 +191,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.attention = SelfAttention(config)
-        self.attention_output = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = EncoderAttention(config)
         self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -170,8 +199,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         outputs = self.attention(hidden_states, *args, **kwargs)
-        attended = self.dropout(self.attention_output(outputs[0]))
-        hidden = self.norm1(attended + hidden_states)
+        hidden = outputs[0]
         fed = self.dropout(self.output(F.gelu(self.intermediate(hidden))))
         return (self.norm2(fed + hidden), *outputs[1:])
 
@@ -483,17 +511,19 @@ MEMBERS = [
         lambda: EncoderModel(EncoderConfig()),
         _masked,
         13,
-        rungs="op",
+        rungs="submodule op",
         methods=_COMMON | {"get_input_embeddings": lambda m: m.get_input_embeddings()(_PROMPT)},
         eval_inputs=_embedded,
     ),
-    Member("bert-like, checkpointed", _checkpointed, _masked, 13, rungs="op", methods=_COMMON),
+    Member(
+        "bert-like, checkpointed", _checkpointed, _masked, 13, rungs="submodule op", methods=_COMMON
+    ),
     Member(
         "masked language model",
         lambda: MaskedLanguageModel(EncoderConfig(output_hidden_states=False)),
         _masked_with_labels,
         14,
-        rungs="op",
+        rungs="submodule op",
         eval_inputs=_masked,
     ),
     Member(

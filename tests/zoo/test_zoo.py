@@ -36,7 +36,7 @@ def loss_of(outputs: list[Tensor]) -> Tensor:
 def sites_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the soma's weight of every site, by the site's path."""
     return {
-        f"{path}.{site.name}".lstrip("."): part.get_parameter(site.weight)
+        f"{path}.{site.name}".lstrip("."): part.get_parameter(site.home)
         for path, part in parts_of(model).items()
         for site in part.perforation.sites
     }
