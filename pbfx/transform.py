@@ -10,7 +10,7 @@ from torch import nn
 from pbfx.capture import Capture, Rung, capture, redirect
 from pbfx.config import Config
 from pbfx.errors import CaptureError, ConfigError
-from pbfx.kept import ATTRIBUTE, Kept
+from pbfx.kept import ATTRIBUTE, Kept, kept_modules
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, Perforation, hides, perforated_parts
 from pbfx.sites import Site, Skipped, choose_sites, describe_sites, is_site_module
@@ -49,9 +49,33 @@ def transform(model: nn.Module, config: Config | None = None) -> nn.Module:
         CaptureError: if no op can carry dendrites, or the model cannot be cloned; says why.
         ConfigError: if an argument is not what it should be, or a pattern matches nothing.
     """
+    ours = look_alike(model, config)
+    if not perforated_parts(ours):
+        reasons = [
+            f"{join(path, s.name)} ({s.op}): {s.reason}"
+            for path, kept in kept_modules(ours).items()
+            for s in kept.skipped
+        ]
+        raise CaptureError(
+            f"{type(model).__name__} has no linear or conv operation that can carry dendrites"
+            + (f". Left out: {'; '.join(reasons)}" if reasons else "")
+        )
+    return ours
+
+
+def look_alike(model: nn.Module, config: Config | None = None) -> nn.Module:
+    """Return what `transform` returns, also where that has nothing to grow on.
+
+    Args:
+        model: see transform.
+        config: see transform.
+
+    Raises:
+        CaptureError: if the model cannot be cloned.
+        ConfigError: see transform.
+    """
     config = Config() if config is None else config
     _check_arguments(model, config)
-    name = type(model).__name__
     captured = capture(model, is_site_module, hides)
     described = {
         path: describe_sites(part.root, part.graph) for path, part in captured.parts.items()
@@ -66,26 +90,14 @@ def transform(model: nn.Module, config: Config | None = None) -> nn.Module:
         )
         for path, (found, _) in described.items()
     }
-    skipped = {path: left for path, (_, left) in described.items()}
     roots = {path: part.root for path, part in captured.parts.items()}
     choice = choose_sites({path: (roots[path], sites[path]) for path in roots}, config)
     chosen = {path: kept for path, (kept, _) in choice.items()}
     skipped = {
-        path: (*(_left_for(captured, path, s) for s in skipped[path]), *choice[path][1])
+        path: (*(_left_for(captured, path, s) for s in described[path][1]), *choice[path][1])
         for path in roots
     }
-    outside = _outside(captured)
-    if not any(chosen.values()):
-        reasons = [
-            f"{join(path, s.name)} ({s.op}): {s.reason}"
-            for path, found in (skipped | outside).items()
-            for s in found
-        ]
-        raise CaptureError(
-            f"{name} has no linear or conv operation that can carry dendrites"
-            + (f". Left out: {'; '.join(reasons)}" if reasons else "")
-        )
-    return _assemble(captured, chosen, skipped, outside, config)
+    return _assemble(captured, chosen, skipped, _outside(captured), config)
 
 
 def _check_arguments(model: nn.Module, config: Config) -> None:
@@ -117,8 +129,11 @@ def _left_for(captured: Capture, path: str, op: Skipped) -> Skipped:
 def _outside(captured: Capture) -> dict[str, tuple[Skipped, ...]]:
     """Return the layers that forwards of their own call and that cannot grow, by their owner."""
     climbed = captured.parts.keys() | captured.kept.keys()
+    if "" in captured.left:
+        kind = type(captured.root).__name__
+        return {"": (Skipped("", kind, captured.left[""]),)}
     found: dict[str, tuple[Skipped, ...]] = {}
-    for path in captured.kept:
+    for path in [*captured.kept, *_holders(captured)]:
         layers = {
             name: child
             for name, child in captured.root.get_submodule(path).named_children()
@@ -134,6 +149,26 @@ def _outside(captured: Capture) -> dict[str, tuple[Skipped, ...]]:
     return found
 
 
+def _holders(captured: Capture) -> list[str]:
+    """Return the containers between what keeps its forward and what was captured inside it."""
+    found: dict[str, None] = {}
+    for path in (*captured.parts, *captured.kept, *captured.left):
+        while path:
+            path = path.rpartition(".")[0]
+            if path in captured.parts.keys() | captured.kept.keys():
+                break
+            found[path] = None
+    return [path for path in found if not _inside_a_graph(captured, path)]
+
+
+def _inside_a_graph(captured: Capture, path: str) -> bool:
+    while path:
+        path = path.rpartition(".")[0]
+        if path in captured.parts or path in captured.kept:
+            return path in captured.parts
+    return False
+
+
 def _assemble(
     captured: Capture,
     chosen: dict[str, tuple[Site, ...]],
@@ -145,9 +180,9 @@ def _assemble(
     for path, found in (skipped | outside).items():
         for op in found:
             logger.info("no dendrites at %s (%s): %s", join(path, op.name), op.op, op.reason)
-    for path, reason in captured.kept.items():
+    for path, left in outside.items():
         module = captured.root.get_submodule(path)
-        module.__dict__[ATTRIBUTE] = Kept(reason, outside.get(path, ()))
+        module.__dict__[ATTRIBUTE] = Kept(captured.kept.get(path, ""), left)
     places: dict[int, nn.Module] = {}
     for path, part in captured.parts.items():
         if chosen[path]:
@@ -155,7 +190,8 @@ def _assemble(
                 part.graph, chosen[path], skipped[path], config, path, part.rung, part.reason
             )
             places[id(part.root)] = PerforatedModule.over(part.root, perforation)
-        elif part.rung is not Rung.OP:
-            part.root.__dict__[ATTRIBUTE] = Kept("no op in it can grow", skipped[path])
+        else:
+            reason = "" if part.rung is Rung.OP else "no op in it can grow"
+            part.root.__dict__[ATTRIBUTE] = Kept(reason, skipped[path])
     redirect([*captured.root.modules(), *places.values()], places)
     return places.get(id(captured.root), captured.root)
