@@ -1,0 +1,125 @@
+"""The data flow of one part as plain data, for pictures: what is computed, and what reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container, Mapping
+
+from torch import fx
+
+from pbfx.capture import Rung
+from pbfx.paths import join
+from pbfx.perforated import PerforatedModule
+from pbfx.sites import Site, soma_weight
+from pbfx.topology import dataflow
+
+SITE, LEFT_OUT, APART, OTHER, EDGE = "site", "left out", "apart", "other", "edge"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One node of a picture.
+
+    Attributes:
+        kind: a site, an op with parameters that was left out, a module that is a part of its own or
+            keeps its forward, another op, or an edge of the graph: an input or the output.
+        label: the path of what owns parameters, the op's name of others.
+        detail: what it is, where the label is a path.
+        dendrites: how many each neuron of a site has.
+    """
+
+    kind: str
+    label: str
+    detail: str = ""
+    dendrites: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """The data flow of one part; edges lead from one of `steps` to another, by their places."""
+
+    path: str
+    class_name: str
+    rung: Rung
+    steps: tuple[Step, ...]
+    edges: tuple[tuple[int, int], ...]
+
+
+def flow_of(
+    path: str,
+    part: PerforatedModule,
+    dendrites: Mapping[str, int],
+    left_out: Container[str],
+    apart: Container[str],
+) -> Flow:
+    """Return the data flow of `part`. Reads of parameters and buffers are left out.
+
+    Args:
+        path: of the part.
+        part: the part.
+        dendrites: how many dendrites the sites of the model have, by full path.
+        left_out: the ops that carry none, by full path.
+        apart: the modules that are parts of their own or keep their forward, by full path.
+    """
+    flow = dataflow(part.perforation.source)
+    flow.remove_nodes_from([node for node in flow if node.op == "get_attr"])
+    nodes = list(flow)
+    steps = [_step(node, path, part, dendrites, left_out, apart) for node in nodes]
+    place = {node: number for number, node in enumerate(nodes)}
+    edges = tuple(sorted((place[source], place[reader]) for source, reader in flow.edges))
+    perforation = part.perforation
+    return Flow(path, type(part).__name__, perforation.rung, tuple(steps), edges)
+
+
+def _step(
+    node: fx.Node,
+    path: str,
+    part: PerforatedModule,
+    dendrites: Mapping[str, int],
+    left_out: Container[str],
+    apart: Container[str],
+) -> Step:
+    if node.op == "placeholder":
+        return Step(EDGE, str(node.target))
+    if node.op == "output":
+        return Step(EDGE, "output")
+    sites = _sites_at(node, part)
+    if sites:
+        site = sites[0]
+        name = str(node.target) if len(sites) > 1 else site.name
+        detail = f"{len(sites)} sites" if len(sites) > 1 else site.op
+        norm = getattr(site, "norm", None)
+        detail += f", {norm}" if norm else ""
+        label = join(path, name) or type(part).__name__
+        return Step(SITE, label, detail, dendrites[join(path, site.name)])
+    weight = soma_weight(node)
+    for name in (str(node.target), weight, (weight or "").removesuffix(".weight"), node.name):
+        if name is not None and join(path, name) in left_out and name:
+            return Step(LEFT_OUT, join(path, name), _what(node, part))
+    if node.op == "call_module":
+        full = join(path, str(node.target))
+        return (
+            Step(APART, full, _what(node, part))
+            if full in apart
+            else Step(OTHER, _what(node, part))
+        )
+    return Step(OTHER, _what(node, part))
+
+
+def _sites_at(node: fx.Node, part: PerforatedModule) -> list[Site]:
+    """Return the sites whose soma `node` calls: those inside of a module that it calls, too."""
+    weight = soma_weight(node)
+    found = [site for site in part.perforation.sites if site.weight == weight]
+    if not found and node.op == "call_module":
+        inside = f"{node.target}."
+        found = [s for s in part.perforation.sites if s.name.startswith(inside)]
+    return found
+
+
+def _what(node: fx.Node, part: PerforatedModule) -> str:
+    """Return what `node` computes, in a word."""
+    if node.op == "call_module":
+        return type(part.get_submodule(str(node.target))).__name__
+    if node.op == "call_function":
+        return getattr(node.target, "__name__", str(node.target)).strip("_")
+    return str(node.target).strip("_") if node.op == "call_method" else str(node.target)
