@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 
 from torch import nn
 
-from pbfx.capture import Capture, Rung, capture, redirect
+from pbfx.assembly import Plan, assemble, make_plan
+from pbfx.capture import capture
 from pbfx.config import Config
 from pbfx.errors import CaptureError, ConfigError
-from pbfx.kept import ATTRIBUTE, Kept, kept_modules
-from pbfx.paths import join
-from pbfx.perforated import PerforatedModule, Perforation, hides, perforated_parts
-from pbfx.sites import Site, Skipped, choose_sites, describe_sites, is_site_module
+from pbfx.perforated import hides, perforated_parts
+from pbfx.sites import choose_sites, is_site_module
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +47,16 @@ def transform(model: nn.Module, config: Config | None = None) -> nn.Module:
         CaptureError: if no op can carry dendrites, or the model cannot be cloned; says why.
         ConfigError: if an argument is not what it should be, or a pattern matches nothing.
     """
-    ours = look_alike(model, config)
-    if not perforated_parts(ours):
-        reasons = [
-            f"{join(path, s.name)} ({s.op}): {s.reason}"
-            for path, kept in kept_modules(ours).items()
-            for s in kept.skipped
-        ]
+    plan, config = _plan(model, config)
+    if not any(plan.chosen.values()):
+        reasons = [f"{path} ({op}): {reason}" for path, op, reason in plan.left_out()]
         raise CaptureError(
             f"{type(model).__name__} has no linear or conv operation that can carry dendrites"
             + (f". Left out: {'; '.join(reasons)}" if reasons else "")
         )
-    return ours
+    for path, op, reason in plan.left_out():
+        logger.info("no dendrites at %s (%s): %s", path, op, reason)
+    return assemble(plan, config)
 
 
 def look_alike(model: nn.Module, config: Config | None = None) -> nn.Module:
@@ -74,30 +70,14 @@ def look_alike(model: nn.Module, config: Config | None = None) -> nn.Module:
         CaptureError: if the model cannot be cloned.
         ConfigError: see transform.
     """
+    return assemble(*_plan(model, config))
+
+
+def _plan(model: nn.Module, config: Config | None) -> tuple[Plan, Config]:
     config = Config() if config is None else config
     _check_arguments(model, config)
     captured = capture(model, is_site_module, hides)
-    described = {
-        path: describe_sites(part.root, part.graph) for path, part in captured.parts.items()
-    }
-    # An op that is a part of its own is no site of the graph that calls it.
-    own = {id(part.root): path for path, part in captured.parts.items()}
-    sites = {
-        path: tuple(
-            site
-            for site in found
-            if own.get(id(_owner(captured.parts[path].root, site)), path) == path
-        )
-        for path, (found, _) in described.items()
-    }
-    roots = {path: part.root for path, part in captured.parts.items()}
-    choice = choose_sites({path: (roots[path], sites[path]) for path in roots}, config)
-    chosen = {path: kept for path, (kept, _) in choice.items()}
-    skipped = {
-        path: (*(_left_for(captured, path, s) for s in described[path][1]), *choice[path][1])
-        for path in roots
-    }
-    return _assemble(captured, chosen, skipped, _outside(captured), config)
+    return make_plan(captured, lambda parts: choose_sites(parts, config)), config
 
 
 def _check_arguments(model: nn.Module, config: Config) -> None:
@@ -115,83 +95,3 @@ def _check_arguments(model: nn.Module, config: Config) -> None:
         raise ConfigError(
             f"pbfx.transform: the model is perforated already (at {path or 'its root'!r})"
         )
-
-
-def _owner(root: nn.Module, site: Site) -> nn.Module:
-    return root.get_submodule(site.weight.rpartition(".")[0])
-
-
-def _left_for(captured: Capture, path: str, op: Skipped) -> Skipped:
-    """Return `op` of the graph at `path` with the reason for which capture left it, if it did."""
-    return dataclasses.replace(op, reason=captured.left.get(join(path, op.name), op.reason))
-
-
-def _outside(captured: Capture) -> dict[str, tuple[Skipped, ...]]:
-    """Return the layers that forwards of their own call and that cannot grow, by their owner."""
-    climbed = captured.parts.keys() | captured.kept.keys()
-    if "" in captured.left:
-        kind = type(captured.root).__name__
-        return {"": (Skipped("", kind, captured.left[""]),)}
-    found: dict[str, tuple[Skipped, ...]] = {}
-    for path in [*captured.kept, *_holders(captured)]:
-        layers = {
-            name: child
-            for name, child in captured.root.get_submodule(path).named_children()
-            if next(child.parameters(), None) is not None
-        }
-        found[path] = tuple(
-            _left_for(
-                captured, path, Skipped(name, type(m).__name__, "not a linear or conv operation")
-            )
-            for name, m in layers.items()
-            if not any(f"{known}.".startswith(f"{join(path, name)}.") for known in climbed)
-        )
-    return found
-
-
-def _holders(captured: Capture) -> list[str]:
-    """Return the containers between what keeps its forward and what was captured inside it."""
-    found: dict[str, None] = {}
-    for path in (*captured.parts, *captured.kept, *captured.left):
-        while path:
-            path = path.rpartition(".")[0]
-            if path in captured.parts.keys() | captured.kept.keys():
-                break
-            found[path] = None
-    return [path for path in found if not _inside_a_graph(captured, path)]
-
-
-def _inside_a_graph(captured: Capture, path: str) -> bool:
-    while path:
-        path = path.rpartition(".")[0]
-        if path in captured.parts or path in captured.kept:
-            return path in captured.parts
-    return False
-
-
-def _assemble(
-    captured: Capture,
-    chosen: dict[str, tuple[Site, ...]],
-    skipped: dict[str, tuple[Skipped, ...]],
-    outside: dict[str, tuple[Skipped, ...]],
-    config: Config,
-) -> nn.Module:
-    """Put a perforated module in the place of each captured one that has sites."""
-    for path, found in (skipped | outside).items():
-        for op in found:
-            logger.info("no dendrites at %s (%s): %s", join(path, op.name), op.op, op.reason)
-    for path, left in outside.items():
-        module = captured.root.get_submodule(path)
-        module.__dict__[ATTRIBUTE] = Kept(captured.kept.get(path, ""), left)
-    places: dict[int, nn.Module] = {}
-    for path, part in captured.parts.items():
-        if chosen[path]:
-            perforation = Perforation(
-                part.graph, chosen[path], skipped[path], config, path, part.rung, part.reason
-            )
-            places[id(part.root)] = PerforatedModule.over(part.root, perforation)
-        else:
-            reason = "" if part.rung is Rung.OP else "no op in it can grow"
-            part.root.__dict__[ATTRIBUTE] = Kept(reason, skipped[path])
-    redirect([*captured.root.modules(), *places.values()], places)
-    return places.get(id(captured.root), captured.root)

@@ -17,7 +17,16 @@ here, by recording it or by refusing:
 What refuses keeps its own forward, and the modules inside are captured instead (`ladder`).
 """
 
-from pbfx.capture.clone import redirect, shared_clone
-from pbfx.capture.ladder import Capture, Captured, Rung, capture
+from pbfx.capture.clone import REGISTRIES, redirect, shared_clone
+from pbfx.capture.ladder import Capture, Captured, Rung, capture, capture_clone
 
-__all__ = ["Capture", "Captured", "Rung", "capture", "redirect", "shared_clone"]
+__all__ = [
+    "REGISTRIES",
+    "Capture",
+    "Captured",
+    "Rung",
+    "capture",
+    "capture_clone",
+    "redirect",
+    "shared_clone",
+]

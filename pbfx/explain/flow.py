@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Container, Mapping
+from itertools import pairwise
 
+import networkx as nx
 from torch import fx
 
 from pbfx.capture import Rung
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule
-from pbfx.sites import Site, soma_weight
+from pbfx.sites import Site, find_join, soma_weight
 from pbfx.topology import dataflow
 
 SITE, LEFT_OUT, APART, OTHER, EDGE = "site", "left out", "apart", "other", "edge"
@@ -52,7 +54,7 @@ def flow_of(
     left_out: Container[str],
     apart: Container[str],
 ) -> Flow:
-    """Return the data flow of `part`. Reads of parameters and buffers are left out.
+    """Return the data flow of `part`: a site with its norm is one step, reads of parameters none.
 
     Args:
         path: of the part.
@@ -63,12 +65,31 @@ def flow_of(
     """
     flow = dataflow(part.perforation.source)
     flow.remove_nodes_from([node for node in flow if node.op == "get_attr"])
-    nodes = list(flow)
+    home = _norms(part, flow)
+    nodes = [node for node in flow if node not in home]
     steps = [_step(node, path, part, dendrites, left_out, apart) for node in nodes]
     place = {node: number for number, node in enumerate(nodes)}
-    edges = tuple(sorted((place[source], place[reader]) for source, reader in flow.edges))
-    perforation = part.perforation
-    return Flow(path, type(part).__name__, perforation.rung, tuple(steps), edges)
+    place |= {node: place[soma] for node, soma in home.items()}
+    edges = {(place[a], place[b]) for a, b in flow.edges if place[a] != place[b]}
+    rung = part.perforation.rung
+    return Flow(path, type(part).__name__, rung, tuple(steps), tuple(sorted(edges)))
+
+
+def _norms(part: PerforatedModule, flow: nx.DiGraph) -> dict[fx.Node, fx.Node]:
+    """Return the norms of sites, and the views before them, with the soma whose step shows them.
+
+    A norm that reads more than that, a computed weight for one, stays a step of its own.
+    """
+    found: dict[fx.Node, fx.Node] = {}
+    for soma in flow:
+        (site, *others) = _sites_at(soma, part) or [None]
+        if site is None or others or soma_weight(part, soma) != site.weight:
+            continue
+        norm = find_join(part, soma, site.neurons)
+        chain = [soma] if norm is None else [soma, *norm.views, norm.norm]
+        if all(set(flow.predecessors(node)) == {before} for before, node in pairwise(chain)):
+            found |= dict.fromkeys(chain[1:], soma)
+    return found
 
 
 def _step(
@@ -88,11 +109,10 @@ def _step(
         site = sites[0]
         name = str(node.target) if len(sites) > 1 else site.name
         detail = f"{len(sites)} sites" if len(sites) > 1 else site.op
-        norm = getattr(site, "norm", None)
-        detail += f", {norm}" if norm else ""
+        detail += f", {site.norm}" if site.norm else ""
         label = join(path, name) or type(part).__name__
         return Step(SITE, label, detail, dendrites[join(path, site.name)])
-    weight = soma_weight(node)
+    weight = soma_weight(part, node)
     for name in (str(node.target), weight, (weight or "").removesuffix(".weight"), node.name):
         if name is not None and join(path, name) in left_out and name:
             return Step(LEFT_OUT, join(path, name), _what(node, part))
@@ -108,7 +128,7 @@ def _step(
 
 def _sites_at(node: fx.Node, part: PerforatedModule) -> list[Site]:
     """Return the sites whose soma `node` calls: those inside of a module that it calls, too."""
-    weight = soma_weight(node)
+    weight = soma_weight(part, node)
     found = [site for site in part.perforation.sites if site.weight == weight]
     if not found and node.op == "call_module":
         inside = f"{node.target}."

@@ -53,7 +53,13 @@ def explain(model: nn.Module, config: Config | None = None) -> Explanation:
 class _Reader:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._parts, self._kept = perforated_parts(model), kept_modules(model)
+        self._parts = perforated_parts(model)
+        # What computes a parametrized weight is of no interest: the weight's layer is.
+        self._kept = {
+            path: kept
+            for path, kept in kept_modules(model).items()
+            if "parametrizations" not in path.split(".")
+        }
         self._layers = linear_conv_parameters(model)
         self._grows: dict[int, nn.Parameter] = {}
 
@@ -146,7 +152,7 @@ def _report(path: str, part: PerforatedModule, site: Site, count: int) -> SiteRe
     return SiteReport(
         name=join(path, site.name),
         op=site.op,
-        norm=getattr(site, "norm", None),
+        norm=site.norm,
         calls=site.calls,
         dendrites=count,
         parameters=soma + own * count + links,

@@ -26,7 +26,7 @@ def sites_table(sites: Sequence[SiteReport]) -> list[str]:
     rows = [
         (
             write(pattern) or ROOT,
-            f"x{len(names)}" if len(names) > 1 else "",
+            f" x{len(names)}" if len(names) > 1 else "",
             op,
             norm,
             str(calls),
@@ -38,7 +38,7 @@ def sites_table(sites: Sequence[SiteReport]) -> list[str]:
     ]
     total = (
         "total",
-        f"x{len(sites)}",
+        f" x{len(sites)}",
         *("", "", "", ""),
         f"{sum(s.parameters for s in sites):,}",
         f"+{sum(s.next_dendrite for s in sites):,}",
@@ -46,8 +46,7 @@ def sites_table(sites: Sequence[SiteReport]) -> list[str]:
     if len(sites) > 1:
         rows.append(total)
     head = ("site", "", "op", "norm", "calls", "dendrites", "parameters", "one more")
-    shown = [0, 2, 5, 6, 7]
-    shown += [1] * (len(alike) < len(sites))
+    shown = [0, 1, 2, 5, 6, 7]
     shown += [3] * any(s.norm for s in sites)
     shown += [4] * any(s.calls > 1 for s in sites)
     return table([tuple(row[i] for i in sorted(shown)) for row in (head, *rows)])
@@ -65,15 +64,14 @@ def parts_table(parts: Sequence[PartReport], sites: dict[str, int]) -> list[str]
     rows = [
         (
             write(pattern) or ROOT,
-            f"x{len(paths)}" if len(paths) > 1 else "",
+            f" x{len(paths)}" if len(paths) > 1 else "",
             class_name,
             rung,
             str(number * len(paths)),
         )
         for pattern, (class_name, rung, number), paths in alike
     ]
-    shown = [0, *[1] * (len(alike) < len(parts)), 2, 3, 4]
-    return table([tuple(row[i] for i in shown) for row in (head, *rows)])
+    return table([head, *rows])
 
 
 def kept_lines(kept: Sequence[KeptReport]) -> list[str]:
@@ -124,40 +122,38 @@ def wrap(text: str, first: str = "") -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Return aligned lines of at most 80 columns; the first column gives way, from the left.
+    """Return aligned lines of at most 80 columns; paths give way, from the left.
 
     Args:
-        rows: the headings, then the cells. Columns that hold numbers only are aligned right. Where
-            the others leave no room for the first, each row becomes a paragraph.
+        rows: the headings, then the cells: path, what stands right after it, and so on. Columns
+            that hold numbers only are aligned right. Where the others leave no room for paths, each
+            row becomes a paragraph.
     """
-    columns = list(zip(*rows, strict=True))
+    first = [len(path) + len(count) for path, count, *_ in rows]
+    columns = list(zip(*(cells for _, _, *cells in rows), strict=True))
     widths = [max(map(len, column)) for column in columns]
-    widths[0] = min(widths[0], COLUMNS - sum(widths[1:]) - 2 * len(widths[1:]))
-    if widths[0] < min(_LEAST, max(map(len, columns[0]))):
+    room = min(max(first), COLUMNS - sum(widths) - 2 * len(widths))
+    if room < min(_LEAST, max(first)):
         return _paragraphs(rows)
-    right = [False, *(all(map(_is_number, column[1:])) for column in columns[1:])]
+    right = [all(map(_is_number, column[1:])) for column in columns]
     lines = []
-    for row in rows:
-        cells = [_shorten(row[0], widths[0]), *row[1:]]
+    for path, count, *cells in rows:
         aligned = [
             f"{cell:>{width}}" if number else f"{cell:<{width}}"
             for cell, width, number in zip(cells, widths, right, strict=True)
         ]
-        lines.append("  ".join(aligned).rstrip())
+        whole = f"{_shorten(path, room - len(count))}{count}"
+        lines.append("  ".join([f"{whole:<{room}}", *aligned]).rstrip())
     return lines
 
 
 def _paragraphs(rows: Sequence[Row]) -> list[str]:
     lines: list[str] = []
-    head = rows[0]
-    for row in rows[1:]:
-        cells = [
-            f"{cell} {name}" if _is_number(cell) else cell
-            for name, cell in zip(head[1:], row[1:], strict=True)
-            if cell
-        ]
-        lines.append(_shorten(row[0], COLUMNS))
-        lines += wrap(", ".join(cells), first="  ")
+    for path, count, *cells in rows[1:]:
+        named = zip(rows[0][2:], cells, strict=True)
+        texts = [f"{cell} {name}" if _is_number(cell) else cell for name, cell in named if cell]
+        lines.append(f"{_shorten(path, COLUMNS - len(count))}{count}")
+        lines += wrap(", ".join(texts), first="  ")
     return lines
 
 
