@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -56,5 +57,9 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     text = json.dumps(explanation.to_json(), indent=2) if args.json else str(explanation)
     # A terminal that lacks a letter shows a question mark, of one column as well.
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding))
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        # `head` has enough. Python would flush again at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -239,6 +239,24 @@ def test_the_shell_finds_the_current_folder_and_prints_80_columns_in_any_encodin
     assert "long_name.0  linear" in lines[-1]
 
 
+def test_a_reader_that_has_enough_is_no_error(folder: Path):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", "from pbfx.cli import main; exit(main())", "explain", "mynets:Net"],
+        cwd=folder,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    os.close(writer)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == ["importing", "building", "building"]
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["explain", "--help"]])
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as done:
