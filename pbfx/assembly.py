@@ -15,7 +15,8 @@ from pbfx.config import Config
 from pbfx.errors import CaptureError
 from pbfx.kept import ATTRIBUTE, Kept
 from pbfx.paths import join
-from pbfx.perforated import PerforatedModule, Perforation, hides
+from pbfx.perforated import PerforatedModule, hides
+from pbfx.perforation import Perforation
 from pbfx.sites import Site, Skipped, describe_sites, is_site_module
 from pbfx.undo import drop_compiled_code
 

@@ -11,7 +11,7 @@ from pbfx.capture import capture
 from pbfx.config import Config
 from pbfx.errors import CaptureError, ConfigError
 from pbfx.perforated import hides, perforated_parts
-from pbfx.sites import choose_sites, is_site_module
+from pbfx.sites import choose_sites, folded_weights, is_site_module
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,8 @@ def _plan(model: nn.Module, config: Config | None) -> tuple[Plan, Config]:
     config = Config() if config is None else config
     _check_arguments(model, config)
     captured = capture(model, is_site_module, hides)
-    return make_plan(captured, lambda parts: choose_sites(parts, config)), config
+    folded = folded_weights(captured.root)
+    return make_plan(captured, lambda parts: choose_sites(parts, config, folded)), config
 
 
 def _check_arguments(model: nn.Module, config: Config) -> None:

@@ -18,9 +18,11 @@ What refuses keeps its own forward, and the modules inside are captured instead 
 """
 
 from pbfx.capture.clone import REGISTRIES, redirect, shared_clone
+from pbfx.capture.guards import CONSTANT
 from pbfx.capture.ladder import Capture, Captured, Rung, capture, capture_clone
 
 __all__ = [
+    "CONSTANT",
     "REGISTRIES",
     "Capture",
     "Captured",

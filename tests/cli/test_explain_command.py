@@ -173,7 +173,7 @@ def test_a_picture(folder: Path, capsys: pytest.CaptureFixture[str]):
         (["mynets.deep:Net"], "no module 'mynets.deep'; 'mynets' is a module, not a package"),
         ([".mynets:Net"], "'.mynets' is no name of a module"),
         (["mynets:Nett"], "mynets has no 'Nett'; did you mean 'Net'"),
-        (["mynets:Net.smal"], "mynets.Net has no 'smal'; did you mean 'small'"),
+        (["mynets:Net.smoll"], "mynets.Net has no 'smoll'; did you mean 'small'"),
         (["mynets:answer.x"], "mynets.answer has no 'x'"),
         (["mynets:answer"], "mynets:answer cannot be called; it is an object of class int"),
         (["mynets:sized"], "mynets:sized needs arguments (width, depth)"),
