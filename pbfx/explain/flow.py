@@ -105,25 +105,37 @@ def _step(
     if node.op == "output":
         return Step(EDGE, "output")
     sites = _sites_at(node, part)
+    what = _what(node, part)
     if sites:
-        site = sites[0]
-        name = str(node.target) if len(sites) > 1 else site.name
-        detail = f"{len(sites)} sites" if len(sites) > 1 else site.op
-        detail += f", {site.norm}" if site.norm else ""
-        label = join(path, name) or type(part).__name__
-        return Step(SITE, label, detail, dendrites[join(path, site.name)])
-    weight = soma_weight(part, node)
-    for name in (str(node.target), weight, (weight or "").removesuffix(".weight"), node.name):
-        if name is not None and join(path, name) in left_out and name:
-            return Step(LEFT_OUT, join(path, name), _what(node, part))
-    if node.op == "call_module":
-        full = join(path, str(node.target))
-        return (
-            Step(APART, full, _what(node, part))
-            if full in apart
-            else Step(OTHER, _what(node, part))
-        )
-    return Step(OTHER, _what(node, part))
+        return _site_step(node, path, part, sites, dendrites)
+    # Modules and parameters go by their paths; a function with a computed weight by its node.
+    weight = soma_weight(part, node) or ""
+    for name in (str(node.target), weight, weight.removesuffix(".weight"), node.name):
+        if name and join(path, name) in left_out:
+            return Step(LEFT_OUT, join(path, name), what)
+    full = join(path, str(node.target))
+    if node.op == "call_module" and full in apart:
+        return Step(APART, full, what)
+    return Step(OTHER, what)
+
+
+def _site_step(
+    node: fx.Node,
+    path: str,
+    part: PerforatedModule,
+    sites: list[Site],
+    dendrites: Mapping[str, int],
+) -> Step:
+    """Return the step of one site, or of a layer with several inside."""
+    counts = [dendrites[join(path, site.name)] for site in sites]
+    site = sites[0]
+    if len(sites) == 1:
+        detail = f"{site.op}, {site.norm}" if site.norm else site.op
+        return Step(SITE, join(path, site.name) or type(part).__name__, detail, counts[0])
+    detail = f"{len(sites)} sites"
+    if min(counts) != max(counts):
+        detail += f", {min(counts)} to {max(counts)} dendrites"
+    return Step(SITE, join(path, str(node.target)), detail, max(counts))
 
 
 def _sites_at(node: fx.Node, part: PerforatedModule) -> list[Site]:

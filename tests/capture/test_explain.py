@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -362,6 +363,16 @@ def test_json_holds_everything():
     }
     assert all(type(part["rung"]) is str for part in found["parts"])
     assert pbfx.explain(nn.ReLU()).to_json()["coverage"] is None
+
+
+def test_the_page_names_every_field():
+    page = (Path(__file__).parents[2] / "docs" / "explain.md").read_text(encoding="utf-8")
+    found = pbfx.explain(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), Branch(nn.Linear(3, 3))))
+    data = found.to_json()
+    fields = {*data} | {
+        key for name in ("parts", "kept", "sites", "skipped") for key in data[name][0]
+    }
+    assert not {field for field in fields if f"`{field}`" not in page}
 
 
 def test_an_explanation_is_a_snapshot():

@@ -110,6 +110,14 @@ def test_functions_with_computed_weights_are_left_out_in_the_picture():
     assert left == [("conv1d_1", "conv1d")]
 
 
+def test_a_layer_with_several_sites_says_how_many_dendrites_they_have():
+    model = pbfx.grow(pbfx.transform(CASES["attention"].build()), sites=["attend.out_proj"])
+    steps = {step.label: step for step in pbfx.explain(model).flows[0].steps}
+    assert steps["attend"].detail == "2 sites, 0 to 1 dendrites"
+    assert steps["attend"].dendrites == 1
+    assert steps["mix"].dendrites == 0
+
+
 def test_names_are_no_formulas(tmp_path: Path):
     model = nn.Sequential()
     model.add_module("a$b_$<&", nn.Linear(2, 2))
