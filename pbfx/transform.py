@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import nn
 
-from pbfx.capture import Capture, Rung, capture, redirect
+from pbfx.capture import Capture, Example, Rung, capture, redirect
 from pbfx.config import Config
 from pbfx.errors import CaptureError, ConfigError
 from pbfx.kept import ATTRIBUTE, Kept
@@ -27,7 +30,13 @@ _WRAPPERS = (
 )
 
 
-def transform(model: nn.Module, config: Config | None = None) -> nn.Module:
+def transform(
+    model: nn.Module,
+    config: Config | None = None,
+    *,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> nn.Module:
     """Return a module that computes what `model` computes, and can grow dendrites.
 
     It shares the parameters and buffers of `model`, is an instance of the same class, has the same
@@ -38,9 +47,17 @@ def transform(model: nn.Module, config: Config | None = None) -> nn.Module:
     `forward`. Otherwise it keeps its own forward and methods, and the largest modules inside that
     can be captured are, down to single linear and conv layers; `pbfx.explain` tells which and why.
 
+    With `Config(capture="export")` torch.export captures it as one graph instead, for calls like
+    the example: of its structure and dtypes, and of all sizes that `forward` does not ask about.
+    Then only `forward` computes with dendrites, not what other methods do with the layers.
+
     Args:
         model: any module.
         config: where and how to grow; `Config()` if None.
+        example_inputs: for `capture="export"`, what to call the model with: positional arguments as
+            a tuple, or a dict of arguments by name.
+        dynamic_shapes: for `capture="export"`, which sizes may change, as torch.export takes it;
+            None for all sizes that can.
 
     Returns:
         The perforated module. Train it, save it and compile it in place of `model`.
@@ -51,8 +68,9 @@ def transform(model: nn.Module, config: Config | None = None) -> nn.Module:
     """
     config = Config() if config is None else config
     _check_arguments(model, config)
+    example = _example(config, example_inputs, dynamic_shapes)
     name = type(model).__name__
-    captured = capture(model, is_site_module, hides)
+    captured = capture(model, is_site_module, hides, example)
     described = {
         path: describe_sites(part.root, part.graph) for path, part in captured.parts.items()
     }
@@ -103,6 +121,23 @@ def _check_arguments(model: nn.Module, config: Config) -> None:
         raise ConfigError(
             f"pbfx.transform: the model is perforated already (at {path or 'its root'!r})"
         )
+
+
+def _example(config: Config, inputs: Any, dynamic_shapes: Any) -> Example | None:
+    if config.capture == "trace":
+        if inputs is not None or dynamic_shapes is not None:
+            raise ConfigError(
+                "pbfx.transform: example_inputs and dynamic_shapes are for torch.export; ask for it "
+                'with pbfx.Config(capture="export"), or leave them out'
+            )
+        return None
+    if isinstance(inputs, torch.Tensor) or not isinstance(inputs, (tuple, list, Mapping)):
+        got = "a tensor" if isinstance(inputs, torch.Tensor) else repr(inputs)
+        raise ConfigError(
+            'pbfx.transform: capture="export" needs example_inputs, a tuple of positional arguments '
+            f"such as (x,), or a dict of arguments by name, got {got}"
+        )
+    return Example(inputs if isinstance(inputs, Mapping) else tuple(inputs), dynamic_shapes)
 
 
 def _owner(root: nn.Module, site: Site) -> nn.Module:

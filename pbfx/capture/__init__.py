@@ -14,10 +14,12 @@ here, by recording it or by refusing:
   rest (`guards`);
 - so is a `forward` that asks whether an optional argument is None, because no stand-in ever is.
 
-What refuses keeps its own forward, and the modules inside are captured instead (`ladder`).
+What refuses keeps its own forward, and the modules inside are captured instead (`ladder`). On
+request torch.export captures the whole model instead, for calls like an example (`exported`).
 """
 
 from pbfx.capture.clone import redirect, shared_clone
+from pbfx.capture.exported import Example
 from pbfx.capture.ladder import Capture, Captured, Rung, capture
 
-__all__ = ["Capture", "Captured", "Rung", "capture", "redirect", "shared_clone"]
+__all__ = ["Capture", "Captured", "Example", "Rung", "capture", "redirect", "shared_clone"]

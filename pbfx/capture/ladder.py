@@ -3,6 +3,7 @@
     whole        the model's own forward is one graph
     submodule    it is not, but that of a module inside is
     op           a linear or conv that code outside of any graph calls
+    export       on request: the whole model is one graph, as torch.export sees it
 
 A module keeps its own forward when tracing refuses it, or when a graph could not take its class's
 place: then methods such as `generate` go on to call its children, and the children carry the
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import logging
 from collections.abc import Callable, Iterator
 from types import FunctionType
 
@@ -21,10 +23,13 @@ import torch
 from torch import fx, nn
 
 from pbfx.capture.clone import shared_clone
+from pbfx.capture.exported import Example, export
 from pbfx.capture.guards import check_modules
 from pbfx.capture.trace import is_torch_layer, trace
 from pbfx.errors import CaptureError
 from pbfx.paths import join
+
+logger = logging.getLogger(__name__)
 
 # Torch's own classes that call their children as modules.
 _TORCH_CALLERS = (
@@ -80,6 +85,7 @@ def capture(
     model: nn.Module,
     is_op: Callable[[nn.Module], bool] = lambda _: False,
     hides: Callable[[nn.Module], str | None] = lambda _: None,
+    example: Example | None = None,
 ) -> Capture:
     """Capture `model` as the largest graphs that it allows.
 
@@ -87,15 +93,17 @@ def capture(
         model: the user's model; it is read and not changed.
         is_op: whether a module is an op that can carry dendrites; it stays one node.
         hides: why a graph module could not take a module's place, or None.
+        example: given to have the whole model exported, whatever methods its classes offer.
 
     Raises:
-        CaptureError: if the model holds what no clone can stand for, such as lazy modules.
+        CaptureError: if the model holds what no clone can stand for, such as lazy modules, or
+            cannot be exported as asked.
     """
     check_modules(model, type(model).__name__)
     apart: set[str] = set()
     while True:
         root = shared_clone(model)
-        ladder = _Ladder(root, is_op, hides, apart)
+        ladder = _Ladder(root, is_op, hides, apart, example)
         ladder.climb(root, "", "")
         found = ladder.shared_ops() - apart
         if not found:
@@ -110,8 +118,9 @@ class _Ladder:
         is_op: Callable[[nn.Module], bool],
         hides: Callable[[nn.Module], str | None],
         apart: set[str],
+        example: Example | None,
     ) -> None:
-        self._root, self._is_op, self._hides = root, is_op, hides
+        self._root, self._is_op, self._hides, self._example = root, is_op, hides, example
         self.parts: dict[str, Captured] = {}
         self.kept: dict[str, str] = {}
         self.left: dict[str, str] = {}
@@ -122,7 +131,7 @@ class _Ladder:
             for m in root.modules()
             if m is not root
             and not is_op(m)
-            and (_left(m) or _hooked(m) or _keeps_forward(m) or hides(m))
+            and (_left(m) or _hooked(m) or not example and (_keeps_forward(m) or hides(m)))
         }
 
     def climb(self, module: nn.Module, path: str, above: str) -> None:
@@ -134,6 +143,9 @@ class _Ladder:
         if why_left:
             self.left[path] = why_left
             return
+        if self._example and not path:
+            self._export(module, self._example)
+            return
         why = _keeps_forward(module) or self._hides(module)
         if not why and not _only_holds(module):
             try:
@@ -144,9 +156,7 @@ class _Ladder:
                 op = self._is_op(module)
                 rung = Rung.OP if op else Rung.SUBMODULE if path else Rung.WHOLE
                 self.parts[path] = Captured(module, graph, rung, above)
-                for name, leaf in leaves:
-                    if id(leaf) in self._boundaries or isinstance(leaf, _TORCH_CALLERS):
-                        self.climb(leaf, join(path, name), "it is called as a module")
+                self._climb_leaves(leaves, path)
                 return
         if why:
             self.kept[path] = why
@@ -154,7 +164,34 @@ class _Ladder:
             if self._is_op(child) or _left(child) or _may_hold_ops(child):
                 self.climb(child, join(path, name), why or above)
 
-    def _trace(self, module: nn.Module) -> tuple[fx.Graph, list[tuple[str, nn.Module]]]:
+    def _export(self, root: nn.Module, example: Example) -> None:
+        name, why = type(root).__name__, self._hides(root)
+        if type(root).__call__ is not nn.Module.__call__ and not isinstance(root, fx.GraphModule):
+            why = "its class has a __call__ of its own"
+        if why:
+            raise CaptureError(f"cannot capture {name} as one graph: {why}")
+        offered = sorted(_methods(type(root)))
+        if offered:
+            logger.warning(
+                "%s is one graph: only forward computes with dendrites, not what %s computes with "
+                "the layers directly",
+                name,
+                ", ".join(offered),
+            )
+        graph, leaves = self._trace(
+            root, lambda module, whole: export(module, lambda m: whole(m) or is_torch_layer(m), example)
+        )
+        self.parts[""] = Captured(root, graph, Rung.EXPORT, "")
+        self._climb_leaves(leaves, "")
+
+    def _climb_leaves(self, leaves: list[tuple[str, nn.Module]], path: str) -> None:
+        for name, leaf in leaves:
+            if id(leaf) in self._boundaries or isinstance(leaf, _TORCH_CALLERS):
+                self.climb(leaf, join(path, name), "it is called as a module")
+
+    def _trace(
+        self, module: nn.Module, trace: Callable[..., fx.Graph] = trace
+    ) -> tuple[fx.Graph, list[tuple[str, nn.Module]]]:
         """Trace `module` around those inside that cannot be traced; return also the leaves."""
         while True:
             try:

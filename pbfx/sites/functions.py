@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -13,6 +14,8 @@ from pbfx.paths import join
 from pbfx.sites.layers import MODULES, why_ineligible
 from pbfx.sites.site import Site, Skipped, convolution_form, leaves
 from pbfx_kernels import LINEAR
+
+aten = torch.ops.aten
 
 FUNCTIONS: dict[Callable[..., Any], str] = {
     F.linear: "linear",
@@ -22,6 +25,17 @@ FUNCTIONS: dict[Callable[..., Any], str] = {
     F.conv_transpose1d: "conv_transpose1d",
     F.conv_transpose2d: "conv_transpose2d",
     F.conv_transpose3d: "conv_transpose3d",
+    # What torch.export makes of them; places and names of the arguments are the same.
+    aten.linear.default: "linear",
+    aten.conv1d.default: "conv1d",
+    aten.conv1d.padding: "conv1d",
+    aten.conv2d.default: "conv2d",
+    aten.conv2d.padding: "conv2d",
+    aten.conv3d.default: "conv3d",
+    aten.conv3d.padding: "conv3d",
+    aten.conv_transpose1d.default: "conv_transpose1d",
+    aten.conv_transpose2d.input: "conv_transpose2d",
+    aten.conv_transpose3d.input: "conv_transpose3d",
 }
 # Positional arguments of torch's, in order; what is left out has the value of `_DEFAULTS`.
 _LINEAR = ("input", "weight", "bias")
