@@ -77,7 +77,7 @@ def _walk(ours: fx.Graph, theirs: fx.Graph, root: nn.Module) -> Iterator[Differe
             yield Difference(node, module_of(node), None, node.args[1], 0)
             continue
         # A count that stands before one that both take.
-        if _counts(root, node) and _counts(root, twin) and not _same(node.args[0], twin.args[0]):
+        if _counts(root, node) and not _same(node.args[0], twin.args[0]):
             yield Difference(node, module_of(node), None, node.args[1], 0)
             continue
         at += 1
