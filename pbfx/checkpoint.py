@@ -154,7 +154,9 @@ def load(
             for part_path, part in perforated_parts(model).items():
                 if part.structure() != wanted[part_path]:
                     part.adopt(wanted[part_path])
-                part.perforation.draws = header["parts"][part_path]["draws"]
+                saved = header["parts"].get(part_path)
+                if saved is not None:
+                    part.perforation.draws = saved["draws"]
             model.load_state_dict(values)
             if tracker is not None:
                 tracker.load_state_dict(decode(header["tracker"], tensors))
@@ -262,21 +264,33 @@ def _transform_as(model: nn.Module, header: dict[str, Any], path: Any) -> nn.Mod
 
 
 def _check_fit(model: nn.Module, header: dict[str, Any], path: Any) -> None:
+    """Compare site by site: a graph may have been split since, when hooks came."""
     parts = perforated_parts(model)
+    ours = {
+        join(name, site.name): part.perforation.config
+        for name, part in parts.items()
+        for site in part.perforation.sites
+    }
+    theirs = {
+        join(name, site): saved["config"]
+        for name, saved in header["parts"].items()
+        for site in saved["sites"]
+    }
+    grown = [join(n, s) for n, saved in header["parts"].items() for s in saved["dendrites"]]
     faults = []
-    if parts.keys() != header["parts"].keys():
+    if parts.keys() != header["parts"].keys() and not ours.keys() & theirs.keys():
         faults.append(
             f"its perforated parts are {sorted(header['parts'])}, the model's {sorted(parts)}"
         )
-    for name in parts.keys() & header["parts"].keys():
-        config, saved = parts[name].perforation.config, header["parts"][name]
-        sites = {site.name for site in parts[name].perforation.sites}
-        missing = sorted(set(saved["dendrites"]) - sites)
-        if missing:
-            faults.append(f"it has dendrites at {missing}, where the model has no site")
-        for setting in ("activation", "learning"):
-            theirs, ours = saved["config"][setting], getattr(config, setting)
-            if theirs != ours:
-                faults.append(f"its {setting} is {theirs!r}, the model's {ours!r}")
+    elif missing := sorted(set(grown) - ours.keys()):
+        faults.append(f"it has dendrites at {missing}, where the model has no site")
+    for setting in ("activation", "learning"):
+        both = ours.keys() & theirs.keys()
+        pairs = {(theirs[name][setting], getattr(ours[name], setting)) for name in both}
+        faults += [
+            f"its {setting} is {their!r}, the model's {our!r}"
+            for their, our in sorted(pairs)
+            if their != our
+        ]
     if faults:
         raise CheckpointError(f"{path} does not fit the model: " + "; ".join(faults))

@@ -10,6 +10,7 @@ from pbfx.dendrites import Candidates, Dendrites
 from pbfx.errors import RestructureError
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, perforated_parts
+from pbfx.structure import Structure
 
 
 def parts_of(model: nn.Module) -> dict[str, PerforatedModule]:
@@ -24,6 +25,28 @@ def parts_of(model: nn.Module) -> dict[str, PerforatedModule]:
             f"{type(model).__name__} has no perforated parts; pass it through pbfx.transform first"
         )
     return parts
+
+
+def structure_of(model: nn.Module) -> Structure:
+    """Return the structure of all parts of `model` together, by the full paths of their sites."""
+    return Structure(
+        {
+            join(path, name): counts
+            for path, part in parts_of(model).items()
+            for name, counts in part.structure().sites.items()
+        }
+    )
+
+
+def adopt(model: nn.Module, structure: Structure) -> None:
+    """Let each part of `model` take on what `structure`, with full paths, says of its sites."""
+    for path, part in parts_of(model).items():
+        names = {site.name: join(path, site.name) for site in part.perforation.sites}
+        wanted = {
+            name: structure.sites[full] for name, full in names.items() if full in structure.sites
+        }
+        if part.structure() != Structure(wanted):
+            part.adopt(Structure(wanted))
 
 
 def candidate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

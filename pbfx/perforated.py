@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
 
-from pbfx.capture import Rung
+from pbfx.absorbed import absorb, assign
+from pbfx.capture import Example, Rung
 from pbfx.config import Config
 from pbfx.dendrites import Candidates, Dendrites, draw_weights
 from pbfx.errors import PassError, PbfxError
@@ -40,6 +42,10 @@ class Perforation:
         path: where this module stood in the model that was transformed.
         rung: how it was captured.
         reason: why no graph around it could be had; empty for a whole model.
+        kind: the user's class.
+        absorbed: paths of the modules whose forwards run in the graph.
+        recapture: captures this module anew, with some modules inside as graphs of their own.
+        example: what it was exported with, and would be again; None for other rungs.
         phase: which graph runs now.
         draws: how many pools of weights have been drawn, so that a new pool differs from the last.
         records: what the passes did at the last rebuild.
@@ -53,6 +59,10 @@ class Perforation:
     path: str = ""
     rung: Rung = Rung.WHOLE
     reason: str = ""
+    kind: type[nn.Module] = nn.Module
+    absorbed: tuple[str, ...] = ()
+    recapture: Callable[[PerforatedModule, frozenset[str], str], None] | None = None
+    example: Example | None = None
     phase: Phase = Phase.NEURON
     draws: int = 0
     records: tuple[PassRecord, ...] = ()
@@ -83,12 +93,12 @@ class PerforatedModule(fx.GraphModule):
                 self.__dict__[name] = value
         self.perforation = perforation
         self.rebuild()
+        absorb(self, perforation.absorbed)
 
     @classmethod
     def over(cls, root: nn.Module, perforation: Perforation) -> PerforatedModule:
         """Return a perforated module in the place of `root`, an instance of its class too."""
-        own = type(root)
-        kind = cls
+        kind, own = cls, perforation.kind
         if not issubclass(own, fx.GraphModule) and not _customises_access(own):
             # Methods of our own first; everything else is the user's.
             kind = type(own.__name__, (cls, _Start, own), {"__module__": own.__module__})
@@ -186,6 +196,18 @@ class PerforatedModule(fx.GraphModule):
         if changed:
             # Into or out of the eval in which the dendrite phase holds the network.
             self.train(self.training)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "perforation" not in self.__dict__ or name in _GRAPH_MODULE_STATE:
+            super().__setattr__(name, value)
+        else:
+            assign(self, name, value, super().__setattr__, self)
+
+    def original(self) -> nn.Module:
+        """Return a module of the user's class over the state of this one, without a graph."""
+        plain = self._shell()
+        plain.__class__ = self.perforation.kind
+        return plain
 
     def train(self, mode: bool = True) -> PerforatedModule:
         """Set the mode as usual; in the dendrite phase the network's own modules stay in eval."""

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from pbfx.absorbed import Absorbed
 from pbfx.dendrites import Dendrites
 from pbfx.errors import ConfigError, RestructureError, nearest
 from pbfx.learning import SiteLearner
@@ -110,7 +111,8 @@ def hold_outside(model: nn.Module) -> list[RemovableHandle]:
     return [
         module.register_forward_pre_hook(hold)
         for module in model.modules()
-        if id(module) not in held
+        # What a graph has absorbed is never called.
+        if id(module) not in held and not isinstance(module, Absorbed)
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pbfx.capture import Capture, Example, Rung, capture, redirect
+from pbfx.assembly import assemble, make_plan
+from pbfx.capture import Example, capture
 from pbfx.config import Config
 from pbfx.errors import CaptureError, ConfigError
-from pbfx.kept import ATTRIBUTE, Kept
-from pbfx.paths import join
-from pbfx.perforated import PerforatedModule, Perforation, hides, perforated_parts
-from pbfx.sites import Site, Skipped, choose_sites, describe_sites, is_site_module
+from pbfx.perforated import hides, perforated_parts
+from pbfx.sites import choose_sites, is_site_module
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +47,7 @@ def transform(
 
     With `Config(capture="export")` torch.export captures it as one graph instead, for calls like
     the example: of its structure and dtypes, and of all sizes that `forward` does not ask about.
-    Then only `forward` computes with dendrites, not what other methods do with the layers.
+    Other methods then still see the dendrites of modules that they call, but not of single layers.
 
     Args:
         model: any module.
@@ -69,41 +67,18 @@ def transform(
     config = Config() if config is None else config
     _check_arguments(model, config)
     example = _example(config, example_inputs, dynamic_shapes)
-    name = type(model).__name__
-    captured = capture(model, is_site_module, hides, example)
-    described = {
-        path: describe_sites(part.root, part.graph) for path, part in captured.parts.items()
-    }
-    # An op that is a part of its own is no site of the graph that calls it.
-    own = {id(part.root): path for path, part in captured.parts.items()}
-    sites = {
-        path: tuple(
-            site
-            for site in found
-            if own.get(id(_owner(captured.parts[path].root, site)), path) == path
-        )
-        for path, (found, _) in described.items()
-    }
-    skipped = {path: left for path, (_, left) in described.items()}
-    roots = {path: part.root for path, part in captured.parts.items()}
-    choice = choose_sites({path: (roots[path], sites[path]) for path in roots}, config)
-    chosen = {path: kept for path, (kept, _) in choice.items()}
-    skipped = {
-        path: (*(_left_for(captured, path, s) for s in skipped[path]), *choice[path][1])
-        for path in roots
-    }
-    outside = _outside(captured)
-    if not any(chosen.values()):
-        reasons = [
-            f"{join(path, s.name)} ({s.op}): {s.reason}"
-            for path, found in (skipped | outside).items()
-            for s in found
-        ]
+    plan = make_plan(
+        capture(model, is_site_module, hides, example), lambda parts: choose_sites(parts, config)
+    )
+    if not any(plan.chosen.values()):
+        reasons = [f"{path} ({op}): {reason}" for path, op, reason in plan.left_out()]
         raise CaptureError(
-            f"{name} has no linear or conv operation that can carry dendrites"
+            f"{type(model).__name__} has no linear or conv operation that can carry dendrites"
             + (f". Left out: {'; '.join(reasons)}" if reasons else "")
         )
-    return _assemble(captured, chosen, skipped, outside, config)
+    for path, op, reason in plan.left_out():
+        logger.info("no dendrites at %s (%s): %s", path, op, reason)
+    return assemble(plan, config)
 
 
 def _check_arguments(model: nn.Module, config: Config) -> None:
@@ -138,59 +113,3 @@ def _example(config: Config, inputs: Any, dynamic_shapes: Any) -> Example | None
             f"such as (x,), or a dict of arguments by name, got {got}"
         )
     return Example(inputs if isinstance(inputs, Mapping) else tuple(inputs), dynamic_shapes)
-
-
-def _owner(root: nn.Module, site: Site) -> nn.Module:
-    return root.get_submodule(site.weight.rpartition(".")[0])
-
-
-def _left_for(captured: Capture, path: str, op: Skipped) -> Skipped:
-    """Return `op` of the graph at `path` with the reason for which capture left it, if it did."""
-    return dataclasses.replace(op, reason=captured.left.get(join(path, op.name), op.reason))
-
-
-def _outside(captured: Capture) -> dict[str, tuple[Skipped, ...]]:
-    """Return the layers that forwards of their own call and that cannot grow, by their owner."""
-    climbed = captured.parts.keys() | captured.kept.keys()
-    found: dict[str, tuple[Skipped, ...]] = {}
-    for path in captured.kept:
-        layers = {
-            name: child
-            for name, child in captured.root.get_submodule(path).named_children()
-            if next(child.parameters(), None) is not None
-        }
-        found[path] = tuple(
-            _left_for(
-                captured, path, Skipped(name, type(m).__name__, "not a linear or conv operation")
-            )
-            for name, m in layers.items()
-            if not any(f"{known}.".startswith(f"{join(path, name)}.") for known in climbed)
-        )
-    return found
-
-
-def _assemble(
-    captured: Capture,
-    chosen: dict[str, tuple[Site, ...]],
-    skipped: dict[str, tuple[Skipped, ...]],
-    outside: dict[str, tuple[Skipped, ...]],
-    config: Config,
-) -> nn.Module:
-    """Put a perforated module in the place of each captured one that has sites."""
-    for path, found in (skipped | outside).items():
-        for op in found:
-            logger.info("no dendrites at %s (%s): %s", join(path, op.name), op.op, op.reason)
-    for path, reason in captured.kept.items():
-        module = captured.root.get_submodule(path)
-        module.__dict__[ATTRIBUTE] = Kept(reason, outside.get(path, ()))
-    places: dict[int, nn.Module] = {}
-    for path, part in captured.parts.items():
-        if chosen[path]:
-            perforation = Perforation(
-                part.graph, chosen[path], skipped[path], config, path, part.rung, part.reason
-            )
-            places[id(part.root)] = PerforatedModule.over(part.root, perforation)
-        elif part.rung is not Rung.OP:
-            part.root.__dict__[ATTRIBUTE] = Kept("no op in it can grow", skipped[path])
-    redirect([*captured.root.modules(), *places.values()], places)
-    return places.get(id(captured.root), captured.root)

@@ -38,10 +38,10 @@ def undoing(
             f"restructuring failed and was undone: {type(error).__name__}: {error}"
         ) from error
     finally:
-        _drop_compiled_code()
+        drop_compiled_code()
 
 
-def _drop_compiled_code() -> None:
+def drop_compiled_code() -> None:
     """Let `torch.compile` look at the model anew.
 
     Dynamo notices the new code of a perforated module that was compiled itself, but not of one

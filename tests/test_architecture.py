@@ -26,9 +26,9 @@ LAYERS: list[tuple[str, str]] = [
     ("topology sites capture structure kept", "read the model; rewrite nothing"),
     ("dendrites", "own the parameters of one site; know no graph around it"),
     ("learning", "train dendrites; know no pass"),
-    ("passes pipeline perforated", "rewrite graphs; `perforated` is the GraphModule they rewrite"),
+    ("passes pipeline perforated absorbed", "rewrite graphs; `perforated` is what they rewrite"),
     (
-        "transform restructure parts snapshot undo optimizers checkpoint explain",
+        "transform assembly restructure parts snapshot undo optimizers checkpoint explain",
         "the verbs, each made of passes",
     ),
     ("policy history tracker", "when to restructure, and the call that does it"),

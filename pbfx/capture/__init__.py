@@ -18,8 +18,18 @@ What refuses keeps its own forward, and the modules inside are captured instead 
 request torch.export captures the whole model instead, for calls like an example (`exported`).
 """
 
-from pbfx.capture.clone import redirect, shared_clone
+from pbfx.capture.clone import REGISTRIES, redirect, shared_clone
 from pbfx.capture.exported import Example
-from pbfx.capture.ladder import Capture, Captured, Rung, capture
+from pbfx.capture.ladder import Capture, Captured, Rung, capture, capture_clone
 
-__all__ = ["Capture", "Captured", "Example", "Rung", "capture", "redirect", "shared_clone"]
+__all__ = [
+    "REGISTRIES",
+    "Capture",
+    "Captured",
+    "Example",
+    "Rung",
+    "capture",
+    "capture_clone",
+    "redirect",
+    "shared_clone",
+]

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +43,7 @@ from pbfx.capture.modes import (
     module_of,
 )
 from pbfx.capture.structures import Structure, take_apart
+from pbfx.capture.trace import is_torch_layer
 from pbfx.errors import CaptureError
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -78,7 +81,7 @@ def export(root: nn.Module, is_leaf: Callable[[nn.Module], bool], example: Examp
     Args:
         root: a shared clone. It may gain buffers for constants, which stay out of the state dict,
             and graphs of regions under no_grad or autocast.
-        is_leaf: modules for which this is true stay one node.
+        is_leaf: modules for which this is true stay one node, beside those that torch made.
         example: what to run it with.
 
     Raises:
@@ -89,9 +92,11 @@ def export(root: nn.Module, is_leaf: Callable[[nn.Module], bool], example: Examp
     entrance = Entrance.of(root, example.inputs)
     shapes = entrance.shapes(example.dynamic_shapes)
     modules = python_modules(root)
+    named = [(path, m) for path, m in root.named_modules() if path]
+    whole = {path for path, m in named if is_leaf(m) or is_torch_layer(m)}
 
     def run(training: Mapping[str, bool]) -> _Program:
-        return _run(root, is_leaf, entrance, shapes, training)
+        return _run(root, whole, entrance, shapes, training)
 
     train = run(dict.fromkeys(modules, True))
     evaluated = run(dict.fromkeys(modules, False))
@@ -117,16 +122,15 @@ def _parity(path: str) -> bool:
 
 def _run(
     root: nn.Module,
-    is_leaf: Callable[[nn.Module], bool],
+    kept_whole: set[str],
     entrance: Entrance,
     shapes: list[Any],
     training: Mapping[str, bool],
 ) -> _Program:
     twin, name, calls = shared_clone(root), type(root).__name__, Calls()
-    paths = {path: module for path, module in root.named_modules() if path}
     for path, module in python_modules(twin).items():
-        module.training = training[path]
-    whole = {path: twin.get_submodule(path) for path, m in paths.items() if is_leaf(m)}
+        module.__dict__["training"] = training[path]
+    whole = {path: twin.get_submodule(path) for path in kept_whole}
     for path, module in whole.items():
         if isinstance(module, torch.jit.ScriptModule):
             # The clone's is the user's own.
@@ -147,11 +151,11 @@ def _run(
         return values
 
     with _guarded(twin, name, calls, frozenset(whole), root):
-        twin.forward = run
+        twin.__dict__["forward"] = run
         try:
             program = _export(twin, list(entrance.leaves), shapes)
         finally:
-            del twin.forward
+            del twin.__dict__["forward"]
     return _read(root, program, calls, entrance, box[0])
 
 
@@ -232,6 +236,7 @@ def _read(
     regions: dict[str, fx.GraphModule] = {}
     inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     fakes: list[Any] = []
+    constant_names, region_names = _unused(root, _CONSTANT), _unused(root, _REGION)
     for spec in program.graph_signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
             raise CaptureError(
@@ -249,7 +254,7 @@ def _read(
                 continue
             path = str(spec.target)
             if spec.kind is InputKind.CONSTANT_TENSOR:
-                path = _CONSTANT.format(len(constants))
+                path = next(constant_names)
                 constants[path] = program.constants[spec.target]
             elif spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
                 raise CaptureError(
@@ -259,7 +264,7 @@ def _read(
             values[node] = graph.get_attr(path)
         elif node.op == "get_attr":
             region = getattr(program.graph_module, str(node.target))
-            path = _REGION.format(len(regions))
+            path = next(region_names)
             regions[path] = _checked_region(region, name)
             values[node] = graph.get_attr(path)
         elif node.op == "output":
@@ -267,19 +272,41 @@ def _read(
         # Where forward casts, torch.export asserts what it cast from; the cast itself is enough.
         elif node.target is not torch.ops.aten._assert_tensor_metadata.default:
             values[node] = graph.node_copy(node, values.__getitem__)
-            values[node].meta = _provenance(node)
+            values[node].meta = _provenance(root, node)
     (returned,) = program.graph.output_node().args
     graph.output(map_arg(tuple(returned), values.__getitem__))
     calls.restore(graph)
     return _Program(graph, result, checks_of(entrance.names, fakes), constants, regions)
 
 
-def _provenance(node: fx.Node) -> dict[str, Any]:
-    meta = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
+def _provenance(root: nn.Module, node: fx.Node) -> dict[str, Any]:
+    """Return where `node` comes from as symbolic tracing notes it, and the size it computes."""
+    meta: dict[str, Any] = {}
+    if node.meta.get("stack_trace"):
+        meta["stack_trace"] = node.meta["stack_trace"]
+    # The second call of a module has a number, and what has no module another mark.
+    stack = [
+        re.sub(r"@\d+", "", str(path)) for path, _ in node.meta.get("nn_module_stack", {}).values()
+    ]
+    modules = {path: root.get_submodule(path) for path in stack if _exists(root, path)}
+    meta["nn_module_stack"] = {path: (path, type(module)) for path, module in modules.items()}
     value = node.meta.get("val")
     if isinstance(value, torch.SymInt):
         meta[SIZE] = str(value.node.expr)
     return meta
+
+
+def _exists(root: nn.Module, path: str) -> bool:
+    try:
+        root.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _unused(root: nn.Module, name: str) -> Iterator[str]:
+    """Yield names for attributes that `root` does not have."""
+    return (key for n in itertools.count() if not hasattr(root, key := name.format(n)))
 
 
 def _checked_region(region: Any, name: str) -> fx.GraphModule:

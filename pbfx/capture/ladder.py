@@ -21,11 +21,13 @@ from types import FunctionType
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from pbfx.capture.clone import shared_clone
 from pbfx.capture.exported import Example, export
 from pbfx.capture.guards import check_modules
-from pbfx.capture.trace import is_torch_layer, trace
+from pbfx.capture.trace import is_torch_layer
+from pbfx.capture.trace import trace as symbolic_trace
 from pbfx.errors import CaptureError
 from pbfx.paths import join
 
@@ -55,13 +57,25 @@ class Rung(enum.StrEnum):
 class Captured:
     """One graph of a model: the module whose forward it is (a clone), and how it came about.
 
-    `reason` says why no graph around it could be had; it is empty for the whole model.
+    `reason` says why no graph around it could be had; it is empty for the whole model. `example` is
+    what it was exported with, None for others.
     """
 
     root: nn.Module
     graph: fx.Graph
     rung: Rung
     reason: str
+    example: Example | None = None
+
+    @property
+    def absorbed(self) -> tuple[str, ...]:
+        """Return the paths of the modules whose forwards run in this graph, beside the root's."""
+        inside: dict[str, None] = {}
+        for node in self.graph.nodes:
+            for name, _ in node.meta.get("nn_module_stack", {}).values():
+                inside[name] = None
+        called = {str(n.target) for n in self.graph.nodes if n.op == "call_module"}
+        return tuple(name for name in inside if name and name not in called)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +114,39 @@ def capture(
             cannot be exported as asked.
     """
     check_modules(model, type(model).__name__)
-    apart: set[str] = set()
+    apart: frozenset[str] = frozenset()
     while True:
-        root = shared_clone(model)
-        ladder = _Ladder(root, is_op, hides, apart, example)
-        ladder.climb(root, "", "")
-        found = ladder.shared_ops() - apart
-        if not found:
-            return Capture(root, ladder.parts, ladder.kept, ladder.left)
-        apart |= found
+        captured = capture_clone(shared_clone(model), is_op, hides, apart, example=example)
+        shared = _shared_ops(captured, is_op) - apart
+        if not shared:
+            return captured
+        apart |= shared
+
+
+def capture_clone(
+    root: nn.Module,
+    is_op: Callable[[nn.Module], bool],
+    hides: Callable[[nn.Module], str | None],
+    apart: frozenset[str],
+    done: Callable[[nn.Module], bool] = lambda _: False,
+    reason: str = "",
+    example: Example | None = None,
+) -> Capture:
+    """Capture a clone.
+
+    Args:
+        root: the clone; its graphs run over it.
+        is_op: as for `capture`.
+        hides: as for `capture`.
+        apart: paths of modules that graphs have to call as modules.
+        done: modules that have been captured before; they stay one node and are not entered.
+        reason: why the modules of `apart` are called as modules.
+        example: as for `capture`.
+    """
+    reason = reason or "several graphs call it"
+    ladder = _Ladder(root, is_op, hides, apart, done, reason, example)
+    ladder.climb(root, "", "")
+    return Capture(root, ladder.parts, ladder.kept, ladder.left)
 
 
 class _Ladder:
@@ -117,26 +155,31 @@ class _Ladder:
         root: nn.Module,
         is_op: Callable[[nn.Module], bool],
         hides: Callable[[nn.Module], str | None],
-        apart: set[str],
+        apart: frozenset[str],
+        done: Callable[[nn.Module], bool],
+        reason: str,
         example: Example | None,
     ) -> None:
-        self._root, self._is_op, self._hides, self._example = root, is_op, hides, example
+        self._is_op, self._hides, self._done, self._example = is_op, hides, done, example
+        self._apart = dict.fromkeys((id(root.get_submodule(path)) for path in apart), reason)
         self.parts: dict[str, Captured] = {}
         self.kept: dict[str, str] = {}
         self.left: dict[str, str] = {}
         self._seen: set[int] = set()
         # What has to be called as a module, by a graph too.
-        self._boundaries = {id(root.get_submodule(path)) for path in apart} | {
+        self._boundaries = self._apart.keys() | {
             id(m)
             for m in root.modules()
             if m is not root
             and not is_op(m)
-            and (_left(m) or _hooked(m) or not example and (_keeps_forward(m) or hides(m)))
+            and (done(m) or _left(m) or _hooked(m))
+            # An export goes through modules that keep their forward.
+            or (m is not root and not is_op(m) and not example and (_keeps_forward(m) or hides(m)))
         }
 
     def climb(self, module: nn.Module, path: str, above: str) -> None:
         """Capture `module`, or what is inside; `above` says why the module around it was not."""
-        if id(module) in self._seen:
+        if id(module) in self._seen or self._done(module):
             return
         self._seen.add(id(module))
         why_left = _left(module)
@@ -148,15 +191,17 @@ class _Ladder:
             return
         why = _keeps_forward(module) or self._hides(module)
         if not why and not _only_holds(module):
+            self._climb_inside(module, path)
             try:
-                graph, leaves = self._trace(module)
+                graph = self._trace(module)
             except CaptureError as error:
                 why = str(error)
             else:
                 op = self._is_op(module)
                 rung = Rung.OP if op else Rung.SUBMODULE if path else Rung.WHOLE
                 self.parts[path] = Captured(module, graph, rung, above)
-                self._climb_leaves(leaves, path)
+                # Tracing may have found more that it cannot enter.
+                self._climb_inside(module, path)
                 return
         if why:
             self.kept[path] = why
@@ -173,29 +218,38 @@ class _Ladder:
         offered = sorted(_methods(type(root)))
         if offered:
             logger.warning(
-                "%s is one graph: only forward computes with dendrites, not what %s computes with "
-                "the layers directly",
+                "%s is one graph: layers that %s calls by itself compute without dendrites",
                 name,
                 ", ".join(offered),
             )
-        graph, leaves = self._trace(
-            root, lambda module, whole: export(module, lambda m: whole(m) or is_torch_layer(m), example)
-        )
-        self.parts[""] = Captured(root, graph, Rung.EXPORT, "")
-        self._climb_leaves(leaves, "")
+        # Torch's own layers that call others are taken apart below.
+        callers = {id(m) for m in root.modules() if isinstance(m, _TORCH_CALLERS)}
+        self._boundaries |= callers - {id(root)}
+        self._climb_inside(root, "")
+        graph = self._trace(root, lambda module, whole: export(module, whole, example))
+        self.parts[""] = Captured(root, graph, Rung.EXPORT, "", example)
+        self._climb_inside(root, "")
 
-    def _climb_leaves(self, leaves: list[tuple[str, nn.Module]], path: str) -> None:
-        for name, leaf in leaves:
-            if id(leaf) in self._boundaries or isinstance(leaf, _TORCH_CALLERS):
-                self.climb(leaf, join(path, name), "it is called as a module")
+    def _climb_inside(self, module: nn.Module, path: str) -> None:
+        """Climb to what a graph of `module` has to call as a module."""
+        for name, inner in module.named_modules():
+            if inner is not module and id(inner) in self._boundaries:
+                why = "hooks wait for its call" if _hooked(inner) else ""
+                self.climb(inner, join(path, name), self._apart.get(id(inner), why))
 
     def _trace(
-        self, module: nn.Module, trace: Callable[..., fx.Graph] = trace
-    ) -> tuple[fx.Graph, list[tuple[str, nn.Module]]]:
-        """Trace `module` around those inside that cannot be traced; return also the leaves."""
+        self,
+        module: nn.Module,
+        trace: Callable[[nn.Module, Callable[[nn.Module], bool]], fx.Graph] | None = None,
+    ) -> fx.Graph:
+        """Trace `module` around those inside that cannot be traced."""
+
+        def symbolically(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.Graph:
+            return symbolic_trace(module, is_leaf, self._may_return_none)
+
         while True:
             try:
-                graph = trace(
+                return (trace or symbolically)(
                     module,
                     lambda m: m is not module and (self._is_op(m) or id(m) in self._boundaries),
                 )
@@ -206,25 +260,33 @@ class _Ladder:
                 # What one layer of a class does, the others will.
                 alike = [m for m in module.modules() if type(m) is type(culprit)]
                 self._boundaries |= {id(m) for m in alike if m is not module}
-                continue
-            names = {str(n.target) for n in graph.nodes if n.op == "call_module"}
-            return graph, [(name, module.get_submodule(name)) for name in sorted(names)]
 
-    def shared_ops(self) -> set[str]:
-        """Return the ops that several graphs call: each has to be a part of its own."""
-        callers: dict[int, list[str]] = {}
-        for path, part in self.parts.items():
-            called = {str(n.target) for n in part.graph.nodes if n.op == "call_module"}
-            names = {id(part.root.get_submodule(name)): name for name in called}
-            for op, name in names.items():
-                callers.setdefault(op, []).append(join(path, name))
-            if part.rung is Rung.OP:
-                callers.setdefault(id(part.root), []).append(path)
-        return {
-            names[0]
-            for names in callers.values()
-            if len(names) > 1 and self._is_op(self._root.get_submodule(names[0]))
-        }
+    def _may_return_none(self, module: nn.Module) -> bool:
+        """Return whether something in what `module` returns may be None, as in attention's."""
+        if self._is_op(module) or self._done(module):
+            return False
+        for part in self.parts.values():
+            if part.root is module:
+                (output,) = (node for node in part.graph.nodes if node.op == "output")
+                return None in pytree.tree_leaves(output.args, is_leaf=lambda leaf: leaf is None)
+        return isinstance(module, nn.MultiheadAttention) or not is_torch_layer(module)
+
+
+def _shared_ops(captured: Capture, is_op: Callable[[nn.Module], bool]) -> frozenset[str]:
+    """Return the ops that several graphs call: each has to be a part of its own."""
+    callers: dict[int, list[str]] = {}
+    for path, part in captured.parts.items():
+        called = {str(n.target) for n in part.graph.nodes if n.op == "call_module"}
+        names = {id(part.root.get_submodule(name)): name for name in called}
+        for op, name in names.items():
+            callers.setdefault(op, []).append(join(path, name))
+        if part.rung is Rung.OP:
+            callers.setdefault(id(part.root), []).append(path)
+    return frozenset(
+        names[0]
+        for names in callers.values()
+        if len(names) > 1 and is_op(captured.root.get_submodule(names[0]))
+    )
 
 
 def _hooked(module: nn.Module) -> bool:

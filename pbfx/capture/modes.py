@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -158,11 +157,7 @@ def check_modules_of_flags(
 
 def module_of(node: fx.Node) -> str:
     """Return the path of the innermost module that was running when `node` was recorded."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    path = stack[-1][0] if stack else ""
-    # The second call of a module has a number.
-    path = re.sub(r"@\d+", "", path if isinstance(path, str) else "")
-    return "" if path.startswith("_empty_nn_module_stack") else path
+    return next(reversed(node.meta.get("nn_module_stack", {})), "")
 
 
 def _counts(root: nn.Module, node: fx.Node) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import linecache
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -43,6 +45,7 @@ class SourceTracer(fx.Tracer):
 
     Args:
         is_leaf: modules for which this is true stay one node, beside those that fx keeps whole.
+        may_return_none: whether something in what such a module returns may be None.
         absent: names of inputs that are to be None, as if the caller had left them out.
     """
 
@@ -50,12 +53,14 @@ class SourceTracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(
-        self, is_leaf: Callable[[nn.Module], bool], absent: frozenset[str] = frozenset()
+        self,
+        is_leaf: Callable[[nn.Module], bool],
+        may_return_none: Callable[[nn.Module], bool] = lambda _: False,
+        absent: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         self._is_leaf, self._absent, self._modes = is_leaf, absent, modes()
-        # Errors and pictures point to the user's line.
-        self.record_stack_traces = True
+        self._may_return_none = may_return_none
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether `m` stays one node."""
@@ -70,7 +75,7 @@ class SourceTracer(fx.Tracer):
     ) -> Any:
         """Record or enter a submodule, and note where tracing failed."""
         if self.is_leaf_module(m, ""):
-            if may_return_none(m) and asks_for_none(_asker().f_code):
+            if self._may_return_none(m) and asks_for_none(_asker().f_code):
                 raise CaptureError(
                     f"forward compares something with None and calls {self.path_of_module(m)!r} "
                     f"({type(m).__name__}), whose result may be None; a graph has one answer only"
@@ -100,6 +105,12 @@ class SourceTracer(fx.Tracer):
             )
         return super().create_arg(a)
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Record a node with the user's lines that it came from, for errors and pictures."""
+        node = super().create_node(*args, **kwargs)
+        node.stack_trace = _lines()
+        return node
+
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Record a node; refuse one under a `with` block that the graph would not enter again."""
         if modes() != self._modes:
@@ -122,13 +133,18 @@ class SourceTracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
-def trace(root: nn.Module, is_leaf: Callable[[nn.Module], bool] = lambda _: False) -> fx.Graph:
+def trace(
+    root: nn.Module,
+    is_leaf: Callable[[nn.Module], bool] = lambda _: False,
+    may_return_none: Callable[[nn.Module], bool] = lambda _: False,
+) -> fx.Graph:
     """Trace the `forward` of `root` and return its graph.
 
     Args:
         root: a shared clone. It may gain buffers, for the constants that tracing finds loose; they
             stay out of the state dict.
         is_leaf: modules for which this is true stay one node, beside those that torch made.
+        may_return_none: whether something in what such a module returns may be None.
 
     Raises:
         CaptureError: with the reason, when `forward` cannot be traced or would not survive it
@@ -136,14 +152,14 @@ def trace(root: nn.Module, is_leaf: Callable[[nn.Module], bool] = lambda _: Fals
             innermost module that was being traced.
     """
     name = type(root).__name__
-    graph = _trace(root, name, SourceTracer(is_leaf))
+    graph = _trace(root, name, SourceTracer(is_leaf, may_return_none))
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     optional = frozenset(str(node.target) for node in inputs if node.args == (None,))
     if optional:
         twin = shared_clone(root)
         # By path, because leaves are told by identity.
         leaves = {id(twin.get_submodule(p)) for p, m in root.named_modules() if is_leaf(m)}
-        absent = _trace(twin, name, SourceTracer(lambda m: id(m) in leaves, optional))
+        absent = _trace(twin, name, SourceTracer(lambda m: id(m) in leaves, absent=optional))
         if _steps(graph, optional) != _steps(absent, optional):
             _forget_constants(root, frozenset())
             raise CaptureError(
@@ -176,19 +192,30 @@ def is_torch_layer(module: nn.Module) -> bool:
     )
 
 
-def may_return_none(module: nn.Module) -> bool:
-    """Return whether something in what `module` returns may be None, as in attention's."""
-    convolves = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    torchs = is_torch_layer(module) or convolves
-    return isinstance(module, nn.MultiheadAttention) or not torchs
-
-
-def _asker() -> Any:
+def _asker() -> FrameType:
     """Return the frame of the model's code that is calling a module."""
-    frame = sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(_NOT_THE_MODEL):
+    return next(_model_frames(sys._getframe(1)), sys._getframe(1))
+
+
+def _lines() -> str:
+    """Return the lines of the model's code that are running, the innermost last.
+
+    fx can do this, but its way imports Inductor, which takes seconds.
+    """
+    frames = reversed(list(_model_frames(sys._getframe(1))))
+    return "\n".join(
+        f'File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n'
+        f"    {linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()}"
+        for frame in frames
+    )
+
+
+def _model_frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield the frames of the model's code that is being traced, the innermost first."""
+    while frame is not None and frame.f_code is not _trace.__code__:
+        if not frame.f_globals.get("__name__", "").startswith(_NOT_THE_MODEL):
+            yield frame
         frame = frame.f_back
-    return frame
 
 
 def _trace(clone: nn.Module, name: str, tracer: SourceTracer) -> fx.Graph:

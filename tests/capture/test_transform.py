@@ -73,9 +73,15 @@ def test_keys_paths_and_order_are_the_users(case: Case):
     ours = pbfx.transform(plain)
     assert list(ours.state_dict()) == list(plain.state_dict())
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in plain.named_parameters()]
-    kinds = [(n, type(m)) for n, m in plain.named_modules(remove_duplicate=False) if n]
-    assert [(n, type(m)) for n, m in ours.named_modules(remove_duplicate=False) if n] == kinds
-    assert type(ours).__name__ == type(plain).__name__
+    pairs = zip(
+        plain.named_modules(remove_duplicate=False),
+        ours.named_modules(remove_duplicate=False),
+        strict=True,
+    )
+    for (name, theirs), (path, mine) in pairs:
+        assert name == path
+        assert isinstance(mine, type(theirs)), name
+        assert type(mine).__name__ == type(theirs).__name__, name
     plain.load_state_dict(ours.state_dict())
     ours.load_state_dict(plain.state_dict())
 
