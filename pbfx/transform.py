@@ -102,14 +102,14 @@ def _example(config: Config, inputs: Any, dynamic_shapes: Any) -> Example | None
     if config.capture == "trace":
         if inputs is not None or dynamic_shapes is not None:
             raise ConfigError(
-                "pbfx.transform: example_inputs and dynamic_shapes are for torch.export; ask for it "
-                'with pbfx.Config(capture="export"), or leave them out'
+                "pbfx.transform: example_inputs and dynamic_shapes are for torch.export; ask for "
+                'it with pbfx.Config(capture="export"), or leave them out'
             )
         return None
     if isinstance(inputs, torch.Tensor) or not isinstance(inputs, (tuple, list, Mapping)):
         got = "a tensor" if isinstance(inputs, torch.Tensor) else repr(inputs)
         raise ConfigError(
-            'pbfx.transform: capture="export" needs example_inputs, a tuple of positional arguments '
-            f"such as (x,), or a dict of arguments by name, got {got}"
+            'pbfx.transform: capture="export" needs example_inputs, a tuple of positional '
+            f"arguments such as (x,), or a dict of arguments by name, got {got}"
         )
     return Example(inputs if isinstance(inputs, Mapping) else tuple(inputs), dynamic_shapes)

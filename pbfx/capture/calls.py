@@ -46,7 +46,9 @@ class Call:
         tensors: list[Any] = []
         self.result = take_apart(result, tensors, f"what {self.path!r} returns")
         if not all(isinstance(value, Tensor) for value in tensors):
-            raise CaptureError(f"{self.path!r} returns sizes, which a call of a module cannot hand on")
+            raise CaptureError(
+                f"{self.path!r} returns sizes, which a call of a module cannot hand on"
+            )
         # An op must not return what it was given.
         return [tensor.clone() for tensor in tensors]
 

@@ -14,10 +14,10 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 
+from pbfx.capture.sizes import Check, compiled, wrong_size
 from pbfx.capture.structures import (
     Branch,
     Constant,
@@ -152,7 +152,7 @@ class Entrance:
         before = [(t.dtype, t.device) for t in (*self.leaves, held.parameter)]
         dtypes, devices = [dtype for dtype, _ in before], [device for _, device in before]
         ranks = [leaf.dim() for leaf in self.leaves]
-        holds, fixed_device = _compiled([check.code for check in checks]), held.device
+        holds, fixed_device = compiled([check.code for check in checks]), held.device
         named = [parameter.name for parameter in parameters]
         # By the parameter's place: a default that could not be written into the graph.
         unwritten = {
@@ -176,7 +176,7 @@ class Entrance:
                 raise _changed("device", [t.device for t in state], devices, names, "move")
             shapes = [leaf.shape for leaf in leaves]
             if [len(shape) for shape in shapes] != ranks or not holds(shapes):
-                raise _wrong_size(checks, names, shapes, ranks)
+                raise wrong_size(checks, names, shapes, ranks)
             return leaves
 
         return enter
@@ -207,90 +207,6 @@ def leave(graph: fx.Graph, structure: Structure, values: Sequence[Any]) -> None:
     graph.output(graph.call_function(rebuild, tuple(values)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """What has to hold for the sizes of the inputs: as code over `s`, and as a user reads it."""
-
-    code: str
-    words: str
-
-
-def checks_of(names: Sequence[str], values: Sequence[Any]) -> list[Check]:
-    """Return what the shapes and guards of an export ask of the sizes of its inputs.
-
-    Args:
-        names: what to call each input.
-        values: the fake tensors that stood for them.
-    """
-    code: dict[Any, Any] = {}
-    words: dict[Any, Any] = {}
-    found: list[tuple[Any, str, str]] = []
-    for index, (name, value) in enumerate(zip(names, values, strict=True)):
-        for dim, size in enumerate(value.shape):
-            at, read = f"s[{index}][{dim}]", f"{name}.shape[{dim}]"
-            expression = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
-            if expression.is_Symbol and expression not in code:
-                # Sizes are whole numbers and not negative, which lets sympy leave out conditions.
-                code[expression] = sympy.Symbol(at, integer=True, nonnegative=True)
-                words[expression] = sympy.Symbol(read, integer=True, nonnegative=True)
-            else:
-                found.append((expression, at, read))
-    checks = [
-        Check(f"{at} == {_printed(e.xreplace(code))}", f"{read} == {_printed(e.xreplace(words))}")
-        for e, at, read in found
-        if e.free_symbols <= code.keys()
-    ]
-    if values:
-        environment = values[0].fake_mode.shape_env
-        guards = [guard.expr for guard in environment.guards]
-        guards += [
-            bound
-            for symbol, limits in environment.var_to_range.items()
-            for bound in (
-                *([sympy.Ge(symbol, limits.lower)] if limits.lower > 0 else []),
-                *([sympy.Le(symbol, limits.upper)] if limits.upper.is_Integer else []),
-            )
-        ]
-        checks += [
-            Check(_printed(g.xreplace(code)), _printed(g.xreplace(words)))
-            for g in guards
-            if g.free_symbols and g.free_symbols <= code.keys()
-        ]
-    return list(dict.fromkeys(checks))
-
-
-def _printed(expression: Any) -> str:
-    from torch.utils._sympy.printers import PythonPrinter
-
-    return PythonPrinter().doprint(expression)
-
-
-def _compiled(codes: Sequence[str]) -> Callable[[Sequence[Any]], bool]:
-    """Return the conjunction of conditions over `s`, the shapes of the inputs.
-
-    They were printed from the expressions of torch's shape environment, and hold nothing else.
-    """
-    import math
-
-    condition = " and ".join(f"({code})" for code in codes) or "True"
-    return eval(f"lambda s: {condition}", {"math": math, "max": max, "min": min, "abs": abs})
-
-
-def _wrong_size(
-    checks: Sequence[Check], names: Sequence[str], shapes: Sequence[Any], ranks: Sequence[int]
-) -> CaptureError:
-    if [len(shape) for shape in shapes] != ranks:
-        failed = [f"{name}.dim() == {rank}" for name, rank in zip(names, ranks, strict=True)]
-    else:
-        failed = [check.words for check in checks if not _compiled([check.code])(shapes)]
-    got = ", ".join(f"{n} of {tuple(shape)}" for n, shape in zip(names, shapes, strict=True))
-    return CaptureError(
-        f"the exported graph holds for {' and '.join(failed)} only, got {got}. torch.export fixed "
-        "that, because forward depends on it or dynamic_shapes says so; give pbfx.transform "
-        "example_inputs and dynamic_shapes that leave it open, or call the model with such sizes"
-    )
-
-
 def _changed(
     what: str, now: Sequence[Any], then: Sequence[Any], names: Sequence[str], verb: str
 ) -> CaptureError:
@@ -308,11 +224,10 @@ def _is_plain(structure: Structure) -> bool:
         return True
     if isinstance(structure, Constant):
         return isinstance(structure.value, _LITERALS)
-    return (
-        structure.spec is None
-        and (structure.kind in (tuple, list))
-        or (structure.kind is dict and all(isinstance(key, str) for key in structure.keys))
-    ) and all(map(_is_plain, structure.parts))
+    written = structure.kind in (tuple, list) or (
+        structure.kind is dict and all(isinstance(key, str) for key in structure.keys)
+    )
+    return structure.spec is None and written and all(map(_is_plain, structure.parts))
 
 
 def _name(structure: Structure, name: str, names: list[str]) -> None:

@@ -1,8 +1,8 @@
 """Capture a whole model by torch.export, on request.
 
-Where symbolic tracing runs a forward with stand-ins that refuse to answer, torch.export runs it with
-fake tensors that answer: for shapes, types, lengths and None. The answers are those of an example,
-so the graph holds for calls like it, which the entrance checks (`entrance`).
+Where symbolic tracing runs a forward with stand-ins that refuse to answer, torch.export runs it
+with fake tensors that answer: for shapes, types, lengths and None. The answers are those of an
+example, so the graph holds for calls like it, which the entrance checks (`entrance`).
 
 What torch itself computes stays a call of the user's module (`calls`), as in the other rungs, so
 norms, dropouts and recurrent nets keep their modes, statistics and hooks. The rest becomes aten
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
-import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -23,11 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
 
 from pbfx.capture.calls import Calls, recording
 from pbfx.capture.clone import python_modules, redirect, shared_clone
-from pbfx.capture.entrance import Check, Entrance, Held, checks_of, leave
+from pbfx.capture.entrance import Entrance, Held, leave
 from pbfx.capture.guards import (
     attributes_kept,
     contexts_refused,
@@ -40,15 +37,14 @@ from pbfx.capture.modes import (
     check_modules_of_flags,
     differences,
     follow_modes,
-    module_of,
 )
-from pbfx.capture.structures import Structure, take_apart
+from pbfx.capture.programs import Program, read_program
+from pbfx.capture.sizes import Check
+from pbfx.capture.structures import take_apart
 from pbfx.capture.trace import is_torch_layer
 from pbfx.errors import CaptureError
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Under such a name the model holds a constant of the graph, and a region that runs under no_grad.
-_CONSTANT, _REGION = "_exported_constant_{}", "_exported_region_{}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +58,6 @@ class Example:
 
     inputs: tuple[Any, ...] | Mapping[str, Any]
     dynamic_shapes: Any = None
-
-
-@dataclasses.dataclass
-class _Program:
-    """One export: its graph over placeholders, and what the graph is about."""
-
-    graph: fx.Graph
-    result: Structure
-    checks: list[Check]
-    constants: dict[str, Tensor]
-    regions: dict[str, fx.GraphModule]
 
 
 def export(root: nn.Module, is_leaf: Callable[[nn.Module], bool], example: Example) -> fx.Graph:
@@ -95,7 +80,7 @@ def export(root: nn.Module, is_leaf: Callable[[nn.Module], bool], example: Examp
     named = [(path, m) for path, m in root.named_modules() if path]
     whole = {path for path, m in named if is_leaf(m) or is_torch_layer(m)}
 
-    def run(training: Mapping[str, bool]) -> _Program:
+    def run(training: Mapping[str, bool]) -> Program:
         return _run(root, whole, entrance, shapes, training)
 
     train = run(dict.fromkeys(modules, True))
@@ -126,7 +111,7 @@ def _run(
     entrance: Entrance,
     shapes: list[Any],
     training: Mapping[str, bool],
-) -> _Program:
+) -> Program:
     twin, name, calls = shared_clone(root), type(root).__name__, Calls()
     for path, module in python_modules(twin).items():
         module.__dict__["training"] = training[path]
@@ -156,7 +141,7 @@ def _run(
             program = _export(twin, list(entrance.leaves), shapes)
         finally:
             del twin.__dict__["forward"]
-    return _read(root, program, calls, entrance, box[0])
+    return read_program(root, program, calls, entrance.names, box[0])
 
 
 class _Holder(nn.Module):
@@ -175,7 +160,8 @@ def _export(twin: nn.Module, leaves: list[Tensor], shapes: list[Any]) -> Any:
     from torch.fx.experimental import _config
 
     # Sizes of 0 and 1 are sizes like others, unless forward asks for them, which is then a guard.
-    with _config.patch(backed_size_oblivious=True), warnings.catch_warnings():
+    patched = _config.patch(backed_size_oblivious=True)  # pyright: ignore[reportAttributeAccessIssue]
+    with patched, warnings.catch_warnings():
         # Of recurrent layers, which stay whole; what else is assigned is refused.
         warnings.filterwarnings("ignore", message=".*were assigned during export")
         return torch.export.export(twin, (leaves,), dynamic_shapes=(shapes,), strict=False)
@@ -224,110 +210,7 @@ def _culprit(error: Exception, paths: Mapping[int, str]) -> nn.Module | None:
     return found
 
 
-def _read(
-    root: nn.Module, program: Any, calls: Calls, entrance: Entrance, result: Structure
-) -> _Program:
-    """Turn an ExportedProgram into a graph over the attributes of `root`."""
-    from torch.export.graph_signature import InputKind, OutputKind
-
-    name = type(root).__name__
-    graph, values = fx.Graph(), {}
-    constants: dict[str, Tensor] = {}
-    regions: dict[str, fx.GraphModule] = {}
-    inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-    fakes: list[Any] = []
-    constant_names, region_names = _unused(root, _CONSTANT), _unused(root, _REGION)
-    for spec in program.graph_signature.output_specs:
-        if spec.kind is not OutputKind.USER_OUTPUT:
-            raise CaptureError(
-                f"cannot capture {name}: forward changes {spec.target!r} in a way that torch.export "
-                f"can only hand out ({spec.kind.name.lower()}); update it in place (add_, copy_)"
-            )
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            spec = inputs[node.name]
-            if spec.kind is InputKind.USER_INPUT:
-                values[node] = graph.placeholder(f"leaf_{len(fakes)}")
-                fakes.append(node.meta["val"])
-                continue
-            if not node.users:
-                continue
-            path = str(spec.target)
-            if spec.kind is InputKind.CONSTANT_TENSOR:
-                path = next(constant_names)
-                constants[path] = program.constants[spec.target]
-            elif spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
-                raise CaptureError(
-                    f"cannot capture {name}: it holds {path!r}, a {spec.kind.name.lower()}, which "
-                    "a graph over tensors has no place for"
-                )
-            values[node] = graph.get_attr(path)
-        elif node.op == "get_attr":
-            region = getattr(program.graph_module, str(node.target))
-            path = next(region_names)
-            regions[path] = _checked_region(region, name)
-            values[node] = graph.get_attr(path)
-        elif node.op == "output":
-            break
-        # Where forward casts, torch.export asserts what it cast from; the cast itself is enough.
-        elif node.target is not torch.ops.aten._assert_tensor_metadata.default:
-            values[node] = graph.node_copy(node, values.__getitem__)
-            values[node].meta = _provenance(root, node)
-    (returned,) = program.graph.output_node().args
-    graph.output(map_arg(tuple(returned), values.__getitem__))
-    calls.restore(graph)
-    return _Program(graph, result, checks_of(entrance.names, fakes), constants, regions)
-
-
-def _provenance(root: nn.Module, node: fx.Node) -> dict[str, Any]:
-    """Return where `node` comes from as symbolic tracing notes it, and the size it computes."""
-    meta: dict[str, Any] = {}
-    if node.meta.get("stack_trace"):
-        meta["stack_trace"] = node.meta["stack_trace"]
-    # The second call of a module has a number, and what has no module another mark.
-    stack = [
-        re.sub(r"@\d+", "", str(path)) for path, _ in node.meta.get("nn_module_stack", {}).values()
-    ]
-    modules = {path: root.get_submodule(path) for path in stack if _exists(root, path)}
-    meta["nn_module_stack"] = {path: (path, type(module)) for path, module in modules.items()}
-    value = node.meta.get("val")
-    if isinstance(value, torch.SymInt):
-        meta[SIZE] = str(value.node.expr)
-    return meta
-
-
-def _exists(root: nn.Module, path: str) -> bool:
-    try:
-        root.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _unused(root: nn.Module, name: str) -> Iterator[str]:
-    """Yield names for attributes that `root` does not have."""
-    return (key for n in itertools.count() if not hasattr(root, key := name.format(n)))
-
-
-def _checked_region(region: Any, name: str) -> fx.GraphModule:
-    called = [
-        node
-        for part in region.modules()
-        if isinstance(part, fx.GraphModule)
-        for node in part.graph.nodes
-        if node.target is torch.ops.pbfx.call_module.default
-    ]
-    if called:
-        error = CaptureError(
-            f"cannot capture {name}: {module_of(called[0]) or 'forward'} calls a layer inside "
-            "torch.no_grad or torch.autocast (or a torch.cond), where no dendrite can learn; use "
-            "detach() in place of no_grad, and put autocast around the whole model"
-        )
-        raise error
-    return region
-
-
-def _check_alike(train: _Program, evaluated: _Program, name: str) -> None:
+def _check_alike(train: Program, evaluated: Program, name: str) -> None:
     """Refuse what differs between train and eval, beside the graphs."""
     same = train.result == evaluated.result and train.constants.keys() == evaluated.constants.keys()
     same = same and all(torch.equal(t, evaluated.constants[k]) for k, t in train.constants.items())
@@ -336,19 +219,17 @@ def _check_alike(train: _Program, evaluated: _Program, name: str) -> None:
     }
     if not same:
         raise CaptureError(
-            f"cannot capture {name}: in train and in eval mode forward returns different structures, "
-            "or computes with different constants, and a graph has only one of them"
+            f"cannot capture {name}: in train and in eval mode forward returns different "
+            "structures, or computes with different constants, and a graph has only one of them"
         )
 
 
 def _assemble(
-    root: nn.Module, program: _Program, entrance: Entrance, checks: list[Check]
+    root: nn.Module, program: Program, entrance: Entrance, checks: list[Check]
 ) -> fx.Graph:
     """Put the entrance before the graph of a program and the exit after it."""
     parameters = root.named_parameters()
-    path, parameter = next(
-        ((k, p) for k, p in parameters if p.is_floating_point()), (None, None)
-    )
+    path, parameter = next(((k, p) for k, p in parameters if p.is_floating_point()), (None, None))
     if path is None or parameter is None:
         raise CaptureError(
             f"{type(root).__name__} has no floating-point parameters, and so nothing that can "
@@ -367,6 +248,7 @@ def _assemble(
     returned = graph.graph_copy(program.graph, values)
     for copied in graph.nodes:
         copied.meta.pop(SIZE, None)
+    assert isinstance(returned, (tuple, list)), "so read_program writes it"
     leave(graph, program.result, returned)
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr" and not node.users:

@@ -3,8 +3,8 @@
     train: dropout(x, 0.5, True)      ->    dropout(x, 0.5, self.training)
     eval:  dropout(x, 0.5, False)
 
-    train: attention(q, k, v, None, 0.1)    ->    attention(q, k, v, None, (0.0, 0.1)[self.training])
-    eval:  attention(q, k, v, None, 0.0)
+    train: attention(q, k, v, m, 0.1)    ->    attention(q, k, v, m, (0.0, 0.1)[self.training])
+    eval:  attention(q, k, v, m, 0.0)
 
     train: add_(batches, 1)           ->    add_(batches, self.training)
     eval:  nothing
@@ -192,7 +192,7 @@ def _entries(where: tuple[Any, ...], one: Any, two: Any) -> Iterator[tuple[Any, 
 
 
 def _filled(node: fx.Node) -> dict[Any, Any]:
-    """Return the arguments of `node` by place or name, with what an op's schema says of the rest."""
+    """Return the arguments of `node` by place or name, those that it leaves out by the schema."""
     filled: dict[Any, Any] = dict(enumerate(node.args)) | dict(node.kwargs)
     schema = getattr(node.target, "_schema", None)
     if schema is not None and isinstance(node.target, torch._ops.OpOverload):
@@ -251,4 +251,3 @@ def _parted(root: nn.Module, node: fx.Node, twin: fx.Node | None) -> CaptureErro
 
 def _described(node: fx.Node) -> str:
     return f"{node.op} {node.target}" if node.op != "output" else "what is returned"
-
