@@ -60,6 +60,8 @@ class Calls:
         self._calls: list[Call] = []
         # Whether the forward of a whole module is running.
         self.inside = False
+        # What such forwards asked of sizes, by its place among the guards of the export.
+        self.guards: set[int] = set()
 
     def keep_whole(self, module: nn.Module, path: str) -> None:
         """Let `module`, of a clone, call the op in place of its forward.
@@ -89,11 +91,14 @@ class Calls:
 
     def run(self, index: int, leaves: Sequence[Any]) -> list[Tensor]:
         """Run call number `index` on fake tensors."""
-        self.inside = True
+        tensors: list[Any] = [value for value in leaves if isinstance(value, Tensor)]
+        guards = tensors[0].fake_mode.shape_env.guards if tensors else []
+        self.inside, before = True, len(guards)
         try:
             return self._calls[index].run(leaves)
         finally:
             self.inside = False
+            self.guards |= set(range(before, len(guards)))
 
     def restore(self, graph: fx.Graph) -> None:
         """Write a call of the module in the place of each op."""

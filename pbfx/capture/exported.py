@@ -135,7 +135,13 @@ def _run(
         box[:] = [take_apart(forward(*args, **kwargs), values, "what forward returns")]
         return values
 
-    with _guarded(twin, name, calls, frozenset(whole), root):
+    # What stays whole is called again. Recurrent layers keep their weights in a list too.
+    besides = frozenset(
+        path
+        for path, module in whole.items()
+        if isinstance(module, nn.RNNBase) or not is_torch_layer(module)
+    )
+    with _guarded(twin, name, calls, besides, root):
         twin.__dict__["forward"] = run
         try:
             program = _export(twin, list(entrance.leaves), shapes)
@@ -163,13 +169,13 @@ def _export(twin: nn.Module, leaves: list[Tensor], shapes: list[Any]) -> Any:
     patched = _config.patch(backed_size_oblivious=True)  # pyright: ignore[reportAttributeAccessIssue]
     with patched, warnings.catch_warnings():
         # Of recurrent layers, which stay whole; what else is assigned is refused.
-        warnings.filterwarnings("ignore", message=".*were assigned during export")
+        warnings.filterwarnings("ignore", message=".*assigned during export")
         return torch.export.export(twin, (leaves,), dynamic_shapes=(shapes,), strict=False)
 
 
 @contextmanager
 def _guarded(
-    twin: nn.Module, name: str, calls: Calls, whole: frozenset[str], root: nn.Module
+    twin: nn.Module, name: str, calls: Calls, besides: frozenset[str], root: nn.Module
 ) -> Iterator[None]:
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -177,7 +183,7 @@ def _guarded(
     try:
         with ExitStack() as guards:
             guards.enter_context(random_streams_kept(name))
-            guards.enter_context(attributes_kept(twin, name, whole))
+            guards.enter_context(attributes_kept(twin, name, besides))
             traced = lambda value: isinstance(value, FakeTensor) and not calls.inside  # noqa: E731
             guards.enter_context(functions_refused(name, traced))
             guards.enter_context(contexts_refused(name))

@@ -121,15 +121,17 @@ def attributes_kept(
     Args:
         clone: the model.
         name: what to call it.
-        besides: paths of modules that may write to themselves.
+        besides: paths of modules that may write to themselves; they are put back all the same.
     """
-    modules = {p: m for p, m in python_modules(clone).items() if p not in besides}
+    modules = python_modules(clone)
     before = {path: _snapshot(module) for path, module in modules.items()}
     try:
         yield
     finally:
         changed = _restore(modules, before)
     for path, key in changed:
+        if path in besides:
+            continue
         where = f"{name}.{path}".rstrip(".")
         error = CaptureError(
             f"cannot capture {where}: forward writes to self.{key}, which the graph would not do "

@@ -170,9 +170,15 @@ class _Ladder:
         self._boundaries = self._apart.keys() | {
             id(m)
             for m in root.modules()
-            if (m is not root and not is_op(m) and (done(m) or _left(m) or _hooked(m)))
-            # An export goes through modules that keep their forward.
-            or (m is not root and not is_op(m) and not example and (_keeps_forward(m) or hides(m)))
+            if m is not root
+            and not is_op(m)
+            and (
+                done(m)
+                or _left(m)
+                or _hooked(m)
+                # An export goes through modules that keep their forward.
+                or (example is None and (_keeps_forward(m) or hides(m)))
+            )
         }
 
     def climb(self, module: nn.Module, path: str, above: str) -> None:

@@ -17,6 +17,7 @@ the innermost module that was running. Graphs that differ in anything else have 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -61,46 +62,50 @@ def differences(ours: fx.Graph, theirs: fx.Graph, root: nn.Module) -> list[Diffe
 
 
 def _walk(ours: fx.Graph, theirs: fx.Graph, root: nn.Module) -> Iterator[Difference]:
-    same: dict[fx.Node, fx.Node] = {}
+    same: dict[Any, fx.Node] = {}
     # Sizes are computed where they are first needed, attributes are read anywhere.
     mine, other = (
         [n for n in graph.nodes if n.op != "get_attr" and SIZE not in n.meta]
         for graph in (ours, theirs)
     )
-    at = 0
+    at, last = 0, None
     for node in mine:
         twin = other[at] if at < len(other) else None
-        if twin is None or (node.op, node.target) != (twin.op, twin.target):
-            if not _counts(root, node):
-                raise _parted(root, node, twin)
+        alike = twin is not None and (node.op, node.target) == (twin.op, twin.target)
+        if _counts(root, node) and not (
+            alike and _same(root, same, node.args[0], twin.args[0])  # pyright: ignore[reportOptionalMemberAccess]
+        ):
             yield Difference(node, module_of(node), None, node.args[1], 0)
             continue
-        # A count that stands before one that both take.
-        if _counts(root, node) and not _same(node.args[0], twin.args[0]):
-            yield Difference(node, module_of(node), None, node.args[1], 0)
-            continue
+        if twin is None or not alike:
+            raise _parted(root, last, node, twin)
         at += 1
         same[node] = twin
         for where, one, two in _arguments(node, twin):
             if isinstance(one, fx.Node) or isinstance(two, fx.Node):
-                if same.get(one, _MISSING) is two or _same(one, two):
-                    continue
-                raise _parted(root, node, twin)
-            if type(one) is not type(two) or one != two:
+                if not _same(root, same, one, two):
+                    raise _parted(root, last, node, twin)
+            elif type(one) is not type(two) or one != two:
                 if not all(isinstance(v, (bool, int, float, str)) for v in (one, two)):
-                    raise _parted(root, node, twin)
+                    raise _parted(root, last, node, twin)
                 yield Difference(node, module_of(node), where, one, two)
+        last = node
     if at < len(other):
-        raise _parted(root, other[at], None)
+        raise _parted(root, last, other[at], None)
 
 
-def _same(one: Any, two: Any) -> bool:
-    """Return whether two nodes read the same attribute, or compute the same size."""
+def _same(root: nn.Module, same: Mapping[Any, fx.Node], one: Any, two: Any) -> bool:
+    """Return whether two nodes stand for one value: `same` holds what has been compared."""
     if not isinstance(one, fx.Node) or not isinstance(two, fx.Node):
         return False
     if SIZE in one.meta or SIZE in two.meta:
         return one.meta.get(SIZE) == two.meta.get(SIZE)
-    return one.op == two.op == "get_attr" and one.target == two.target
+    # Whoever reads a counter after it has counted reads the counter.
+    while one not in same and _counts(root, one):
+        one = one.args[0]
+    if one.op == two.op == "get_attr":
+        return one.target == two.target
+    return same.get(one) is two
 
 
 def follow_modes(graph: fx.Graph, found: list[Difference]) -> None:
@@ -157,16 +162,19 @@ def check_modules_of_flags(
 
 def module_of(node: fx.Node) -> str:
     """Return the path of the innermost module that was running when `node` was recorded."""
-    return next(reversed(node.meta.get("nn_module_stack", {})), "")
+    stack = [path for path in node.meta.get("nn_module_stack", {}) if path != node.target]
+    return stack[-1] if stack else ""
 
 
-def _counts(root: nn.Module, node: fx.Node) -> bool:
+def _counts(root: nn.Module, node: Any) -> bool:
     """Return whether all that `node` does is to add a whole number to a counter of the model."""
-    if node.target is not torch.ops.aten.add_.Tensor or node.users or node.kwargs:
+    if not isinstance(node, fx.Node) or node.target is not torch.ops.aten.add_.Tensor:
         return False
     counter, step = node.args
-    if not isinstance(counter, fx.Node) or counter.op != "get_attr" or type(step) is not int:
+    if node.kwargs or type(step) is not int:
         return False
+    if not isinstance(counter, fx.Node) or counter.op != "get_attr":
+        return _counts(root, counter)
     owner, _, name = str(counter.target).rpartition(".")
     buffer = root.get_submodule(owner)._buffers.get(name)
     return buffer is not None and not buffer.is_floating_point() and not buffer.is_complex()
@@ -232,13 +240,19 @@ def _put(node: fx.Node, where: tuple[Any, ...], value: fx.Node) -> None:
         node.kwargs = {**node.kwargs, key: put(node.kwargs[key], tuple(rest))}
 
 
-def _parted(root: nn.Module, node: fx.Node, twin: fx.Node | None) -> CaptureError:
-    first = module_of(node)
-    paths = {first, first if twin is None else module_of(twin)}
-    # What both have in common: the module in which they part.
-    path = min(paths, key=len)
-    while not all(f"{p}.".startswith(f"{path}.") or not path for p in paths):
-        path = path.rpartition(".")[0]
+def _parted(
+    root: nn.Module, last: fx.Node | None, node: fx.Node, twin: fx.Node | None
+) -> CaptureError:
+    """Return the error for graphs that part at `node` and `twin`, after they had `last` alike."""
+    # The module that goes on where both were is the one that does something else.
+    before = "" if last is None else module_of(last)
+
+    def nearness(path: str) -> tuple[int, int]:
+        pairs = zip(path.split("."), before.split("."), strict=False)
+        shared = list(itertools.takewhile(lambda pair: pair[0] == pair[1] != "", pairs))
+        return len(shared), len(path)
+
+    path = max([module_of(n) for n in (node, twin) if n is not None], key=nearness)
     found = " and ".join("nothing" if n is None else _described(n) for n in (node, twin))
     error = CaptureError(
         f"{path or 'forward'} computes something else in train than in eval ({found}), and a graph "

@@ -105,7 +105,7 @@ def read_program(
     (returned,) = program.graph.output_node().args
     graph.output(map_arg(tuple(returned), values.__getitem__))
     calls.restore(graph)
-    return Program(graph, result, checks_of(names, fakes), constants, regions)
+    return Program(graph, result, checks_of(names, fakes, calls.guards), constants, regions)
 
 
 def _provenance(root: nn.Module, node: fx.Node) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _checked_region(region: Any, name: str) -> fx.GraphModule:
     if called:
         where = next(reversed(_stack(called[0])), "")
         raise CaptureError(
-            f"cannot capture {name}: {where or 'forward'} calls a layer inside "
+            f"cannot capture {name}: {where!r} is called inside "
             "torch.no_grad or torch.autocast (or a torch.cond), where no dendrite can learn; use "
             "detach() in place of no_grad, and put autocast around the whole model"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import sympy
@@ -25,12 +25,16 @@ class Check:
     words: str
 
 
-def checks_of(names: Sequence[str], values: Sequence[Any]) -> list[Check]:
+def checks_of(
+    names: Sequence[str], values: Sequence[Any], of_calls: Set[int] = frozenset()
+) -> list[Check]:
     """Return what the shapes and guards of an export ask of the sizes of its inputs.
 
     Args:
         names: what to call each input.
         values: the fake tensors that stood for them.
+        of_calls: the places of guards that calls of whole modules left. They are called with what
+            there is, so that a size is not 0 or 1 is no condition of theirs.
     """
     code: dict[Any, Any] = {}
     words: dict[Any, Any] = {}
@@ -52,7 +56,11 @@ def checks_of(names: Sequence[str], values: Sequence[Any]) -> list[Check]:
     ]
     if values:
         environment = values[0].fake_mode.shape_env
-        guards = [guard.expr for guard in environment.guards]
+        guards = [
+            guard.expr
+            for index, guard in enumerate(environment.guards)
+            if index not in of_calls or not isinstance(guard.expr, sympy.Ne)
+        ]
         guards += [
             bound
             for symbol, limits in environment.var_to_range.items()
