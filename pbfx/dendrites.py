@@ -14,7 +14,9 @@ remembers the shape of a leaf for as long as anyone holds an old loss.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,8 @@ from torch import Tensor, nn
 import pbfx_kernels
 from pbfx.config import Config
 from pbfx.sites import Site
-from pbfx_kernels import Moment
+from pbfx.spread import Spread
+from pbfx_kernels import Geometry, Moment
 
 
 def draw_weights(site: Site, like: Tensor, count: int, seed: str) -> tuple[Tensor, Tensor | None]:
@@ -71,7 +74,7 @@ class Candidates(nn.Module):
     The buffers are the learner's memory; they live here so that they move, save and load with the
     model: `running` the decayed sums of learning batches, `heldout` the sums of measuring batches
     of this epoch, `best_*` the best candidates seen on measuring batches, and what was measured of
-    them.
+    them. `spread` measures the preactivations of candidates that join after a norm.
     """
 
     direction: Tensor
@@ -113,6 +116,8 @@ class Candidates(nn.Module):
             "best_batches": (count, neurons),
         }.items():
             self.register_buffer(name, weight.new_zeros(shape, dtype=precise))
+        # A norm scales what its neuron computes; dendrites join after it and have to come scaled.
+        self.spread = Spread(count, neurons, weight, precise) if site.norm else None
         self.register_buffer("best_weight", weight.detach().clone())
         self.register_buffer("best_bias", None if bias is None else bias.detach().clone())
         self.register_buffer("best_to_dendrite", self.to_dendrite.detach().clone())
@@ -133,7 +138,7 @@ class Candidates(nn.Module):
         # Nothing comes back from a forward without gradients, such as a validation pass.
         if not torch.is_grad_enabled():
             return neuron
-        out, _ = pbfx_kernels.candidates(
+        out, z = pbfx_kernels.candidates(
             neuron,
             pad(x, self.site),
             activations,
@@ -144,8 +149,10 @@ class Candidates(nn.Module):
             self.direction,
             self.error_mean,
             self.activation,
-            self.site.geometry,
+            fit_form(self.site, neuron, x),
         )
+        if self.spread is not None and self.spread.open:
+            self.spread.add(z, self.site.geometry.channel_axis)
         return out
 
 
@@ -171,6 +178,10 @@ class Dendrites(nn.Module):
         self.to_dendrite = nn.Parameter(like.new_zeros(0, 0, neurons))
         self.candidates = None
         self.set_trainable()
+        # torch's fused fast paths (nn.TransformerEncoderLayer, nn.MultiheadAttention in eval) read
+        # the weights around the modules, which would leave dendrites out without a word. They stand
+        # aside where a module inside has a hook.
+        self.register_forward_pre_hook(_keep_out_of_fast_paths)
 
     @property
     def count(self) -> int:
@@ -245,8 +256,24 @@ class Dendrites(nn.Module):
             self.to_soma,
             self.to_dendrite,
             self.activation,
-            self.site.geometry,
+            fit_form(self.site, soma, x),
         )
+
+
+def _keep_out_of_fast_paths(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Do nothing; that there is a hook is what counts."""
+
+
+def fit_form(site: Site, soma: Tensor, x: Tensor) -> Geometry:
+    """Return the form of this call: a transposed convolution may be asked for another size."""
+    form = site.geometry
+    if not form.transposed:
+        return form
+    bare = dataclasses.replace(form, output_padding=(0,) * form.spatial)
+    least = bare.output_shape(x.shape, site.op_shape)[-form.spatial :]
+    extents = soma.shape[-form.spatial :]
+    added = tuple(size - base for size, base in zip(extents, least, strict=True))
+    return form if added == form.output_padding else dataclasses.replace(form, output_padding=added)
 
 
 def pad(x: Tensor, site: Site) -> Tensor:

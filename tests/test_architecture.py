@@ -23,8 +23,8 @@ LAYERS: list[tuple[str, str]] = [
         "errors config phase files encoding paths",
         "say what is wrong, wanted, stored; know no graph",
     ),
-    ("topology sites capture structure kept", "read the model; rewrite nothing"),
-    ("dendrites", "own the parameters of one site; know no graph around it"),
+    ("topology cells attention sites capture structure kept", "read the model; rewrite nothing"),
+    ("dendrites spread", "own the parameters of one site; know no graph around it"),
     ("learning", "train dendrites; know no pass"),
     ("passes pipeline perforated absorbed", "rewrite graphs; `perforated` is what they rewrite"),
     (

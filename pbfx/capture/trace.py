@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import linecache
 import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
@@ -168,6 +169,11 @@ def trace(
                 "there, or wrap the model so that forward takes only what you pass"
             )
     _register_constants(root, name)
+    for node in graph.nodes:
+        # fx names a value after the module that gives it. One called `self`, as in pretrained BERTs,
+        # would hide the module itself from the generated code.
+        if node.name == "self":
+            node._rename("self_value")
     return graph
 
 
@@ -183,7 +189,7 @@ def is_torch_layer(module: nn.Module) -> bool:
     if isinstance(module, nn.Sequential) or forward is nn.Module.forward:
         return False
     inherits = (getattr(forward, "__module__", None) or "").startswith("torch.nn.")
-    if type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")):
+    if type(module).__module__.startswith(("torch.nn.", "torch.ao.")):
         return True
     return (
         inherits
@@ -228,6 +234,7 @@ def _trace(clone: nn.Module, name: str, tracer: SourceTracer) -> fx.Graph:
             guards.enter_context(contexts_refused(name))
             guards.enter_context(questions_refused(name))
             guards.enter_context(_training_recorded(clone))
+            guards.enter_context(_output_padding_recorded(clone, tracer))
             return tracer.trace(clone)
     # Tracing runs the user's forward with stand-ins, so any exception at all can come out of it.
     except Exception as error:
@@ -261,6 +268,35 @@ def _training_recorded(clone: nn.Module) -> Iterator[None]:
         for path, module in modules.items():
             del module._buffers[TRAINING]
             module.__dict__[TRAINING] = flags[path]
+
+
+def output_padding(default: Any, *arguments: Any) -> list[int]:
+    """Return what a transposed convolution adds to its output so that it has the size asked for.
+
+    Args:
+        default: its own output padding, which holds where no size is asked for.
+        arguments: of `nn.ConvTranspose2d._output_padding`, which computes the rest.
+    """
+    layer: Any = types.SimpleNamespace(output_padding=default)
+    return nn.ConvTranspose2d._output_padding(layer, *arguments)
+
+
+@contextmanager
+def _output_padding_recorded(clone: nn.Module, tracer: SourceTracer) -> Iterator[None]:
+    """Keep whole what a transposed convolution, traced by itself, computes from shapes."""
+    if not isinstance(clone, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        yield
+        return
+
+    def record(*arguments: Any) -> Any:
+        given = clone.output_padding, *arguments
+        return tracer.create_proxy("call_function", output_padding, given, {})
+
+    clone.__dict__["_output_padding"] = record
+    try:
+        yield
+    finally:
+        del clone.__dict__["_output_padding"]
 
 
 def _steps(graph: fx.Graph, absent: frozenset[str]) -> list[tuple[Any, ...]]:

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from pbfx.config import Config
 from pbfx.dendrites import Candidates
 from pbfx.learning.moments import Statistics, statistics
+from pbfx.learning.scaling import resume_scaling, scale_candidates
 from pbfx_kernels import Moment
 
 
@@ -95,6 +96,7 @@ class SiteLearner:
             self._steer()
         for parameter in pool.parameters():
             parameter.grad = None
+        scale_candidates(pool, self.batches, self.config)
         overflow = torch.where(finite, 0.0, torch.inf).to(pool.moments.dtype)
         pool.moments.grad = overflow.expand_as(pool.moments).clone()
 
@@ -182,3 +184,4 @@ class SiteLearner:
         """Take up where `state` left off."""
         self.batches = int(state["batches"])
         self._adam.load_state_dict(state["adam"])
+        resume_scaling(self.candidates, self.batches, self.config)

@@ -6,9 +6,12 @@ import dataclasses
 
 from torch import fx, nn
 
+from pbfx.attention import project_apart
 from pbfx.sites.functions import describe_function, read_call
 from pbfx.sites.layers import describe_module
+from pbfx.sites.norms import find_join
 from pbfx.sites.site import Site, Skipped
+from pbfx.sites.unfold import unfolded
 from pbfx.topology import reaches_output
 
 
@@ -26,10 +29,16 @@ def describe_sites(
     """
     sites: dict[str, Site] = {}
     skipped: dict[str, Skipped] = {}
+    graph = unfolded(root, graph)
     useful, alive = reaches_output(graph), set()
     for node in graph.nodes:
         found = _describe(root, node)
         if isinstance(found, Site):
+            join = find_join(root, node, found.neurons)
+            if join is not None:
+                # A bias of the op would be lost in the norm, so ops before norms often have none;
+                # a dendrite joins after it and needs one.
+                found = dataclasses.replace(found, norm=join.kind, biased=True)
             if node in useful:
                 alive.add(found.name)
             known = sites.get(found.name)
@@ -53,6 +62,10 @@ def describe_sites(
 
 def _describe(root: nn.Module, node: fx.Node) -> Site | Skipped | None:
     """Return the site that `node` calls, why it is none, or None for other ops."""
+    if node.target is project_apart:
+        path = str(node.args[3].target)  # pyright: ignore[reportOptionalMemberAccess,reportAttributeAccessIssue]
+        reason = "its query is not its key, so that its rows read different inputs"
+        return Skipped(path, "linear", reason)
     if node.op == "call_module":
         return describe_module(root.get_submodule(str(node.target)), str(node.target), node)
     call = read_call(node)
@@ -68,9 +81,15 @@ def _merge(known: Site, found: Site) -> Site | None:
         known,
         bias=known.bias or found.bias,
         biased=known.biased or found.biased,
+        norm=known.norm or found.norm,
         calls=known.calls + 1,
     )
     same = dataclasses.replace(
-        found, bias=together.bias, biased=together.biased, calls=together.calls, op=known.op
+        found,
+        op=known.op,
+        bias=together.bias,
+        biased=together.biased,
+        norm=together.norm,
+        calls=together.calls,
     )
     return together if same == together else None

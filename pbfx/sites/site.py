@@ -34,11 +34,12 @@ class Site:
             and optimizer group the dendrites share.
         shape: of the weight W.
         bias: path of the soma's bias where it is a parameter, or None.
-        biased: whether the dendrites have a bias.
+        biased: whether the dendrites have a bias: where the soma has one, and before every norm.
         dendrites: path at which the site's dendrites live.
         geometry: stride, padding, dilation, groups, transposed, output padding.
         padding: what has to be padded before the op, for padding modes that the op does not know.
         input_first: whether a linear weight is stored (K, N), as `x @ W` takes it.
+        norm: the kind of norm after which the dendrites join, None for the op's own output.
         calls: how often the graph calls the op.
     """
 
@@ -53,6 +54,7 @@ class Site:
     geometry: Geometry = LINEAR
     padding: Padding | None = None
     input_first: bool = False
+    norm: str | None = None
     calls: int = 1
 
     @property

@@ -112,18 +112,30 @@ def test_transposed_of_an_empty_batch():
     assert ours.get_parameter("0.dendrites.to_soma").grad.eq(0).all()
 
 
-def test_transposed_with_a_given_output_size_is_no_site():
+@pytest.mark.parametrize("traced", [True, False], ids=["in a graph", "by itself"])
+@pytest.mark.parametrize("extra", [0, 1])
+def test_transposed_with_a_given_output_size(traced: bool, extra: int):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.up, self.fc = nn.ConvTranspose1d(4, 4, 3, stride=2), nn.Linear(6, 3)
+            self.up = nn.ConvTranspose1d(4, 3, 3, stride=2, dtype=F64)
 
         def forward(self, x):
-            return self.fc(self.up(x, output_size=(6,)))
+            size = (x.shape[-1] - 1) * 2 + 3 + extra if traced else 2 * len(x[0][0]) + 1 + extra
+            return self.up(x, output_size=(size,))
 
-    ours = pbfx.transform(Net())
-    assert [site.name for site in ours.perforation.sites] == ["fc"]
-    assert ours.perforation.skipped[0].reason == "it is called with output_size"
+    model, x = Net(), torch.randn(2, 4, 5, dtype=F64)
+    ours = pbfx.transform(model)
+    assert torch.equal(ours(x), model(x))
+    assert ours(x).shape[-1] == 11 + extra
+    # A dendrite with the soma's weight on a linear stretch of its activation doubles the soma.
+    pbfx.grow(ours)
+    dendrites = ours.up.dendrites
+    with torch.no_grad():
+        dendrites.weight.copy_(model.up.weight * 1e-4)
+        dendrites.bias.copy_(model.up.bias * 1e-4)
+        dendrites.to_soma.fill_(1e4)
+    torch.testing.assert_close(ours(x), 2 * model(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

@@ -276,20 +276,20 @@ class Plain(nn.Module):
         return x
 
 
-class HasAttention(nn.Module):
+class HasMemory(nn.Module):
     def __init__(self):
         super().__init__()
-        self.attend = nn.MultiheadAttention(4, 2)
+        self.rnn = nn.LSTM(4, 2)
 
     def forward(self, x):
-        return self.attend(x, x, x)[0]
+        return self.rnn(x)[0]
 
 
 def test_nothing_to_grow_on():
     with pytest.raises(pbfx.CaptureError, match=r"Plain has no linear or conv operation"):
         pbfx.transform(Plain())
-    with pytest.raises(pbfx.CaptureError, match=r"attend \(MultiheadAttention\): not a linear"):
-        pbfx.transform(HasAttention())
+    with pytest.raises(pbfx.CaptureError, match=r"rnn \(LSTM\): it runs all its steps inside"):
+        pbfx.transform(HasMemory())
     config = pbfx.Config(exclude="*")
     with pytest.raises(pbfx.ConfigError, match=r"'0' \(linear\): excluded by '\*'; '4'"):
         pbfx.transform(perceptron(), config)
