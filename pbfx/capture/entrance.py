@@ -94,11 +94,13 @@ class Entrance:
             dynamic: `dynamic_shapes` of torch.export, by position or name; None for all sizes.
         """
         if dynamic is None:
+            from torch.export import Dim
+
             # A size of one is there to be broadcast, unless it is that of the batch.
             batch_of_one = all(leaf.shape[:1] == (1,) for leaf in self.leaves if leaf.dim())
             return [
                 {
-                    dim: torch.export.Dim.AUTO
+                    dim: Dim.AUTO
                     for dim, size in enumerate(leaf.shape)
                     if size != 1 or (dim == 0 and batch_of_one)
                 }

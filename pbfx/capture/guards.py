@@ -180,6 +180,8 @@ def _restore(
             if key not in known or old is not value:
                 written.append((path, key))
                 replaced.append((module, key, old))
+                if entries is not None:
+                    _refill(old, entries)
             elif entries is not None:
                 now = _entries(value)
                 changed = [

@@ -65,8 +65,12 @@ _PRODUCTS: dict[Any, tuple[int, int, int | None]] = {
     "mm": (0, 1, None),
     "__matmul__": (0, 1, None),
     "addmm": (1, 2, 0),
+    aten.matmul.default: (0, 1, None),
+    aten.mm.default: (0, 1, None),
+    aten.addmm.default: (1, 2, 0),
 }
 _KEYWORDS = ("mat1", "input"), ("mat2", "other", "tensor"), ("input",)
+_TRANSPOSES = frozenset({"t", torch.t, aten.t.default, aten.mT.default, aten.numpy_T.default})
 _SWAPPED = frozenset({(0, 1), (1, 0), (-1, -2), (-2, -1), (0, -1), (-1, 0), (-2, 1), (1, -2)})
 
 
@@ -135,9 +139,10 @@ def _is_transpose(node: fx.Node) -> bool:
     rest = node.args[1:]
     if node.target is getattr:
         return rest[0] in ("T", "mT")
-    if node.target in ("t", torch.t):
+    if node.target in _TRANSPOSES:
         return not rest
-    return node.target in ("transpose", torch.transpose) and tuple(rest) in _SWAPPED
+    transposes = "transpose", torch.transpose, aten.transpose.int
+    return node.target in transposes and tuple(rest) in _SWAPPED
 
 
 def read_input(node: fx.Node) -> fx.Node:

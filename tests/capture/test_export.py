@@ -114,7 +114,8 @@ def test_growth_is_that_of_the_traced_model(name: str):
     found = run(ours, x.clone(), seed=1)
     assert_equal(found, run(ours, x.clone(), seed=2))
     assert_equal(found, run(traced, x.clone()))
-    assert all(torch.equal(value, state[key]) for key, value in ours.state_dict().items())
+    ours_state = {k: v for k, v in ours.state_dict().items() if "dendrites" not in k}
+    assert all(torch.equal(value, state[key]) for key, value in ours_state.items())
 
 
 def test_saved_loaded_and_copied(tmp_path):
@@ -249,9 +250,7 @@ def test_calls_unlike_the_example():
     ]:
         with pytest.raises(pbfx.CaptureError, match=message):
             ours(*args, **named)
-    with pytest.raises(
-        pbfx.CaptureError, match=r"the model's parameters .*float16.*cast the model"
-    ):
+    with pytest.raises(pbfx.CaptureError, match=r"model's parameters .*float16.*cast the"):
         copy.deepcopy(ours).half()(x)
     # Nothing in this graph names a device.
     assert copy.deepcopy(ours).to("meta")(x.to("meta")).logits.is_meta
@@ -345,6 +344,46 @@ def test_functions_follow_the_mode(kind: str):
     torch.manual_seed(3)
     assert torch.equal(ours.train()(x), expected)
     assert all(torch.equal(v, state[k]) for k, v in ours.state_dict().items())
+
+
+class Spelled(nn.Module):
+    """Products by parameters, functional convolutions and norms, written in place into views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.randn(6, 6)) for _ in range(3))
+        self.kernel, self.back = (nn.Parameter(torch.randn(6, 6, 3)) for _ in range(2))
+        self.scale, self.shift = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(6))
+
+    def forward(self, x):
+        if x.shape[-1] != 6:
+            return x
+        y = torch.zeros_like(x)
+        y[:, 1] = torch.addmm(self.shift, x[:, 1] @ self.a, self.b.t())
+        y[:, 0].add_(torch.mm(x[:, 0], self.c.mT))
+        y = F.layer_norm(F.conv1d(y.mT, self.kernel, padding="same").mT, (6,), self.scale)
+        return F.conv_transpose1d(y.mT, self.back, self.shift, padding=1)
+
+
+def test_sites_of_functions():
+    torch.manual_seed(0)
+    model, x = Spelled(), torch.randn(3, 5, 6)
+    ours = exported(model, x)
+    found = {site.name: (site.op, site.input_first) for site in ours.perforation.sites}
+    assert found == {
+        "a": ("linear", True),
+        "b": ("linear", False),
+        "c": ("linear", False),
+        "kernel": ("conv1d", False),
+        "back": ("conv_transpose1d", False),
+    }
+    same(model, ours, x)
+    randomise(pbfx.grow(ours, 2), scale=0.1)
+    assert not torch.equal(ours(x), model(x))
+    start_dendrite_phase(ours)
+    ours(x).square().mean().backward()
+    pools = [dendrites.candidates for dendrites in ours.grown().values()]
+    assert all(pool.moments.grad.abs().sum() > 0 for pool in pools), "an error has not arrived"
 
 
 def test_parts_follow_modes_of_their_own():
@@ -482,6 +521,7 @@ def test_hooks_and_attributes_live_on():
     ours(x)
     assert seen == ["conv1", "root"]
     # What forward read of `self` is read again.
+    ours.load_state_dict(model.state_dict())
     ours.p = model.p = 0.25
     same(model, ours, x)
 
