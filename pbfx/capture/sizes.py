@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence, Set
 from typing import Any
 
-import sympy
 import torch
 
 from pbfx.errors import CaptureError
@@ -39,17 +38,22 @@ def checks_of(
     code: dict[Any, Any] = {}
     words: dict[Any, Any] = {}
     found: list[tuple[Any, str, str]] = []
+    checks: list[Check] = []
     for index, (name, value) in enumerate(zip(names, values, strict=True)):
         for dim, size in enumerate(value.shape):
             at, read = f"s[{index}][{dim}]", f"{name}.shape[{dim}]"
-            expression = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+            if not isinstance(size, torch.SymInt):
+                checks.append(Check(f"{at} == {size}", f"{read} == {size}"))
+                continue
+            expression = size.node.expr
             if expression.is_Symbol and expression not in code:
-                # Sizes are whole numbers and not negative, which lets sympy leave out conditions.
-                code[expression] = sympy.Symbol(at, integer=True, nonnegative=True)
-                words[expression] = sympy.Symbol(read, integer=True, nonnegative=True)
+                # Whole numbers and not negative, so that conditions may be left out.
+                symbol = type(expression)
+                code[expression] = symbol(at, integer=True, nonnegative=True)
+                words[expression] = symbol(read, integer=True, nonnegative=True)
             else:
                 found.append((expression, at, read))
-    checks = [
+    checks += [
         Check(f"{at} == {_printed(e.xreplace(code))}", f"{read} == {_printed(e.xreplace(words))}")
         for e, at, read in found
         if e.free_symbols <= code.keys()
@@ -59,14 +63,14 @@ def checks_of(
         guards = [
             guard.expr
             for index, guard in enumerate(environment.guards)
-            if index not in of_calls or not isinstance(guard.expr, sympy.Ne)
+            if index not in of_calls or getattr(guard.expr, "rel_op", "") != "!="
         ]
         guards += [
             bound
             for symbol, limits in environment.var_to_range.items()
             for bound in (
-                *([sympy.Ge(symbol, limits.lower)] if limits.lower > 0 else []),
-                *([sympy.Le(symbol, limits.upper)] if limits.upper.is_Integer else []),
+                *([symbol >= limits.lower] if limits.lower > 0 else []),
+                *([symbol <= limits.upper] if limits.upper.is_Integer else []),
             )
         ]
         checks += [
