@@ -64,7 +64,9 @@ class Absorbed(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Whoever unpickles the graph absorbs again; by itself this is the user's module.
-        state = {key: value for key, value in self.__dict__.items() if key != _BY}
+        state = self.__getstate__()
+        if isinstance(state, dict):
+            state = {key: value for key, value in state.items() if key != _BY}
         return object.__new__, (own_class(self),), state
 
 

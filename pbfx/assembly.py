@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 
 from pbfx.absorbed import absorb, lead, release
-from pbfx.capture import Capture, Rung, capture_clone, redirect
+from pbfx.capture import Capture, capture_clone, redirect
 from pbfx.config import Config
 from pbfx.errors import CaptureError
 from pbfx.kept import ATTRIBUTE, Kept
 from pbfx.paths import join
-from pbfx.perforated import PerforatedModule, Perforation, hides
+from pbfx.perforated import PerforatedModule, hides
+from pbfx.perforation import Perforation
 from pbfx.sites import Site, Skipped, describe_sites, is_site_module
 from pbfx.undo import drop_compiled_code
 
@@ -196,7 +197,7 @@ def _note_kept(plan: Plan) -> None:
         module = captured.root.get_submodule(path)
         module.__dict__[ATTRIBUTE] = Kept(reason, plan.outside.get(path, ()))
     for path, part in captured.parts.items():
-        if not plan.chosen[path] and part.rung is not Rung.OP:
+        if not plan.chosen[path]:
             part.root.__dict__[ATTRIBUTE] = Kept("no op in it can grow", plan.skipped[path])
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,11 @@ import pbfx_kernels
 from pbfx.config import Config
 from pbfx.sites import Site
 from pbfx.spread import Spread
+from pbfx.structure import Counts
 from pbfx_kernels import Geometry, Moment
+
+# The candidates' buffers that are kept as their weights are.
+_LIKE_WEIGHT = frozenset(("best_weight", "best_bias", "best_to_dendrite"))
 
 
 def draw_weights(site: Site, like: Tensor, count: int, seed: str) -> tuple[Tensor, Tensor | None]:
@@ -122,6 +127,20 @@ class Candidates(nn.Module):
         self.register_buffer("best_bias", None if bias is None else bias.detach().clone())
         self.register_buffer("best_to_dendrite", self.to_dendrite.detach().clone())
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Candidates:
+        # Sums over many batches keep their float32 under `half` and `bfloat16`.
+        sums = [self.moments, *(t for name, t in self.named_buffers() if name not in _LIKE_WEIGHT)]
+        wide = {id(t) for s in sums for t in (s, s.grad) if t is not None}
+        per_dendrite = _per_dendrite(fn, self.weight, self.best_weight)
+
+        def change(tensor: Tensor) -> Tensor:
+            new = per_dendrite(tensor)
+            narrowed = id(tensor) in wide and new.dtype.itemsize < torch.float32.itemsize
+            return tensor.to(new.device) if narrowed else new
+
+        super()._apply(change, recurse)
+        return self
+
     @property
     def count(self) -> int:
         """C, the size of the pool."""
@@ -135,8 +154,9 @@ class Candidates(nn.Module):
 
     def forward(self, neuron: Tensor, x: Tensor, activations: Tensor) -> Tensor:
         """Return `neuron` unchanged; on the way back, measure the error that arrives there."""
-        # Nothing comes back from a forward without gradients, such as a validation pass.
-        if not torch.is_grad_enabled():
+        # Nothing comes back from a forward without gradients, such as a validation pass, and of one
+        # that torch.func differentiates nothing stays behind.
+        if not torch.is_grad_enabled() or _in_torch_func():
             return neuron
         out, z = pbfx_kernels.candidates(
             neuron,
@@ -183,10 +203,19 @@ class Dendrites(nn.Module):
         # aside where a module inside has a hook.
         self.register_forward_pre_hook(_keep_out_of_fast_paths)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dendrites:
+        super()._apply(_per_dendrite(fn, self.weight), recurse)
+        return self
+
     @property
     def count(self) -> int:
         """D, the number of accepted dendrites per neuron."""
         return self.weight.shape[0]
+
+    @property
+    def counts(self) -> Counts:
+        """D, and C of the candidates if there are any."""
+        return Counts(self.count, 0 if self.candidates is None else self.candidates.count)
 
     def extra_repr(self) -> str:
         """Show D and the activation in the model's printout."""
@@ -243,18 +272,23 @@ class Dendrites(nn.Module):
         """
         if not self.count:
             return soma, soma.new_empty((0, *soma.shape))
-        evaluate = (
-            pbfx_kernels.reference.dendrites
-            if self.learning == "gradient"
-            else pbfx_kernels.dendrites
-        )
+        x, evaluate = pad(x, self.site), pbfx_kernels.dendrites
+        weight, bias, to_dendrite = self.site.op_weight(self.weight), self.bias, self.to_dendrite
+        if self.learning == "gradient":
+            evaluate = pbfx_kernels.reference.dendrites
+        elif _in_torch_func():
+            # Its transforms do not go through the op; the reference blocks the same errors if what
+            # they must not reach is detached.
+            evaluate = pbfx_kernels.reference.dendrites
+            x, weight, to_dendrite = x.detach(), weight.detach(), to_dendrite.detach()
+            bias = None if bias is None else bias.detach()
         return evaluate(
             soma,
-            pad(x, self.site),
-            self.site.op_weight(self.weight),
-            self.bias,
+            x,
+            weight,
+            bias,
             self.to_soma,
-            self.to_dendrite,
+            to_dendrite,
             self.activation,
             fit_form(self.site, soma, x),
         )
@@ -274,6 +308,27 @@ def fit_form(site: Site, soma: Tensor, x: Tensor) -> Geometry:
     extents = soma.shape[-form.spatial :]
     added = tuple(size - base for size, base in zip(extents, least, strict=True))
     return form if added == form.output_padding else dataclasses.replace(form, output_padding=added)
+
+
+def _per_dendrite(fn: Callable[[Tensor], Tensor], *stacks: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what applies `fn` to stacked weights as if each were a soma's.
+
+    A memory format is for a convolution's weight; the stack has one axis more than the format has.
+    """
+    stacked = {id(t) for s in stacks for t in (s, s.grad) if t is not None}
+
+    def apply(tensor: Tensor) -> Tensor:
+        if id(tensor) not in stacked:
+            return fn(tensor)
+        return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+
+    return apply
+
+
+def _in_torch_func() -> bool:
+    """Return whether torch.func (grad, vmap, jvp, ...) is transforming what runs now."""
+    # Dynamo does not know the question, and compiles torch.func's transforms by itself.
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def pad(x: Tensor, site: Site) -> Tensor:

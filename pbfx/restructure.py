@@ -25,6 +25,7 @@ from pbfx.parts import candidate_parameters, managed_parameters, parts_of, soma_
 from pbfx.passes.hold_eval import held_by_graph
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule
+from pbfx.perforation import Perforation
 from pbfx.phase import Phase
 from pbfx.undo import undoing
 
@@ -105,15 +106,29 @@ def hold_outside(model: nn.Module) -> list[RemovableHandle]:
         for module in held_by_graph(part, part.perforation.source)
     }
 
-    def hold(module: nn.Module, _: Any) -> None:
-        module.training = False
-
+    # The parts change phase together.
+    hold = _Hold(next(iter(parts_of(model).values())).perforation)
     return [
         module.register_forward_pre_hook(hold)
         for module in model.modules()
         # What a graph has absorbed is never called.
         if id(module) not in held and not isinstance(module, Absorbed)
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hold:
+    """Switch a module to eval as it is called, for as long as the dendrite phase lasts.
+
+    A copy of the model takes this along, and no tracker that would remove it; it then follows the
+    phase of the copy.
+    """
+
+    perforation: Perforation
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        if self.perforation.phase is Phase.DENDRITE:
+            module.training = False
 
 
 def thaw(model: nn.Module, frozen: Frozen) -> None:

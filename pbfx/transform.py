@@ -14,7 +14,7 @@ from pbfx.capture import Example, capture
 from pbfx.config import Config
 from pbfx.errors import CaptureError, ConfigError
 from pbfx.perforated import hides, perforated_parts
-from pbfx.sites import choose_sites, is_site_module
+from pbfx.sites import choose_sites, folded_weights, is_site_module
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +67,9 @@ def transform(
     config = Config() if config is None else config
     _check_arguments(model, config)
     example = _example(config, example_inputs, dynamic_shapes)
-    plan = make_plan(
-        capture(model, is_site_module, hides, example), lambda parts: choose_sites(parts, config)
-    )
+    captured = capture(model, is_site_module, hides, example)
+    folded = folded_weights(captured.root)
+    plan = make_plan(captured, lambda parts: choose_sites(parts, config, folded))
     if not any(plan.chosen.values()):
         reasons = [f"{path} ({op}): {reason}" for path, op, reason in plan.left_out()]
         raise CaptureError(

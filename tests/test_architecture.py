@@ -23,10 +23,16 @@ LAYERS: list[tuple[str, str]] = [
         "errors config phase files encoding paths",
         "say what is wrong, wanted, stored; know no graph",
     ),
-    ("topology cells attention sites capture structure kept", "read the model; rewrite nothing"),
+    (
+        "topology cells attention sites capture structure kept plain_graph",
+        "read the model; rewrite nothing",
+    ),
     ("dendrites spread", "own the parameters of one site; know no graph around it"),
     ("learning", "train dendrites; know no pass"),
-    ("passes pipeline perforated absorbed", "rewrite graphs; `perforated` is what they rewrite"),
+    (
+        "passes pipeline perforation perforated absorbed",
+        "rewrite graphs; `perforated` is what they rewrite",
+    ),
     (
         "transform assembly restructure parts snapshot undo optimizers checkpoint explain",
         "the verbs, each made of passes",

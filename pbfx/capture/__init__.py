@@ -20,9 +20,11 @@ request torch.export captures the whole model instead, for calls like an example
 
 from pbfx.capture.clone import REGISTRIES, redirect, shared_clone
 from pbfx.capture.exported import Example
+from pbfx.capture.guards import CONSTANT
 from pbfx.capture.ladder import Capture, Captured, Rung, capture, capture_clone
 
 __all__ = [
+    "CONSTANT",
     "REGISTRIES",
     "Capture",
     "Captured",

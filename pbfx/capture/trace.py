@@ -7,13 +7,14 @@ import linecache
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
+from torch.utils._device import DeviceContext
 
 from pbfx.capture.clone import python_modules, shared_clone
 from pbfx.capture.guards import (
@@ -62,6 +63,10 @@ class SourceTracer(fx.Tracer):
         super().__init__()
         self._is_leaf, self._absent, self._modes = is_leaf, absent, modes()
         self._may_return_none = may_return_none
+        # What a forward makes without input is a constant of the graph, and has to have its numbers
+        # also while a model without any is made, under `torch.device("meta")`.
+        on_meta = torch.get_default_device().type == "meta"
+        self.real = DeviceContext("cpu") if on_meta else None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether `m` stays one node."""
@@ -120,6 +125,9 @@ class SourceTracer(fx.Tracer):
                 "or torch.autocast, which the graph would not enter again; use detach() in place "
                 "of no_grad, and put autocast around the whole model"
             )
+        if self.real and len(args) > 1 and args[1].get("device") is self.real.device:
+            # That one is for constants; what depends on the input is made where it will be.
+            args = (args[0], {k: v for k, v in args[1].items() if k != "device"}, *args[2:])
         proxy = super().create_proxy(kind, target, *args, **kwargs)
         return None if kind == "placeholder" and target in self._absent else proxy
 
@@ -235,6 +243,7 @@ def _trace(clone: nn.Module, name: str, tracer: SourceTracer) -> fx.Graph:
             guards.enter_context(questions_refused(name))
             guards.enter_context(_training_recorded(clone))
             guards.enter_context(_output_padding_recorded(clone, tracer))
+            guards.enter_context(tracer.real or nullcontext())
             return tracer.trace(clone)
     # Tracing runs the user's forward with stand-ins, so any exception at all can come out of it.
     except Exception as error:

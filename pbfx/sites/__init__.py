@@ -6,6 +6,7 @@ of dendrites. A norm that alone reads the op's output belongs to the site. Descr
 and nothing else; choosing applies the user's patterns to the sites of all parts of a model at once.
 """
 
+from pbfx.sites.adapters import folded_weights
 from pbfx.sites.choose import choose_sites
 from pbfx.sites.describe import describe_sites
 from pbfx.sites.functions import read_input, soma_weight
@@ -24,6 +25,7 @@ __all__ = [
     "convolution_form",
     "describe_sites",
     "find_join",
+    "folded_weights",
     "is_permutation",
     "is_site_module",
     "leaves",

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
 from pbfx.config import Config
 from pbfx.errors import ConfigError, nearest
 from pbfx.paths import join
+from pbfx.sites.adapters import REASON
 from pbfx.sites.site import Site, Skipped
 
 Choice = tuple[tuple[Site, ...], tuple[Skipped, ...]]
 
 
 def choose_sites(
-    parts: Mapping[str, tuple[nn.Module, Sequence[Site]]], config: Config
+    parts: Mapping[str, tuple[nn.Module, Sequence[Site]]],
+    config: Config,
+    folded: Collection[str] = (),
 ) -> dict[str, Choice]:
     """Choose among the sites of all parts of a model, by their full paths.
 
@@ -24,6 +27,7 @@ def choose_sites(
         parts: for the path of each part, the module that its graph runs over, and its sites.
         config: `include`, `exclude` and `filter_fn`, which is asked last and gets the module that
             owns the weight, with the site's full path.
+        folded: paths of adapters' weights, which have to be named by `include` to carry dendrites.
 
     Returns:
         For the path of each part: the chosen sites, and the others with the reason.
@@ -37,7 +41,10 @@ def choose_sites(
     for path, (root, sites) in parts.items():
         kept, unwanted = [], []
         for site in sites:
-            reason = _unwanted(root, site, join(path, site.name), config)
+            full = join(path, site.name)
+            reason = _unwanted(root, site, full, config)
+            if config.include == ("*",) and f"{full}.".startswith(tuple(f"{p}." for p in folded)):
+                reason = REASON
             if reason is None:
                 kept.append(site)
             else:

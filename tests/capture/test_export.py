@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import logging
+import pickle
 import random
 import re
 from collections.abc import Callable
@@ -130,6 +131,8 @@ def test_saved_loaded_and_copied(tmp_path):
         assert_equal(run(model.train(), x.clone()), run(copy.deepcopy(ours).train(), x.clone()))
     with pytest.raises(pbfx.CheckpointError, match="holds a model that was exported"):
         pbfx.load(tmp_path / "a.safetensors", case.build())
+    with pytest.raises(pbfx.CheckpointError, match=r"cannot be pickled.*save with\s+pbfx.save"):
+        pickle.dumps(ours)
 
 
 @dataclasses.dataclass
