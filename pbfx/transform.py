@@ -11,7 +11,7 @@ from pbfx.capture import capture
 from pbfx.config import Config
 from pbfx.errors import CaptureError, ConfigError
 from pbfx.perforated import hides, perforated_parts
-from pbfx.sites import choose_sites, folded_weights, is_site_module
+from pbfx.sites import choose_sites, folded_weights, is_op
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def look_alike(model: nn.Module, config: Config | None = None) -> nn.Module:
 def _plan(model: nn.Module, config: Config | None) -> tuple[Plan, Config]:
     config = Config() if config is None else config
     _check_arguments(model, config)
-    captured = capture(model, is_site_module, hides)
+    captured = capture(model, is_op, hides)
     folded = folded_weights(captured.root)
     return make_plan(captured, lambda parts: choose_sites(parts, config, folded)), config
 

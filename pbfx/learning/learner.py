@@ -55,8 +55,6 @@ class SiteLearner:
         self.candidates, self.config = candidates, config
         self.rules = Rules(config.measure_every, config.priming_batches, config.moment_decay)
         self._cohort = new_cohort() if cohort is None else cohort
-        # Counted by the host too: what depends on it must not wait for the device.
-        self._seen = 0
         self._turns = candidates.moments.new_zeros((), dtype=torch.int64)
         self._parameters = list(candidates.parameters())
         self._learnt = candidates.learnt()
@@ -108,8 +106,7 @@ class SiteLearner:
         self._step(verdict)
         for parameter in self._parameters:
             parameter.grad = None
-        self._seen += 1
-        scale_candidates(self.candidates, self._seen, self.config)
+        scale_candidates(self.candidates, self.config)
         self.candidates.moments.grad = verdict.overflow
 
     def _step(self, verdict: Verdict) -> None:
@@ -221,8 +218,7 @@ class SiteLearner:
         """Take up where `state` left off."""
         self._turns.fill_(int(state["batches"]))
         self._adam.load_state_dict(state["adam"])
-        self._seen = int(state["batches"])
-        resume_scaling(self.candidates, self._seen, self.config)
+        resume_scaling(self.candidates, int(state["batches"]), self.config)
         # A state that was saved before the first step holds none.
         self._prepare()
 
