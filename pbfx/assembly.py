@@ -17,7 +17,7 @@ from pbfx.kept import ATTRIBUTE, Kept
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, hides
 from pbfx.perforation import Perforation
-from pbfx.sites import Site, Skipped, describe_sites, is_site_module
+from pbfx.sites import Site, Skipped, describe_sites, is_op, why_no_layer
 from pbfx.undo import drop_compiled_code
 
 # For the path of each part: the module that its graph runs over, and its sites.
@@ -94,7 +94,7 @@ def recapture(part: PerforatedModule, apart: frozenset[str], reason: str) -> Non
         with _without_dendrites(part):
             captured = capture_clone(
                 part.original(),
-                is_site_module,
+                is_op,
                 hides,
                 apart,
                 done=lambda module: isinstance(module, PerforatedModule),
@@ -221,9 +221,7 @@ def _outside(captured: Capture) -> dict[str, tuple[Skipped, ...]]:
             if next(child.parameters(), None) is not None
         }
         found[path] = tuple(
-            _left_for(
-                captured, path, Skipped(name, type(m).__name__, "not a linear or conv operation")
-            )
+            _left_for(captured, path, Skipped(name, type(m).__name__, why_no_layer(m)))
             for name, m in layers.items()
             if not any(f"{known}.".startswith(f"{join(path, name)}.") for known in climbed)
         )

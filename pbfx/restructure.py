@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from pbfx.absorbed import Absorbed
 from pbfx.dendrites import Dendrites
 from pbfx.errors import ConfigError, RestructureError, nearest
-from pbfx.learning import SiteLearner
+from pbfx.learning import SiteLearner, new_cohort
 from pbfx.optimizers import Schedule, sync_optimizer
 from pbfx.parts import candidate_parameters, managed_parameters, parts_of, soma_weight_of
 from pbfx.passes.hold_eval import held_by_graph
@@ -74,8 +74,9 @@ def start_dendrite_phase(model: nn.Module) -> tuple[Frozen, dict[str, SiteLearne
 
 def learners_of(model: nn.Module) -> dict[str, SiteLearner]:
     """Return a new learner, not yet attached, for every pool of candidates in `model`."""
+    cohort = new_cohort()
     return {
-        join(path, name): SiteLearner(dendrites.candidates, part.perforation.config)
+        join(path, name): SiteLearner(dendrites.candidates, part.perforation.config, cohort)
         for path, part in parts_of(model).items()
         for name, dendrites in part.grown().items()
         if dendrites.candidates is not None

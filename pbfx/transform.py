@@ -14,7 +14,7 @@ from pbfx.capture import Example, capture
 from pbfx.config import Config
 from pbfx.errors import CaptureError, ConfigError
 from pbfx.perforated import hides, perforated_parts
-from pbfx.sites import choose_sites, folded_weights, is_site_module
+from pbfx.sites import choose_sites, folded_weights, is_op
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def transform(
     config = Config() if config is None else config
     _check_arguments(model, config)
     example = _example(config, example_inputs, dynamic_shapes)
-    captured = capture(model, is_site_module, hides, example)
+    captured = capture(model, is_op, hides, example)
     folded = folded_weights(captured.root)
     plan = make_plan(captured, lambda parts: choose_sites(parts, config, folded))
     if not any(plan.chosen.values()):

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pbfx_kernels.ops  # noqa: F401  registers the ops
+from pbfx_kernels import candidate_autograd
 from pbfx_kernels.geometry import LINEAR, Geometry
 
 
@@ -104,7 +105,8 @@ def candidates(
         geometry: the form of the soma; linear if left out.
 
     Returns:
-        out: a copy of `neuron`, bit for bit.
+        out: `neuron`, bit for bit. In eager mode it is the same memory, so work in place on one of
+            them is work on both, as if nothing stood between; in a graph it is a copy.
         z: the candidates' preactivations, `(C, *neuron)`, dtype of `neuron`, without gradient.
 
     Raises:
@@ -113,7 +115,7 @@ def candidates(
 
     Source: Fahlman and Lebiere, *The Cascade-Correlation Learning Architecture*, 1990.
     """
-    return torch.ops.pbfx.candidates.default(
+    tensors = (
         neuron,
         x,
         activations,
@@ -123,6 +125,11 @@ def candidates(
         moments,
         direction,
         error_mean,
+    )
+    if candidate_autograd.runs_eagerly(*tensors):
+        return candidate_autograd.apply(*tensors, activation, geometry)
+    return torch.ops.pbfx.candidates.default(
+        *tensors,
         activation,
         geometry.stride,
         geometry.padding,

@@ -8,7 +8,7 @@
 They are custom ops and not `autograd.Function`s, since a symbolic trace goes *into* a Function and
 loses its backward; an op stays one node through symbolic_trace, Dynamo, AOTAutograd and inductor.
 Backwards are ops of their own, for the same reason. The default implementation, for every device,
-is the reference.
+is the reference; candidates run Triton kernels on a GPU (`candidate_autograd`).
 
 The backwards are deliberately not the derivatives of the forwards: no error reaches the input of a
 dendrite (perforated backpropagation), and a candidate, which feeds nothing, learns from the error
@@ -19,14 +19,14 @@ averages them.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from pbfx_kernels import reference
+from pbfx_kernels import candidate_autograd, reference
+from pbfx_kernels.candidate_autograd import no_autocast as _no_autocast
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.validation import check_candidates, check_dendrites
 
@@ -135,7 +135,7 @@ def candidates_op(
     transposed: bool,
     output_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Copy `neuron` and run `reference.candidate_preactivations`; see `pbfx_kernels.candidates`."""
+    """Copy `neuron` and compute `reference.candidate_preactivations`; see `candidate_autograd`."""
     geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     check_candidates(
         neuron,
@@ -151,7 +151,7 @@ def candidates_op(
         geometry,
     )
     with _no_autocast(neuron):
-        z = reference.candidate_preactivations(
+        z = candidate_autograd.preactivate(
             x, activations.to(neuron.dtype), weight, bias, to_dendrite, geometry
         )
     # An op may not return its input, so the neuron's output is copied.
@@ -212,15 +212,19 @@ def candidates_backward_op(
     transposed: bool,
     output_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run `reference.candidates_backward`; gradients are dense and contiguous."""
+    """Compute `reference.candidates_backward`; gradients are dense and contiguous."""
     geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     with _no_autocast(grad):
-        grad_weight, *rest = reference.candidates_backward(
+        grad_weight, bias, to_dendrite, moments = candidate_autograd.differentiate(
             grad, z, x, activations, direction, error_mean, weight_shape, activation, geometry
         )
     # The layout of a convolution's weight gradient depends on the backend; the fake promises a
     # contiguous one.
-    return grad_weight.contiguous(), rest[0], rest[1], rest[2]
+    grad_weight = grad_weight.to(reference.accumulation_dtype(z.dtype)).contiguous()
+    if candidate_autograd.fused(z):
+        # Parts of one buffer, and what an op returns must not overlap.
+        bias, to_dendrite, moments = bias.clone(), to_dendrite.clone(), moments.clone()
+    return grad_weight, bias, to_dendrite, moments
 
 
 @candidates_backward_op.register_fake
@@ -298,14 +302,6 @@ def _geometry(
     )
 
 
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Hold autocast off inside an op: the dtype of the soma's output, already autocast, decides."""
-    device = tensor.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
-
-
 def _strides(soma: Tensor) -> tuple[int, ...]:
     """Return the strides of `empty_like(soma)`: channels-last stays so, gaps and overlaps close."""
     return torch.empty_like(soma, device="meta").stride()
@@ -320,4 +316,10 @@ def _laid_out(result: Tensor, strides: tuple[int, ...]) -> Tensor:
     """Copy a result where it does not have the strides that the fake promised."""
     if result.stride() == strides:
         return result
+    if all(
+        size == 1 or found == promised
+        for size, found, promised in zip(result.shape, result.stride(), strides, strict=True)
+    ):
+        # The same elements in the same places.
+        return result.as_strided(result.shape, strides)
     return result.new_empty_strided(result.shape, strides).copy_(result)

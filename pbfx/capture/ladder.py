@@ -30,6 +30,7 @@ from pbfx.capture.trace import is_torch_layer
 from pbfx.capture.trace import trace as symbolic_trace
 from pbfx.errors import CaptureError
 from pbfx.paths import join
+from pbfx.sites import graph_of_cell, is_cell
 
 logger = logging.getLogger(__name__)
 
@@ -251,6 +252,8 @@ class _Ladder:
         def symbolically(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.Graph:
             return symbolic_trace(module, is_leaf, self._may_return_none)
 
+        if trace is None and is_cell(module):
+            return graph_of_cell(module)
         while True:
             try:
                 return (trace or symbolically)(

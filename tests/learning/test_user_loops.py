@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import pbfx
 from learning.loops import (
@@ -34,8 +36,11 @@ from learning.loops import (
     train,
 )
 from pbfx.dendrites import Candidates
+from pbfx.learning import learner as learner_module
+from pbfx_kernels.turns import take_turns
 
 FROZEN = 1e-30
+SITES_OF_MLP = ("fc1", "fc2", "head")
 
 
 def groups(model: nn.Module) -> list[dict[str, object]]:
@@ -507,6 +512,79 @@ def test_a_backward_that_breaks_off_does_not_put_the_next_out_of_step() -> None:
         check_gradients(model)
 
 
+class Parts(nn.Module):
+    """Two parts with settings of their own, and a branch that is not always taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = pbfx.transform(Mlp(outputs=4), pbfx.Config(priming_batches=0))
+        self.second = pbfx.transform(Mlp(inputs=4), pbfx.Config(priming_batches=1))
+
+    def forward(self, x: Tensor, both: bool = True) -> Tensor:
+        x = self.first(x)
+        return self.second(x) if both else x[:, :1]
+
+
+def counts(tracker: pbfx.Tracker) -> dict[str, int]:
+    return {name: learner.batches for name, learner in learners(tracker).items()}
+
+
+def test_sites_take_their_turns_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One booking per backward pass and set of rules, of the sites that it has reached."""
+    task, model, booked = regression(64), Parts(), []
+
+    def spy(memories, *rest):
+        booked.append(len(memories))
+        return take_turns(memories, *rest)
+
+    monkeypatch.setattr(learner_module, "take_turns", spy)
+    tracker = enter_dendrite_phase(model, sgd(model))
+    F.mse_loss(model(task.x), task.y).backward()
+    assert booked == [3, 3]
+    F.mse_loss(model(task.x, both=False), task.y).backward()
+    assert booked == [3, 3, 3]
+    found = counts(tracker)
+    assert {found[name] for name in found if name.startswith("first")} == {2}
+    assert {found[name] for name in found if name.startswith("second")} == {1}
+    check_gradients(model)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_activations(reentrant: bool) -> None:
+    """Reentrant checkpointing runs a backward pass within the backward pass."""
+    task, model = regression(64), Parts()
+    tracker = enter_dendrite_phase(model, sgd(model))
+    x = task.x.clone().requires_grad_()
+    inner = checkpoint(model.first, x, use_reentrant=reentrant)
+    F.mse_loss(model.second(inner), task.y).backward()
+    assert set(counts(tracker).values()) == {1}
+    assert set(counts(tracker)) == {f"{p}.{s}" for p in ("first", "second") for s in SITES_OF_MLP}
+    check_gradients(model)
+
+
+def test_what_a_broken_pass_leaves_behind_is_forgotten() -> None:
+    task = regression(64)
+    model = pbfx.transform(Mlp(), pbfx.Config(priming_batches=0))
+    tracker = enter_dendrite_phase(model, sgd(model))
+    found = learners(tracker)
+    cohort = found["fc1"]._cohort
+    assert all(learner._cohort is cohort for learner in found.values())
+
+    def interrupt(_: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    handle = found["fc1"].candidates.weight.register_post_accumulate_grad_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        task.loss_of(model).backward()
+    handle.remove()
+    assert cohort._reached
+    task.loss_of(model).backward()
+    assert set(counts(tracker).values()) == {1}
+    for learner in found.values():
+        learner.detach()
+    assert not cohort._reached
+
+
 class Reads(TorchDispatchMode):
     """Count the reads of a value back to the host, and the ops around them."""
 
@@ -596,7 +674,10 @@ def test_no_hook_waits_for_a_gpu() -> None:
     pool = learners(tracker)["conv1"].candidates
     before = pool.weight.detach().clone()
     F.cross_entropy(model(x), y).backward()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        # torch warns that the mode itself is a prototype.
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(4):
             optimizer.zero_grad()
