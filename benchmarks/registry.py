@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from benchmarks import dendrite_step, restructure, step
+from benchmarks import dendrite_step, restructure, step, zoo
 from benchmarks.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
-    for benchmark in (step.BENCHMARK, dendrite_step.BENCHMARK, restructure.BENCHMARK)
+    for benchmark in (
+        step.BENCHMARK,
+        dendrite_step.BENCHMARK,
+        restructure.BENCHMARK,
+        zoo.BENCHMARK,
+    )
 }

@@ -34,6 +34,7 @@ def dendrites(
             the dtype of the computation, so autocast decides once, at the soma.
         x: the soma's input, `(..., K)` or `(B, channels, *spatial)`, any float dtype.
         weight: V, `(D, N, K)` or `(D, N, channels / groups, *kernel)`, any float dtype; D may be 0.
+            Of a transposed convolution `(D, channels, N / groups, *kernel)`.
         bias: c, `(D, N)`, or None.
         to_soma: T, `(D, N)`. Zeros leave the output bit-identical to `soma`.
         to_dendrite: U, `(D, D, N)`; only the strictly lower triangle `e < d` is read.
@@ -62,6 +63,8 @@ def dendrites(
         geometry.padding,
         geometry.dilation,
         geometry.groups,
+        geometry.transposed,
+        geometry.output_padding,
     )
 
 
@@ -90,7 +93,8 @@ def candidates(
         neuron: the site's output, `(..., N)` or `(B, N, *spatial)`, the batch optional.
         x: the soma's input, `(..., K)` or `(B, channels, *spatial)`, any float dtype.
         activations: a, `(D, *neuron)`, of the accepted dendrites; D may be 0.
-        weight: V, `(C, N, K)` or `(C, N, channels / groups, *kernel)`, any float dtype.
+        weight: V, `(C, N, K)` or `(C, N, channels / groups, *kernel)`, any float dtype. Of a
+            transposed convolution `(C, channels, N / groups, *kernel)`.
         bias: c, `(C, N)`, or None.
         to_dendrite: U, `(C, D, N)`.
         moments: `(6 * C, N)`, float32 or float64. Its value is never read.
@@ -131,6 +135,8 @@ def candidates(
         geometry.padding,
         geometry.dilation,
         geometry.groups,
+        geometry.transposed,
+        geometry.output_padding,
     )
 
 

@@ -44,9 +44,11 @@ def dendrites_op(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Run `reference.dendrites`; arguments and errors are those of `pbfx_kernels.dendrites`."""
-    geometry = _geometry(stride, padding, dilation, groups)
+    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     check_dendrites(soma, x, weight, bias, to_soma, to_dendrite, activation, geometry)
     with _no_autocast(soma):
         out, activations = reference.dendrites(
@@ -68,8 +70,10 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    geometry = _geometry(stride, padding, dilation, groups)
+    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     check_dendrites(soma, x, weight, bias, to_soma, to_dendrite, activation, geometry)
     activations = soma.new_empty_strided((weight.shape[0], *soma.shape), _stack_strides(soma))
     return torch.empty_like(soma), activations
@@ -106,7 +110,7 @@ def _dendrites_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tup
         grad_to_soma = torch.ops.pbfx.dendrites_backward.default(
             grad, activations, ctx.channel_axis
         ).to(ctx.to_soma_dtype)
-    return grad, None, None, None, grad_to_soma, *(None,) * 6
+    return grad, None, None, None, grad_to_soma, *(None,) * 8
 
 
 dendrites_op.register_autograd(_dendrites_gradients, setup_context=_dendrites_setup)
@@ -128,9 +132,11 @@ def candidates_op(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Copy `neuron` and compute `reference.candidate_preactivations`; see `candidate_autograd`."""
-    geometry = _geometry(stride, padding, dilation, groups)
+    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     check_candidates(
         neuron,
         x,
@@ -168,8 +174,10 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    geometry = _geometry(stride, padding, dilation, groups)
+    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     check_candidates(
         neuron,
         x,
@@ -201,9 +209,11 @@ def candidates_backward_op(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute `reference.candidates_backward`; gradients are dense and contiguous."""
-    geometry = _geometry(stride, padding, dilation, groups)
+    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     with _no_autocast(grad):
         grad_weight, bias, to_dendrite, moments = candidate_autograd.differentiate(
             grad, z, x, activations, direction, error_mean, weight_shape, activation, geometry
@@ -231,8 +241,13 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    c, n = weight_shape[:2]
+    c = weight_shape[0]
+    n = _geometry(stride, padding, dilation, groups, transposed, output_padding).neurons(
+        weight_shape[1:]
+    )
     shapes = (weight_shape, (c, n), (c, activations.shape[0], n), (6 * c, n))
     dtype = reference.accumulation_dtype(z.dtype)
     weight, bias, to_dendrite, moments = (z.new_empty(shape, dtype=dtype) for shape in shapes)
@@ -268,16 +283,23 @@ def _candidates_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tu
             None if dtype is None else gradient.to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-    return grad, None, None, *learned, *(None,) * 7
+    return grad, None, None, *learned, *(None,) * 9
 
 
 candidates_op.register_autograd(_candidates_gradients, setup_context=_candidates_setup)
 
 
 def _geometry(
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
 ) -> Geometry:
-    return Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    return Geometry(
+        tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
+    )
 
 
 def _strides(soma: Tensor) -> tuple[int, ...]:

@@ -5,7 +5,8 @@
 Shapes: P positions (batch x space), K inputs, N neurons, D dendrites, C candidates per neuron.
 `(*soma)` is the shape of the soma's output, `(..., N)` for a linear op and `(B, N, *spatial)` for a
 convolution, the batch optional. Dendrites and candidates are stacked on a leading axis, so one GEMM
-or convolution evaluates all of a site.
+or convolution evaluates all of a site. The weight of a transposed convolution is `(D, channels,
+N / groups, *kernel)`.
 
 Precision: GEMMs and convolutions run in the dtype of the soma's output; links, activations and sums
 run in float32, or in float64 where the soma is float64. A kernel has to match these functions
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -51,21 +53,33 @@ def preactivations(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geo
 
     Args:
         x: `(..., K)` or `(B, channels, *spatial)`, the batch optional.
-        weight: `(D, N, K)` or `(D, N, channels / groups, *kernel)`, dtype of `x`.
+        weight: `(D, N, K)`, `(D, N, channels / groups, *kernel)` or, transposed, `(D, channels,
+            N / groups, *kernel)`, dtype of `x`.
         bias: `(D, N)`, dtype of `x`, or None.
         geometry: the form of the soma.
 
     Returns:
         `(D, *soma)`, dtype of `x`.
     """
-    stacked, neurons, *_ = weight.shape
+    stacked, neurons = weight.shape[0], geometry.neurons(weight.shape[1:])
     if stacked == 0:
         # A convolution without output channels is an error in torch.
         return x.new_empty((0, *geometry.output_shape(x.shape, weight.shape[1:])))
-    weight = _flatten_stack(weight, -(geometry.spatial + 2), geometry.groups)
+    weight = _flatten_weight(weight, geometry)
     bias = None if bias is None else _flatten_stack(bias, -1, geometry.groups)
     if geometry.spatial == 0:
         flat = F.linear(x, weight, bias)
+    elif geometry.transposed:
+        flat = _TRANSPOSED[geometry.spatial - 1](
+            x,
+            weight,
+            bias,
+            geometry.stride,
+            geometry.padding,
+            geometry.output_padding,
+            geometry.groups,
+            geometry.dilation,
+        )
     else:
         convolution = _CONVOLUTIONS[geometry.spatial - 1]
         flat = convolution(
@@ -263,28 +277,46 @@ def weight_gradient(
     grad_z: Tensor, x: Tensor, weight_shape: Sequence[int], geometry: Geometry
 ) -> Tensor:
     """Compute the gradient of stacked weights from that of their preactivations, in one op."""
-    stacked, neurons, *rest = weight_shape
+    stacked = weight_shape[0]
     flat = _flatten_stack(grad_z, geometry.channel_axis, geometry.groups)
     if geometry.spatial == 0:
-        rows = math.prod(x.shape[:-1])
-        grad = flat.reshape(rows, stacked * neurons).t() @ x.reshape(rows, *rest)
+        rows, (neurons, inputs) = math.prod(x.shape[:-1]), weight_shape[1:]
+        grad = flat.reshape(rows, stacked * neurons).t() @ x.reshape(rows, inputs)
     else:
+        form = list(weight_shape[1:])
+        form[geometry.neuron_axis] *= stacked
         batched = x.dim() == geometry.spatial + 2
         grad = torch.ops.aten.convolution_backward(
             flat if batched else flat[None],
             x if batched else x[None],
             # Only its shape is read, as the mask asks for no gradient to the input.
-            x.new_empty(1).expand(stacked * neurons, *rest),
+            x.new_empty(1).expand(form),
             None,
             geometry.stride,
             geometry.padding,
             geometry.dilation,
-            False,
-            (0,) * geometry.spatial,
+            geometry.transposed,
+            geometry.output_padding or (0,) * geometry.spatial,
             geometry.groups,
             (False, True, False),
         )[1]
-    return _unflatten_stack(grad, -(geometry.spatial + 2), geometry.groups, stacked, neurons)
+    return _unflatten_weight(grad, geometry, stacked)
+
+
+def _flatten_weight(weight: Tensor, geometry: Geometry) -> Tensor:
+    """Make one weight of D, `(D, *W)` to `(*W)` with D times the neurons."""
+    if geometry.transposed:
+        # A transposed convolution's groups lie on the channels' axis, so its neurons merge freely.
+        return weight.movedim(0, 1).flatten(1, 2)
+    return _flatten_stack(weight, -(geometry.spatial + 2), geometry.groups)
+
+
+def _unflatten_weight(flat: Tensor, geometry: Geometry, stacked: int) -> Tensor:
+    """Undo `_flatten_weight`: one weight with D times the neurons to `(D, *W)`."""
+    if geometry.transposed:
+        return flat.unflatten(1, (stacked, flat.shape[1] // stacked)).movedim(1, 0)
+    axis = -(geometry.spatial + 2)
+    return _unflatten_stack(flat, axis, geometry.groups, stacked, flat.shape[axis] // stacked)
 
 
 def _flatten_stack(stacked: Tensor, axis: int, groups: int) -> Tensor:

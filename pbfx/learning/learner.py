@@ -25,8 +25,10 @@ from torch.utils.hooks import RemovableHandle
 
 from pbfx.config import Config
 from pbfx.dendrites import Candidates
+from pbfx.errors import RestructureError
 from pbfx.learning.cohort import Cohort
 from pbfx.learning.moments import Statistics, statistics
+from pbfx.learning.scaling import resume_scaling, scale_candidates, scaling_batches
 from pbfx_kernels import Moment
 from pbfx_kernels.turns import (
     Memory,
@@ -34,6 +36,7 @@ from pbfx_kernels.turns import (
     Tables,
     Verdict,
     addresses_of,
+    is_capturing,
     places,
     take_turns,
 )
@@ -54,7 +57,7 @@ class SiteLearner:
         self.candidates, self.config = candidates, config
         self.rules = Rules(config.measure_every, config.priming_batches, config.moment_decay)
         self._cohort = new_cohort() if cohort is None else cohort
-        self._turns = candidates.moments.new_zeros((), dtype=torch.int64)
+        self._turns, self._seen = candidates.moments.new_zeros((), dtype=torch.int64), 0
         self._parameters = list(candidates.parameters())
         self._learnt = candidates.learnt()
         # It holds state and settings only: `_step` calls its kernel, for all that is wrapped around
@@ -105,7 +108,29 @@ class SiteLearner:
         self._step(verdict)
         for parameter in self._parameters:
             parameter.grad = None
+        self._scale()
         self.candidates.moments.grad = verdict.overflow
+
+    def _scale(self) -> None:
+        """Scale candidates that join after a norm, once enough batches have shown how.
+
+        Raises:
+            RestructureError: if a CUDA graph is being captured before that; it would go on
+                measuring the scale for ever.
+        """
+        # Counted on the host: scaling is once, and a graph captured after it holds none of it.
+        self._seen += 1
+        spread = self.candidates.spread
+        if spread is None or not spread.open:
+            return
+        if is_capturing(self._turns):
+            due = scaling_batches(self.config)
+            raise RestructureError(
+                f"the dendrite phase cannot be captured in a CUDA graph yet: candidates that join "
+                f"after a norm are scaled after {due} batches, and this is batch {self._seen}; run "
+                f"{due} training steps first"
+            )
+        scale_candidates(self.candidates, self._seen, self.config)
 
     def _step(self, verdict: Verdict) -> None:
         """Do a step of Adam with gradients divided by `share`, or none at all, on the device."""
@@ -165,7 +190,7 @@ class SiteLearner:
         for name in ("weight", "bias"):
             live, best = getattr(pool, name), getattr(pool, f"best_{name}")
             if live is not None:
-                rows = better.view(*better.shape, *(1 for _ in live.shape[2:]))
+                rows = better if name == "bias" else pool.site.along_weight(better)
                 best.copy_(torch.where(rows, live, best))
         pool.best_to_dendrite.copy_(
             torch.where(better[:, None, :], pool.to_dendrite, pool.best_to_dendrite)
@@ -176,7 +201,7 @@ class SiteLearner:
 
     @torch.no_grad()
     def chosen(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the best candidate of each neuron: weight (N, ...), bias (N,) or None, to_dendrite
+        """Return the best candidate of each neuron: weight (*W), bias (N,) or None, to_dendrite
         (D, N).
 
         Where no batch ever measured, or every candidate of a neuron is constant, the first stands
@@ -187,7 +212,9 @@ class SiteLearner:
         neurons = torch.arange(winner.numel(), device=winner.device)
         best_bias = pool._buffers["best_bias"]
         bias = None if best_bias is None else best_bias[winner, neurons]
-        return pool.best_weight[winner, neurons], bias, pool.best_to_dendrite[winner, :, neurons].T
+        rows = pool.site.along_weight(winner[None]).expand(1, *pool.site.shape)
+        weight = pool.best_weight.gather(0, rows)[0]
+        return weight, bias, pool.best_to_dendrite[winner, :, neurons].T
 
     @torch.no_grad()
     def prospects(self) -> tuple[Statistics, Tensor]:
@@ -216,6 +243,8 @@ class SiteLearner:
         self._adam.load_state_dict(state["adam"])
         # A state that was saved before the first step holds none.
         self._prepare()
+        self._seen = int(state["batches"])
+        resume_scaling(self.candidates, self._seen, self.config)
 
 
 # The kernel of `torch.optim.Adam(fused=True)`, which has no public name of its own.

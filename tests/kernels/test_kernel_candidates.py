@@ -19,7 +19,8 @@ def as_op(
     activation: str = "tanh", geometry: Any = LINEAR, **tensors: Any
 ) -> tuple[Tensor, Tensor]:
     """Call what a graph holds; the function takes another way where nobody records ops."""
-    form = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    g = geometry
+    form = g.stride, g.padding, g.dilation, g.groups, g.transposed, g.output_padding
     return torch.ops.pbfx.candidates.default(*tensors.values(), activation, *form)
 
 

@@ -421,12 +421,12 @@ def overflowed(position: int) -> tuple[list[set[str]], list[float], nn.Module]:
     """Run batches under a loss scaler, the one at `position` infinite; return what each changed."""
     torch.manual_seed(0)
     net, task = Cnn(), images(64)
-    model = pbfx.transform(net, pbfx.Config(priming_batches=1, measure_every=3))
+    model = pbfx.transform(net, pbfx.Config(priming_batches=4, measure_every=3))
     optimizer = sgd(model)
     tracker = enter_dendrite_phase(model, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     changes, scales, base = [], [], network(model)
-    for batch in range(1, 8):
+    for batch in range(1, 11):
         before = copied(model.state_dict())
         adam = {
             name: learner.state_dict()["adam"]["state"]
@@ -454,14 +454,15 @@ def overflowed(position: int) -> tuple[list[set[str]], list[float], nn.Module]:
     return changes, scales, model
 
 
-@pytest.mark.parametrize("position", [1, 5, 6], ids=["priming", "learning", "measuring"])
+@pytest.mark.parametrize("position", [1, 7, 6], ids=["priming", "learning", "measuring"])
 def test_an_overflow_leaves_no_trace_and_the_scaler_backs_off(position: int) -> None:
     changes, scales, _ = overflowed(position)
-    assert changes[position - 1] == set()
+    # What the preactivations were is known before the backward overflows, and is no less true.
+    assert changes[position - 1] == ({"count", "mean", "squares"} if position == 1 else set())
     others = [seen for batch, seen in enumerate(changes, 1) if batch != position]
     assert all(seen for seen in others)
     assert sum("adam" in seen for seen in others) >= 3
-    assert scales == [1024.0] * (position - 1) + [512.0] * (8 - position)
+    assert scales == [1024.0] * (position - 1) + [512.0] * (11 - position)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -582,6 +583,23 @@ def test_what_a_broken_pass_leaves_behind_is_forgotten() -> None:
     for learner in found.values():
         learner.detach()
     assert not cohort._reached
+
+
+def test_a_capture_before_candidates_are_scaled_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = images(48)
+    model = pbfx.transform(Cnn(), pbfx.Config(priming_batches=6))
+    enter_dendrite_phase(model, sgd(model))
+    monkeypatch.setattr(learner_module, "is_capturing", lambda _: True)
+    message = "scaled after 3 batches, and this is batch 1; run 3 training steps first"
+    with pytest.raises(pbfx.errors.RestructureError, match=message):
+        task.loss_of(model).backward()
+    monkeypatch.undo()
+    for _ in range(3):
+        task.loss_of(model).backward()
+    monkeypatch.setattr(learner_module, "is_capturing", lambda _: True)
+    task.loss_of(model).backward()
 
 
 class Reads(TorchDispatchMode):
