@@ -36,15 +36,12 @@ def preactivate(
     activations: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    to_dendrite: Tensor | None,
+    to_dendrite: Tensor,
     geometry: Geometry,
 ) -> Tensor:
-    """Compute what `reference.candidate_preactivations` does, strides aside.
-
-    The links may be None where there are no dendrites for them to come from.
-    """
+    """Compute what `reference.candidate_preactivations` does, strides aside."""
     dtype = activations.dtype
-    if to_dendrite is None or not activations.shape[0]:
+    if not activations.shape[0]:
         bias = None if bias is None else bias.to(dtype)
         return reference.preactivations(x.to(dtype), weight.to(dtype), bias, geometry)
     if not fused(activations):
@@ -153,12 +150,7 @@ def apply(
         if len(_checked) >= _MOST_CHECKED:
             _checked.clear()
         _checked.add(key)
-    # Links from no dendrites would cost a node in every backward pass.
-    links = to_dendrite if activations.shape[0] else None
-    return _cxx_apply(
-        *(neuron, x, activations, weight, bias, links, moments, direction, error_mean),
-        *(activation, geometry),
-    )
+    return _cxx_apply(*tensors, activation, geometry)
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
@@ -183,7 +175,7 @@ class _Candidates(torch.autograd.Function):
         activations: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        to_dendrite: Tensor | None,
+        to_dendrite: Tensor,
         moments: Tensor,
         direction: Tensor,
         error_mean: Tensor,

@@ -146,6 +146,11 @@ def take_turns(
     return take_turns_fused(memories, table, rules)
 
 
+def is_capturing(tensor: Tensor) -> bool:
+    """Return whether what is done with `tensor` now goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def places(memory: Memory) -> tuple[int, ...]:
     """Return where `memory` lies, this batch's sums aside; what `addresses_of` depends on."""
     return tuple(tensor.data_ptr() for tensor in (*memory[1:-1], *memory.steps))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pbfx_kernels.moments import Moment
 from pbfx_kernels.relaunch import Launch
-from pbfx_kernels.turns import Memory, Rules, Tables, Verdict
+from pbfx_kernels.turns import Memory, Rules, Tables, Verdict, is_capturing
 from pbfx_kernels.walking import on_device, power_of_two
 
 # Kernels of as many models' cohorts.
@@ -150,13 +150,9 @@ def table_of(lines: Sequence[Tensor], tables: Tables) -> Tensor:
     table = torch.cat(list(lines))
     # What a capture makes holds nothing before the first replay; and sites that are reached in ever
     # other combinations, such as experts, would fill the memory.
-    if len(tables) < _MOST_TABLES and not _is_capturing(table):
+    if len(tables) < _MOST_TABLES and not is_capturing(table):
         tables[key] = lines, table
     return table
-
-
-def _is_capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def take_turns_fused(memories: Sequence[Memory], table: Tensor, rules: Rules) -> list[Verdict]:

@@ -187,14 +187,23 @@ def test_no_step_waits_for_the_device(
     assert run.batches() == {len(data)}
 
 
-@pytest.mark.parametrize("position", [2, 6, 8], ids=["priming", "measuring", "learning"])
+def test_a_capture_before_candidates_are_scaled_is_refused() -> None:
+    run, data = Run(0, torch.float32, torch.contiguous_format), batches(3)
+    run.step(*data[0])
+    # conv1 has a norm; half of the priming batches show the scale.
+    with pytest.raises(pbfx.errors.RestructureError, match=r"after 2 batches, and this is batch 2"):
+        captured(run, *data[1])
+
+
+@pytest.mark.parametrize("position", [4, 6, 8], ids=["priming", "measuring", "learning"])
 def test_an_overflow_leaves_no_trace_in_a_replay(position: int) -> None:
     run, data = Run(0, torch.float32, torch.contiguous_format), batches(10)
     x, y = (t.clone() for t in data[0])
-    run.step(x, y)
+    for batch in data[:2]:
+        run.step(*batch)
     replay = captured(run, x, y)
     moments = next(m for m in run.model.modules() if isinstance(m, Candidates)).moments
-    for number, batch in enumerate(data[1:], 2):
+    for number, batch in enumerate(data[2:], 3):
         before = run.candidates()
         x.copy_(batch[0] * torch.inf if number == position else batch[0])
         y.copy_(batch[1])

@@ -585,6 +585,23 @@ def test_what_a_broken_pass_leaves_behind_is_forgotten() -> None:
     assert not cohort._reached
 
 
+def test_a_capture_before_candidates_are_scaled_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = images(48)
+    model = pbfx.transform(Cnn(), pbfx.Config(priming_batches=6))
+    enter_dendrite_phase(model, sgd(model))
+    monkeypatch.setattr(learner_module, "is_capturing", lambda _: True)
+    message = "scaled after 3 batches, and this is batch 1; run 3 training steps first"
+    with pytest.raises(pbfx.errors.RestructureError, match=message):
+        task.loss_of(model).backward()
+    monkeypatch.undo()
+    for _ in range(3):
+        task.loss_of(model).backward()
+    monkeypatch.setattr(learner_module, "is_capturing", lambda _: True)
+    task.loss_of(model).backward()
+
+
 class Reads(TorchDispatchMode):
     """Count the reads of a value back to the host, and the ops around them."""
 
