@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks import restructure, step
+from benchmarks import kernels, restructure, step
 from benchmarks.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark for benchmark in (step.BENCHMARK, restructure.BENCHMARK)
+    benchmark.name: benchmark
+    for benchmark in (step.BENCHMARK, kernels.BENCHMARK, restructure.BENCHMARK)
 }

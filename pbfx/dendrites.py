@@ -221,7 +221,7 @@ class Dendrites(nn.Module):
         self.set_trainable()
 
     def forward(self, soma: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the neuron's output, and the dendrites' activations (D, *soma.shape).
+        """Return the neuron's output, and the dendrites' activations for the candidates.
 
         Args:
             soma: what the soma gave, (..., N) for linear, (B, N, *space) for conv.
@@ -229,12 +229,7 @@ class Dendrites(nn.Module):
         """
         if not self.count:
             return soma, soma.new_empty((0, *soma.shape))
-        evaluate = (
-            pbfx_kernels.reference.dendrites
-            if self.learning == "gradient"
-            else pbfx_kernels.dendrites
-        )
-        return evaluate(
+        arguments = (
             soma,
             pad(x, self.site),
             self.weight,
@@ -244,6 +239,11 @@ class Dendrites(nn.Module):
             self.activation,
             self.site.geometry,
         )
+        if self.learning == "gradient":
+            return pbfx_kernels.reference.dendrites(*arguments)
+        # Only candidates read the activations, and only where gradients are wanted.
+        keep = self.candidates is not None and torch.is_grad_enabled()
+        return pbfx_kernels.dendrites(*arguments, keep=keep)
 
 
 def pad(x: Tensor, site: Site) -> Tensor:

@@ -1,0 +1,172 @@
+"""Which kernels compute a site: a pure function over shape, dtype and device.
+
+    reference   plain torch; right everywhere
+    packed      one library GEMM or convolution over stacked weights, one epilogue kernel
+    split       one kernel for all dendrites, which adds to the soma that the library computed
+
+The thresholds are measured; docs/kernels.md has the table. Nothing is tuned at run time.
+"""
+
+import functools
+import importlib.util
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from pbfx_kernels.geometry import Geometry
+
+_LOG = logging.getLogger(__name__)
+
+# The oldest architecture with bfloat16, TF32 and asynchronous copies: Ampere.
+_LEAST_CAPABILITY = (8, 0)
+# Unrolled cascades; beyond, their code and registers grow out of hand.
+_MOST_PACKED, _MOST_SPLIT = 8, 5
+# Neurons per group of a convolution: a narrower tile is mostly empty.
+_LEAST_GROUP = 10
+# Where one kernel beats a library GEMM and an epilogue: where the preactivations would be most of
+# the traffic, and where there is so little to do that a second launch is.
+_SPLIT_INPUTS = 256
+_FEW_POSITIONS, _FEW_INPUTS = 512, 2048
+# Inputs per neuron up to which a backward that computes activations again costs less than one that
+# reads them, writing them included.
+RECOMPUTED_INPUTS = 64
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Strategy(Enum):
+    """How the dendrites of a site are evaluated."""
+
+    REFERENCE = "reference"
+    PACKED = "packed"
+    SPLIT = "split"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a choice depends on.
+
+    Attributes:
+        device: its type, such as `cuda`.
+        capability: of a CUDA device with a Triton backend, else None.
+        dtype: of the soma.
+        tf32: whether float32 products may round their factors to TF32.
+        geometry: the form of the soma.
+        positions: P.
+        neurons: N.
+        inputs: K, the weights per neuron.
+        dendrites: D.
+    """
+
+    device: str
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    tf32: bool
+    geometry: Geometry
+    positions: int
+    neurons: int
+    inputs: int
+    dendrites: int
+
+
+def problem_of(soma: Tensor, weight: Tensor, geometry: Geometry) -> Problem:
+    """Describe a site by its tensors."""
+    dendrites, neurons, *rest = weight.shape
+    cuda = soma.device.type == "cuda" and torch.version.hip is None
+    if geometry.spatial:
+        tf32 = torch.backends.cudnn.allow_tf32
+    else:
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+    return Problem(
+        soma.device.type,
+        torch.cuda.get_device_capability(soma.device) if cuda and _has_triton() else None,
+        soma.dtype,
+        tf32,
+        geometry,
+        soma.numel() // neurons if neurons else 0,
+        neurons,
+        torch.Size(rest).numel(),
+        dendrites,
+    )
+
+
+def choose(problem: Problem) -> Strategy:
+    """Choose the strategy for a forward, and for a backward that recomputes."""
+    fallback = fallback_reason(problem)
+    if fallback is not None:
+        _say_once(fallback)
+        return Strategy.REFERENCE
+    if problem.dendrites == 0 or problem.positions == 0 or problem.neurons == 0:
+        return Strategy.REFERENCE
+    return Strategy.SPLIT if can_split(problem) and _split_wins(problem) else Strategy.PACKED
+
+
+def fallback_reason(problem: Problem) -> str | None:
+    """Say why the kernels cannot compute a site, or return None."""
+    if problem.device != "cuda":
+        return f"there are no kernels for devices of type {problem.device!r}"
+    if problem.capability is None:
+        return "Triton for CUDA is missing here"
+    if problem.capability < _LEAST_CAPABILITY:
+        return f"the kernels need compute capability 8.0, got {problem.capability}"
+    if problem.dtype not in _DTYPES:
+        return f"there are no kernels for {problem.dtype}"
+    if problem.dendrites > _MOST_PACKED:
+        return f"the kernels hold up to {_MOST_PACKED} dendrites per neuron"
+    if getattr(problem.geometry, "transposed", False):
+        return "there are no kernels for transposed convolutions"
+    return None
+
+
+def can_split(problem: Problem) -> bool:
+    """Return whether the *split* kernels know this problem."""
+    # A float32 product without TF32 runs on no matrix unit; libraries are better at that.
+    exact = problem.dtype == torch.float32 and not problem.tf32
+    geometry = problem.geometry
+    # A tile of neurons lies within one group.
+    known = geometry.spatial == 0 or (
+        geometry.spatial == 2 and problem.neurons // geometry.groups >= _LEAST_GROUP
+    )
+    return known and problem.inputs > 0 and problem.dendrites <= _MOST_SPLIT and not exact
+
+
+def _split_wins(problem: Problem) -> bool:
+    few = 1 < problem.positions <= _FEW_POSITIONS and problem.inputs <= _FEW_INPUTS
+    if problem.geometry.spatial == 0:
+        return few or problem.inputs <= _SPLIT_INPUTS
+    return False
+
+
+def recomputes(
+    device: str, dtype: torch.dtype, weight_shape: Sequence[int], geometry: Geometry
+) -> bool:
+    """Return whether a backward should compute activations again rather than find them saved.
+
+    Saving writes and reads D activations per output; computing them again costs a multiply-add per
+    input, and no memory. It depends on nothing that changes from batch to batch, so that compiled
+    graphs hold for all batch sizes.
+
+    Args:
+        device: the type of the soma's device.
+        dtype: of the soma.
+        weight_shape: of one neuron, `(K,)` or `(channels / groups, *kernel)`.
+        geometry: the form of the soma.
+    """
+    if device != "cuda" or dtype not in _DTYPES or getattr(geometry, "transposed", False):
+        return False
+    return math.prod(weight_shape) <= RECOMPUTED_INPUTS
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    """Log a fallback the first time that it happens."""
+    _LOG.info("sites run the reference, in plain torch: %s", reason)
