@@ -115,9 +115,14 @@ class Tile:
     warps: int = 4
 
 
-def tile_of(positions: int, neurons: int, dendrites: int, channels_last: bool) -> Tile:
-    """Choose a tile: wide along the axis that is contiguous in memory."""
+def tile_of(
+    positions: int, neurons: int, dendrites: int, channels_last: bool, mixed: bool = False
+) -> Tile:
+    """Choose a tile: wide along the axis that is contiguous in memory, square if that differs."""
     elements = _TILE if dendrites <= _FEW_DENDRITES else _SMALL_TILE
+    if mixed:
+        wide = min(power_of_two(neurons), 32)
+        return Tile(elements // wide, wide)
     if channels_last:
         wide = min(power_of_two(neurons), 128)
         return Tile(elements // wide, wide)
@@ -141,7 +146,7 @@ def dendrites_epilogue(
     Args:
         soma: `(*soma)`, any strides, not empty.
         z: the preactivations without bias, `(..., D * N)` or `(B, D * N, *spatial)`, dtype of
-            `soma`; 1 <= D <= `MOST_DENDRITES`.
+            `soma`; 1 <= D <= `MOST_DENDRITES`. What comes after D * N is not read.
         bias: c, `(D, N)`, any float dtype, or None.
         to_soma: T, `(D, N)`, likewise.
         to_dendrite: U, `(D, D, N)`, likewise.
@@ -154,7 +159,7 @@ def dendrites_epilogue(
     dendrites, neurons = to_soma.shape
     soma, z = regular(soma, axis), regular(z, axis)
     grid = grid_of(axis, out, soma, z.narrow(axis, 0, neurons))
-    tile = tile_of(grid.positions, neurons, dendrites, grid.channels_last)
+    tile = tile_of(grid.positions, neurons, dendrites, grid.channels_last, grid.mixed)
     blocks = ceiling(grid.positions, tile.positions) * ceiling(neurons, tile.neurons)
     group = neurons // geometry.groups
     with on_device(soma):

@@ -220,7 +220,5 @@ def _backward_wants_activations(
 ) -> bool:
     """Return whether a backward follows that had better not compute the activations again."""
     return (
-        torch.is_grad_enabled()
-        and to_soma.requires_grad
-        and not recomputes(soma.device.type, soma.dtype, weight.shape[2:], geometry)
+        torch.is_grad_enabled() and to_soma.requires_grad and not recomputes(soma, weight, geometry)
     )

@@ -37,6 +37,11 @@ class Grid:
         """Whether the first tensor's neurons are neighbours in memory."""
         return self.strides[0][2] == 1
 
+    @property
+    def mixed(self) -> bool:
+        """Whether the neurons are neighbours in some tensors and not in others."""
+        return len({neuron == 1 for _, _, neuron in self.strides}) > 1
+
 
 def grid_of(channel_axis: int, *tensors: Tensor) -> Grid:
     """Find the strides with which `tensors` are walked.

@@ -15,10 +15,13 @@ from torch.nn import functional as F
 
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling
-from pbfx_kernels.layout import stack_like, writable
 
 # Bytes of `z` at a time: enough for a library to run at full speed.
 CHUNK_BYTES = 256 * 2**20
+# Elements of two bytes in 16.
+_ALIGNED = 8
+# Elements of x below which a launch costs more than an unaligned product.
+_WORTH_COPYING = 2**18
 
 
 def packed_dendrites(
@@ -49,8 +52,7 @@ def packed_dendrites(
     """
     from pbfx_kernels.epilogue import dendrites_epilogue
 
-    x = x.to(soma.dtype)
-    stacked = stacked_weight(weight.to(soma.dtype), geometry.groups)
+    x, stacked = prepared(x.to(soma.dtype), weight.to(soma.dtype), geometry)
     for part in chunks(soma, weight.shape[0], geometry):
         dendrites_epilogue(
             soma[part],
@@ -63,6 +65,33 @@ def packed_dendrites(
             out[part],
             None if kept is None else kept[:, *part],
         )
+
+
+def prepared(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Give a library operands that its fast kernels take, where copying them is cheap.
+
+    Two-byte GEMMs need rows that start at multiples of 16 bytes, and two-byte convolutions are
+    fast in NHWC only. Both copies cost a pass over `x`, the slow kernels several times the product.
+
+    Args:
+        x: the soma's input.
+        weight: V, dtype of `x`.
+        geometry: the form of the soma.
+
+    Returns:
+        x: with zeros appended to K, or in NHWC.
+        stacked: of `stacked_weight`; with as many zeros, and rows of zeros at the end.
+    """
+    stacked = stacked_weight(weight, geometry.groups)
+    if x.element_size() != 2:
+        return x, stacked
+    if geometry.spatial == 0:
+        short, rows = -x.shape[-1] % _ALIGNED, -stacked.shape[0] % _ALIGNED
+        if (short or rows) and x.numel() >= _WORTH_COPYING:
+            return F.pad(x, (0, short)), F.pad(stacked, (0, short, 0, rows))
+    elif geometry.spatial == 2 and geometry.groups == 1 and x.dim() == 4 and x.shape[1] >= 8:
+        return x.contiguous(memory_format=torch.channels_last), stacked
+    return x, stacked
 
 
 def stacked_weight(weight: Tensor, groups: int) -> Tensor:
@@ -136,19 +165,13 @@ def packed_to_soma_gradient(
     Returns:
         `(D, N)`, float32, the same bits in every run.
     """
-    from pbfx_kernels.epilogue import dendrites_epilogue
-    from pbfx_kernels.to_soma_gradient import to_soma_gradient
+    from pbfx_kernels.to_soma_gradient import to_soma_gradient_of
 
-    x = x.to(grad.dtype)
-    dendrites, neurons = weight.shape[:2]
-    stacked = stacked_weight(weight.to(grad.dtype), geometry.groups)
-    no_links = grad.new_zeros((dendrites, neurons))
-    total = grad.new_zeros((dendrites, neurons), dtype=torch.float32)
-    for part in chunks(grad, dendrites, geometry):
-        g = grad[part]
-        scratch = writable(g, geometry.channel_axis)
-        kept = stack_like(scratch, dendrites)
-        z = library(x[part], stacked, geometry)
-        dendrites_epilogue(g, z, bias, no_links, to_dendrite, activation, geometry, scratch, kept)
-        total += to_soma_gradient(g, kept, geometry.channel_axis)
-    return total
+    x, stacked = prepared(x.to(grad.dtype), weight.to(grad.dtype), geometry)
+    sums = [
+        to_soma_gradient_of(
+            grad[part], library(x[part], stacked, geometry), bias, to_dendrite, activation, geometry
+        )
+        for part in chunks(grad, weight.shape[0], geometry)
+    ]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)

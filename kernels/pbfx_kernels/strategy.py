@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -30,11 +29,14 @@ _MOST_PACKED, _MOST_SPLIT = 8, 5
 _LEAST_GROUP = 10
 # Where one kernel beats a library GEMM and an epilogue: where the preactivations would be most of
 # the traffic, and where there is so little to do that a second launch is.
-_SPLIT_INPUTS = 256
+_SPLIT_INPUTS = 128
 _FEW_POSITIONS, _FEW_INPUTS = 512, 2048
-# Inputs per neuron up to which a backward that computes activations again costs less than one that
-# reads them, writing them included.
-RECOMPUTED_INPUTS = 64
+# Convolutions of images (1 or 3 channels), for which libraries have no good algorithm; and NHWC
+# ones with this many inputs and no more, which they do not stack well.
+_IMAGE_CHANNELS = 3
+_SPLIT_NHWC_INPUTS = 576
+# Inputs per neuron of a convolution up to which a backward computes activations again.
+RECOMPUTED_INPUTS = 512
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -58,8 +60,10 @@ class Problem:
         geometry: the form of the soma.
         positions: P.
         neurons: N.
-        inputs: K, the weights per neuron.
+        channels: K of a linear op, channels per group of a convolution.
+        taps: of the kernel, 1 for a linear op.
         dendrites: D.
+        channels_last: whether the neurons are neighbours in memory.
     """
 
     device: str
@@ -69,13 +73,20 @@ class Problem:
     geometry: Geometry
     positions: int
     neurons: int
-    inputs: int
+    channels: int
+    taps: int
     dendrites: int
+    channels_last: bool = True
+
+    @property
+    def inputs(self) -> int:
+        """K, the weights per neuron."""
+        return self.channels * self.taps
 
 
 def problem_of(soma: Tensor, weight: Tensor, geometry: Geometry) -> Problem:
     """Describe a site by its tensors."""
-    dendrites, neurons, *rest = weight.shape
+    dendrites, neurons, channels, *taps = weight.shape
     cuda = soma.device.type == "cuda" and torch.version.hip is None
     if geometry.spatial:
         tf32 = torch.backends.cudnn.allow_tf32
@@ -89,8 +100,10 @@ def problem_of(soma: Tensor, weight: Tensor, geometry: Geometry) -> Problem:
         geometry,
         soma.numel() // neurons if neurons else 0,
         neurons,
-        torch.Size(rest).numel(),
+        channels,
+        math.prod(taps),
         dendrites,
+        soma.stride(geometry.channel_axis) == 1,
     )
 
 
@@ -135,30 +148,38 @@ def can_split(problem: Problem) -> bool:
 
 
 def _split_wins(problem: Problem) -> bool:
-    few = 1 < problem.positions <= _FEW_POSITIONS and problem.inputs <= _FEW_INPUTS
-    if problem.geometry.spatial == 0:
-        return few or problem.inputs <= _SPLIT_INPUTS
-    return False
+    # Gathered or not, float32 operands are twice the bytes, and libraries keep their lead.
+    small = problem.dtype.itemsize == 2
+    geometry = problem.geometry
+    if geometry.spatial == 0:
+        few = 1 < problem.positions <= _FEW_POSITIONS and problem.inputs <= _FEW_INPUTS
+        return few or (small and problem.inputs <= _SPLIT_INPUTS)
+    if problem.channels <= _IMAGE_CHANNELS:
+        return small or problem.taps > 9
+    # Pointwise convolutions are GEMMs.
+    gathered = problem.taps > 1 and problem.inputs <= _SPLIT_NHWC_INPUTS
+    return small and gathered and problem.channels_last and problem.channels > 32
 
 
-def recomputes(
-    device: str, dtype: torch.dtype, weight_shape: Sequence[int], geometry: Geometry
-) -> bool:
+def recomputes(soma: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Return whether a backward should compute activations again rather than find them saved.
 
-    Saving writes and reads D activations per output; computing them again costs a multiply-add per
-    input, and no memory. It depends on nothing that changes from batch to batch, so that compiled
-    graphs hold for all batch sizes.
+    Saved activations take less time wherever it was measured, and D times the memory of the
+    output. So it is done where that memory is what fills a GPU and where a step stays below 2.5
+    times the plain one: at convolutions with few inputs and several dendrites. Pointwise ones are
+    left out, because for them it does not. It depends on nothing that changes from batch to batch,
+    so compiled graphs hold for all batch sizes.
 
     Args:
-        device: the type of the soma's device.
-        dtype: of the soma.
-        weight_shape: of one neuron, `(K,)` or `(channels / groups, *kernel)`.
+        soma: its output, for device and dtype.
+        weight: V, `(D, N, K)` or `(D, N, channels / groups, *kernel)`.
         geometry: the form of the soma.
     """
-    if device != "cuda" or dtype not in _DTYPES or getattr(geometry, "transposed", False):
+    dendrites, _, channels, *taps = weight.shape
+    known = soma.device.type == "cuda" and soma.dtype in _DTYPES
+    if not known or getattr(geometry, "transposed", False) or math.prod(taps) == 1:
         return False
-    return math.prod(weight_shape) <= RECOMPUTED_INPUTS
+    return dendrites > 1 and channels * math.prod(taps) <= RECOMPUTED_INPUTS
 
 
 @functools.cache

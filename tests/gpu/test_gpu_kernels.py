@@ -17,6 +17,7 @@ SIZED = (
     Site("wide", (257, 300), (130, 300)),
     Site("long", (5, 9216), (33, 9216)),
     Site("conv", (3, 32, 17, 19), (48, 32, 3, 3), Geometry.convolution(2, padding=1)),
+    Site("unaligned", (600, 501), (33, 501)),
     Site("conv-7x7", (2, 3, 33, 30), (64, 3, 7, 7), Geometry.convolution(2, 2, 3)),
     Site("conv-groups", (2, 64, 9, 9), (96, 32, 3, 3), Geometry.convolution(2, 2, 1, 1, 2)),
 )
@@ -88,7 +89,8 @@ def test_matches_oracle(
     lean = evaluate(args, site, strategy, keep=False)
     assert torch.equal(lean[0], out)
     assert lean[1].shape == (0, *out.shape)
-    if dtype in LOW:
+    # One number may come out of a worse computation exactly right.
+    if dtype in LOW and out.numel() > 1:
         plain = {name: None if t is None else t.detach() for name, t in args.items()}
         eager, _ = oracle_dendrites(site, plain, "tanh")
         allowed = EAGER_FACTOR * relative_error(eager.cpu(), ref.detach())
@@ -202,7 +204,8 @@ def test_more_than_two_to_the_31_elements(strategy: Strategy) -> None:
 def test_choices_on_this_device() -> None:
     linear = Geometry()
     small = torch.empty(64, 64, dtype=torch.bfloat16, device="cuda")
+    vast = torch.empty(65536, 64, device="cuda")
     assert choose(problem_of(small, torch.empty(1, 64, 64), linear)) is Strategy.SPLIT
     assert choose(problem_of(small, torch.empty(9, 64, 64), linear)) is Strategy.REFERENCE
     assert choose(problem_of(small.double(), torch.empty(1, 64, 64), linear)) is Strategy.REFERENCE
-    assert choose(problem_of(small.float(), torch.empty(1, 64, 64), linear)) is Strategy.PACKED
+    assert choose(problem_of(vast, torch.empty(1, 64, 64), linear)) is Strategy.PACKED

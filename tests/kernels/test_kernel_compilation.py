@@ -99,6 +99,11 @@ def test_to_soma_gradient(capability: int, d: int, channels_last: bool, tmp_path
     tile = tile_of(65536, 256, d, channels_last)
     constants = {
         "D": d,
+        "FROM_Z": d > 1,
+        "ACTIVATION": "tanh",
+        "FAST": True,
+        "HAS_BIAS": True,
+        "GROUPED": not channels_last,
         "ROWS": channels_last,
         "BLOCK_P": tile.positions,
         "BLOCK_N": tile.neurons,

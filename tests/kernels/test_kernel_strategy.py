@@ -13,7 +13,7 @@ from pbfx_kernels import LINEAR, Geometry, dendrites, strategy
 from pbfx_kernels.layout import Grid, grid_of, is_regular, merged_stride
 from pbfx_kernels.strategy import Problem, Strategy, choose
 
-H200 = Problem("cuda", (9, 0), torch.bfloat16, False, LINEAR, 65536, 256, 256, 3)
+H200 = Problem("cuda", (9, 0), torch.bfloat16, False, LINEAR, 65536, 256, 64, 1, 3)
 
 
 def but(**changes: object) -> Problem:
@@ -24,11 +24,16 @@ def but(**changes: object) -> Problem:
     ("problem", "expected"),
     [
         (H200, Strategy.SPLIT),
-        (but(inputs=4096), Strategy.PACKED),
-        (but(inputs=2048, positions=256), Strategy.SPLIT),
-        (but(inputs=2048, positions=1), Strategy.PACKED),
+        (but(channels=4096), Strategy.PACKED),
+        (but(channels=2048, positions=256), Strategy.SPLIT),
+        (but(channels=2048, positions=1), Strategy.PACKED),
         (but(dtype=torch.float32), Strategy.PACKED),
-        (but(dtype=torch.float32, tf32=True), Strategy.SPLIT),
+        (but(dtype=torch.float32, tf32=True), Strategy.PACKED),
+        (but(dtype=torch.float32, tf32=True, positions=99), Strategy.SPLIT),
+        (but(geometry=Geometry.convolution(2), taps=9), Strategy.SPLIT),
+        (but(geometry=Geometry.convolution(2), taps=9, channels_last=False), Strategy.PACKED),
+        (but(geometry=Geometry.convolution(2)), Strategy.PACKED),
+        (but(geometry=Geometry.convolution(2), channels=3, taps=49), Strategy.SPLIT),
         (but(dendrites=6), Strategy.PACKED),
         (but(dendrites=9), Strategy.REFERENCE),
         (but(dendrites=0), Strategy.REFERENCE),
@@ -58,7 +63,7 @@ def test_what_is_chosen_can_be_run() -> None:
                     Geometry.convolution(2, groups=8),
                 ):
                     problem = but(
-                        inputs=inputs, positions=positions, dendrites=d, geometry=geometry
+                        channels=inputs, positions=positions, dendrites=d, geometry=geometry
                     )
                     if choose(problem) is Strategy.SPLIT:
                         assert strategy.can_split(problem)
@@ -115,12 +120,28 @@ def test_opcheck_without_activations(name: str, d: int) -> None:
     torch.library.opcheck(ops.dendrites_recompute.default, (*tensors, *form))
 
 
+class _OnGpu(torch.Tensor):
+    """What `recomputes` asks a tensor for, on a machine without a GPU."""
+
+    device = torch.device("cuda")
+
+
 def test_what_is_saved() -> None:
-    """Small sites keep what the soma keeps anyway; others their activations."""
-    assert strategy.recomputes("cuda", torch.bfloat16, (strategy.RECOMPUTED_INPUTS,), LINEAR)
-    assert not strategy.recomputes("cuda", torch.bfloat16, (4096,), LINEAR)
-    assert not strategy.recomputes("cuda", torch.float64, (1,), LINEAR)
-    assert not strategy.recomputes("cpu", torch.float32, (1,), LINEAR)
+    """Convolutions with few inputs save what the soma saves anyway; the others activations."""
+    soma = torch.empty(0).as_subclass(_OnGpu)
+    conv = Geometry.convolution(2)
+
+    def recomputes(*weight: int, geometry: Geometry = conv) -> bool:
+        return strategy.recomputes(soma, torch.empty(weight, device="meta"), geometry)
+
+    assert recomputes(2, 64, 32, 3, 3)
+    assert not recomputes(1, 64, 32, 3, 3)
+    assert not recomputes(2, 64, 32, 1, 1)
+    assert not recomputes(2, 64, 256, 3, 3)
+    assert not recomputes(2, 64, 32, geometry=LINEAR)
+    assert not strategy.recomputes(torch.empty(0), torch.empty(2, 4, 3, 3, 3), conv)
+    soma = soma.double().as_subclass(_OnGpu)
+    assert not recomputes(2, 64, 32, 3, 3)
 
 
 def test_flops() -> None:
