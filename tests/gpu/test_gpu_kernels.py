@@ -28,7 +28,8 @@ PAIRS = [(Strategy.PACKED, site) for site in FULL] + [
 pairs = pytest.mark.parametrize(
     ("strategy", "site"), PAIRS, ids=[f"{strategy.value}-{site.name}" for strategy, site in PAIRS]
 )
-# Of TF32, one product plus a bias that may cancel it says nothing: its table is for norms.
+# One rounded product plus a bias that may cancel it says nothing: the table is for norms. In 3 of
+# 60 draws the reference itself fails at that site, in bfloat16, on the CPU.
 TYPED = [
     (strategy, site, dtype, d)
     for strategy, site in PAIRS
@@ -38,7 +39,7 @@ TYPED = [
         (torch.float32, 1),
         (torch.float32, 4),
     )
-    if not (strategy is Strategy.SPLIT and dtype is torch.float32 and site.name == "linear-1")
+    if site.name != "linear-1" or (strategy, dtype) == (Strategy.PACKED, torch.float32)
 ]
 typed = pytest.mark.parametrize(
     ("strategy", "site", "dtype", "d"),
@@ -89,8 +90,7 @@ def test_matches_oracle(
     lean = evaluate(args, site, strategy, keep=False)
     assert torch.equal(lean[0], out)
     assert lean[1].shape == (0, *out.shape)
-    # One number may come out of a worse computation exactly right.
-    if dtype in LOW and out.numel() > 1:
+    if dtype in LOW:
         plain = {name: None if t is None else t.detach() for name, t in args.items()}
         eager, _ = oracle_dendrites(site, plain, "tanh")
         allowed = EAGER_FACTOR * relative_error(eager.cpu(), ref.detach())
