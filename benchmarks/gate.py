@@ -21,7 +21,9 @@ def same_bits(out: Tensor, reference: Tensor) -> bool:
     """Return whether two tensors are equal bit for bit, signs of zeros included."""
     if out.shape != reference.shape or out.dtype != reference.dtype:
         return False
-    return torch.equal(*(t.detach().contiguous().view(torch.uint8) for t in (out, reference)))
+    return torch.equal(
+        *(t.detach().contiguous().flatten().view(torch.uint8) for t in (out, reference))
+    )
 
 
 def output_fault(out: Tensor, reference: Tensor, dtype: str) -> str | None:

@@ -41,6 +41,20 @@ class Mlp(nn.Sequential):
         )
 
 
+class WideMlp(nn.Sequential):
+    """4096-4096-4096-1000, the hidden layers scaled by `width`: all of it is GEMMs."""
+
+    def __init__(self, width: float = 1.0) -> None:
+        hidden = nets.scaled(4096, width)
+        super().__init__(
+            nn.Linear(4096, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, 1000),
+        )
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut."""
 
@@ -157,6 +171,7 @@ class Model:
 MODELS: dict[str, Model] = {
     "mnist": Model(MnistNet, (1, 28, 28), 10, F.nll_loss),
     "mlp": Model(Mlp, (784,), 10),
+    "wide": Model(WideMlp, (4096,), 1000),
     "resnet18": Model(ResNet18, (3, 224, 224), 1000),
     "bert": Model(BertBase, (128,), 2, tokens=30522),
 }

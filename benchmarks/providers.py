@@ -98,15 +98,20 @@ def _pbfx(config: pbfx.Config) -> Callable[[nn.Module, Mapping[str, Tensor], int
     return build
 
 
-def _candidates(plain: nn.Module, state: Mapping[str, Tensor], dendrites: int) -> Built:
-    model, optimizer = _pbfx(CONFIG)(plain, state, dendrites)
-    policy = pbfx.Interval(neuron_epochs=1, dendrite_epochs=_FOREVER)
-    tracker = pbfx.Tracker(model, optimizer, policy=policy, max_dendrites=dendrites + 1)
-    step = tracker.step(0.0)
-    assert step.phase is pbfx.Phase.DENDRITE, step.reason
-    # The hooks that learn belong to the tracker: it lives as long as the model.
-    model.__dict__["benchmark_tracker"] = tracker
-    return model, optimizer
+def _candidates(count: int) -> Callable[[nn.Module, Mapping[str, Tensor], int], Built]:
+    config = dataclasses.replace(CONFIG, candidates=count)
+
+    def build(plain: nn.Module, state: Mapping[str, Tensor], dendrites: int) -> Built:
+        model, optimizer = _pbfx(config)(plain, state, dendrites)
+        policy = pbfx.Interval(neuron_epochs=1, dendrite_epochs=_FOREVER)
+        tracker = pbfx.Tracker(model, optimizer, policy=policy, max_dendrites=dendrites + 1)
+        step = tracker.step(0.0)
+        assert step.phase is pbfx.Phase.DENDRITE, step.reason
+        # The hooks that learn belong to the tracker: it lives as long as the model.
+        model.__dict__["benchmark_tracker"] = tracker
+        return model, optimizer
+
+    return build
 
 
 def _loop(frozen: bool) -> Callable[[nn.Module, Mapping[str, Tensor], int], Built]:
@@ -150,22 +155,23 @@ def _perforated(dendrites: int) -> float:
     return (dendrites + 3) / 3
 
 
-def _learning(dendrites: int) -> float:
-    return (dendrites + 2 + 2 * CONFIG.candidates) / 3
+def candidates_provider(count: int) -> Provider:
+    """Return the dendrite phase with `count` candidates per neuron."""
+    return Provider(
+        CANDIDATES,
+        _candidates(count),
+        lambda dendrites: (dendrites + 2 + 2 * count) / 3,
+        _candidates_gradients,
+        cycle=CONFIG.measure_every,
+        warmup=CONFIG.priming_batches + CONFIG.measure_every,
+    )
 
 
 PROVIDERS: tuple[Provider, ...] = (
     Provider("plain", _plain, lambda _: 1.0),
     Provider("pbfx perforated", _pbfx(CONFIG), _perforated, _pbfx_gradients, LOOP_FROZEN),
     Provider("pbfx gradient", _pbfx(GRADIENT), _full, _pbfx_gradients, LOOP),
-    Provider(
-        CANDIDATES,
-        _candidates,
-        _learning,
-        _candidates_gradients,
-        cycle=CONFIG.measure_every,
-        warmup=CONFIG.priming_batches + CONFIG.measure_every,
-    ),
+    candidates_provider(CONFIG.candidates),
     Provider(LOOP_FROZEN, _loop(frozen=True), _perforated, loop.gradients),
     Provider(LOOP, _loop(frozen=False), _full, loop.gradients),
 )

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from benchmarks.environment import ROOT
 from benchmarks.errors import UsageError
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def results_path(benchmark: str, args: argparse.Namespace) -> Path | None:
+    """Return the file that a run's options name for its rows, or None."""
+    return args.out or (RESULTS / f"{benchmark}.csv" if args.save else None)
 
 
 def check_columns(path: Path, columns: tuple[str, ...]) -> None:
@@ -46,8 +55,12 @@ def append(path: Path, columns: tuple[str, ...], rows: Iterable[Mapping[str, obj
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerows({key: _text(value) for key, value in row.items()} for row in rows)
+        writer.writerows(map(as_text, rows))
 
 
-def _text(value: object) -> object:
-    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
+def as_text(row: Mapping[str, object]) -> dict[str, str]:
+    """Return a row as it stands in the file."""
+    return {
+        key: f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+        for key, value in row.items()
+    }

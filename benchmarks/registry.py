@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from benchmarks import kernels, restructure, step
+from benchmarks import dendrite_step, kernels, restructure, step, zoo
 from benchmarks.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
-    for benchmark in (step.BENCHMARK, kernels.BENCHMARK, restructure.BENCHMARK)
+    for benchmark in (
+        step.BENCHMARK,
+        kernels.BENCHMARK,
+        dendrite_step.BENCHMARK,
+        restructure.BENCHMARK,
+        zoo.BENCHMARK,
+    )
 }

@@ -13,15 +13,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.benchmark import Benchmark
-from benchmarks.environment import COLUMNS, DTYPES, ROOT, choose_device, environment, precision
+from benchmarks.environment import COLUMNS, DTYPES, choose_device, environment, precision
 from benchmarks.errors import GateError, UsageError
 from benchmarks.options import count, natural
-from benchmarks.records import append, check_columns
+from benchmarks.records import append, check_columns, results_path
 from benchmarks.registry import BENCHMARKS
 from benchmarks.table import render
 from pbfx.errors import nearest
 
-RESULTS = ROOT / "benchmarks" / "results"
 USAGE = "usage: python -m benchmarks NAME [options]"
 
 
@@ -86,7 +85,7 @@ def run(benchmark: Benchmark, args: argparse.Namespace) -> int:
         GateError: if an output is wrong.
     """
     device = choose_device(args.device, args.dtype)
-    path = args.out or (RESULTS / f"{benchmark.name}.csv" if args.save else None)
+    path = results_path(benchmark.name, args)
     columns = (*COLUMNS, *benchmark.columns)
     if path is not None:
         check_columns(path, columns)

@@ -23,7 +23,8 @@ from pbfx.config import Config
 from pbfx.encoding import decode, encode
 from pbfx.errors import CheckpointError, PbfxError
 from pbfx.files import atomic_path
-from pbfx.parts import join
+from pbfx.kept import kept_modules
+from pbfx.paths import join
 from pbfx.perforated import perforated_parts
 from pbfx.structure import Structure, structure_of_keys
 from pbfx.transform import transform
@@ -77,6 +78,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], tracker: Resumable | No
             raise CheckpointError(f"cannot save {name}: a {type(value).__name__} is no tensor")
     header: dict[str, Any] = {
         "format": FORMAT,
+        "transformed": _is_transformed(model),
         "parts": {
             path_: {
                 "config": part.perforation.config.to_json(),
@@ -97,6 +99,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], tracker: Resumable | No
             save_file(_separate(tensors), temporary, {"pbfx": json.dumps(header)})
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"pbfx.save: cannot write {os.fspath(path)}: {error}") from error
+
+
+def _is_transformed(model: nn.Module) -> bool:
+    """Return whether `model` itself came out of `pbfx.transform`, and not only parts of it."""
+    return "" in perforated_parts(model) or "" in kept_modules(model)
 
 
 def load(
@@ -147,7 +154,9 @@ def load(
             for part_path, part in perforated_parts(model).items():
                 if part.structure() != wanted[part_path]:
                     part.adopt(wanted[part_path])
-                part.perforation.draws = header["parts"][part_path]["draws"]
+                saved = header["parts"].get(part_path)
+                if saved is not None:
+                    part.perforation.draws = saved["draws"]
             model.load_state_dict(values)
             if tracker is not None:
                 tracker.load_state_dict(decode(header["tracker"], tensors))
@@ -165,7 +174,8 @@ def load(
 def _structures(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Structure]:
     """Return the structure of each part of `model` that the saved keys describe."""
     return {
-        path: structure_of_keys(values, join(path, ""), part.perforation.sites) or Structure({})
+        path: structure_of_keys(values, f"{path}." if path else "", part.perforation.sites)
+        or Structure({})
         for path, part in perforated_parts(model).items()
     }
 
@@ -237,15 +247,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _transform_as(model: nn.Module, header: dict[str, Any], path: Any) -> nn.Module:
-    if list(header["parts"]) != [""]:
+    parts = header["parts"]
+    if not header["transformed"]:
         raise CheckpointError(
-            f"{path} holds a model of which parts were transformed ({', '.join(header['parts'])}); "
+            f"{path} holds a model of which parts were transformed ({', '.join(parts)}); "
             "transform the same parts of yours before pbfx.load"
         )
-    part = header["parts"][""]
     # The sites by name stand for a filter function, which is code and is not in the file.
-    names = tuple(glob.escape(name) for name in part["sites"])
-    settings = part["config"] | {"include": names, "exclude": ()}
+    names = [join(part, name) for part, saved in parts.items() for name in saved["sites"]]
+    settings = next(iter(parts.values()))["config"]
+    settings = settings | {"include": [glob.escape(name) for name in names], "exclude": ()}
     try:
         return transform(model, Config(**settings))
     except PbfxError as error:
@@ -253,21 +264,33 @@ def _transform_as(model: nn.Module, header: dict[str, Any], path: Any) -> nn.Mod
 
 
 def _check_fit(model: nn.Module, header: dict[str, Any], path: Any) -> None:
+    """Compare site by site: a graph may have been split since, when hooks came."""
     parts = perforated_parts(model)
+    ours = {
+        join(name, site.name): part.perforation.config
+        for name, part in parts.items()
+        for site in part.perforation.sites
+    }
+    theirs = {
+        join(name, site): saved["config"]
+        for name, saved in header["parts"].items()
+        for site in saved["sites"]
+    }
+    grown = [join(n, s) for n, saved in header["parts"].items() for s in saved["dendrites"]]
     faults = []
-    if parts.keys() != header["parts"].keys():
+    if parts.keys() != header["parts"].keys() and not ours.keys() & theirs.keys():
         faults.append(
             f"its perforated parts are {sorted(header['parts'])}, the model's {sorted(parts)}"
         )
-    for name in parts.keys() & header["parts"].keys():
-        config, saved = parts[name].perforation.config, header["parts"][name]
-        sites = {site.name for site in parts[name].perforation.sites}
-        missing = sorted(set(saved["dendrites"]) - sites)
-        if missing:
-            faults.append(f"it has dendrites at {missing}, where the model has no site")
-        for setting in ("activation", "learning"):
-            theirs, ours = saved["config"][setting], getattr(config, setting)
-            if theirs != ours:
-                faults.append(f"its {setting} is {theirs!r}, the model's {ours!r}")
+    elif missing := sorted(set(grown) - ours.keys()):
+        faults.append(f"it has dendrites at {missing}, where the model has no site")
+    for setting in ("activation", "learning"):
+        both = ours.keys() & theirs.keys()
+        pairs = {(theirs[name][setting], getattr(ours[name], setting)) for name in both}
+        faults += [
+            f"its {setting} is {their!r}, the model's {our!r}"
+            for their, our in sorted(pairs)
+            if their != our
+        ]
     if faults:
         raise CheckpointError(f"{path} does not fit the model: " + "; ".join(faults))

@@ -4,7 +4,7 @@ All D dendrites of a site are stacked in one tensor per role, so that one op eva
 checkpoint holds four tensors per site whatever D is:
 
     weight        (D, *soma.weight.shape)   V in the equations
-    bias          (D, N)                    c, where the soma has a bias
+    bias          (D, N)                    c, where the site's dendrites have one
     to_soma       (D, N)                    T: zero at birth, so growing never changes the output
     to_dendrite   (D, D, N)                 U, strictly lower-triangular: the cascade
 
@@ -14,7 +14,11 @@ remembers the shape of a leaf for as long as anyone holds an old loss.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,26 +27,31 @@ from torch import Tensor, nn
 import pbfx_kernels
 from pbfx.config import Config
 from pbfx.sites import Site
-from pbfx_kernels import Moment
+from pbfx.spread import Spread
+from pbfx.structure import Counts
+from pbfx_kernels import Geometry, Moment
+
+# The candidates' buffers that are kept as their weights are.
+_LIKE_WEIGHT = frozenset(("best_weight", "best_bias", "best_to_dendrite"))
 
 
-def draw_weights(
-    like: Tensor, has_bias: bool, count: int, seed: str
-) -> tuple[Tensor, Tensor | None]:
+def draw_weights(site: Site, like: Tensor, count: int, seed: str) -> tuple[Tensor, Tensor | None]:
     """Draw `count` sets of weights as torch initialises a fresh linear or conv layer,
     U(±1/sqrt(fan_in)).
 
+    For a transposed convolution torch takes the fan-in of the convolution that it transposes; here
+    it is what a neuron reads, so that preactivations have the same scale at every site.
+
     Args:
-        like: the soma's weight (N, ...), for shape, dtype and device.
-        has_bias: whether to draw biases too.
+        site: for the shape, and whether to draw biases too.
+        like: the soma's weight, for dtype and device.
         count: D or C.
         seed: names the draw; the same words give the same numbers on every machine.
 
     Returns:
-        Weights (count, *like.shape), and biases (count, N) or None. torch's global streams are not
+        Weights (count, *site.shape), and biases (count, N) or None. torch's global streams are not
         touched.
     """
-    fan_in = max(like[0].numel(), 1)
     # Drawn on the CPU, so that a seed means the same on every device.
     generator = torch.Generator("cpu").manual_seed(zlib.crc32(seed.encode()))
 
@@ -50,12 +59,15 @@ def draw_weights(
         if like.is_meta:
             return torch.empty(shape, dtype=like.dtype, device="meta")
         drawn = (
-            torch.rand(shape, generator=generator, device="cpu").mul_(2).sub_(1).div_(fan_in**0.5)
+            torch.rand(shape, generator=generator, device="cpu")
+            .mul_(2)
+            .sub_(1)
+            .div_(site.fan_in**0.5)
         )
         return drawn.to(device=like.device, dtype=like.dtype)
 
-    weight = uniform(count, *like.shape)
-    return weight, uniform(count, like.shape[0]) if has_bias else None
+    weight = uniform(count, *site.shape)
+    return weight, uniform(count, site.neurons) if site.biased else None
 
 
 class Candidates(nn.Module):
@@ -68,7 +80,7 @@ class Candidates(nn.Module):
     The buffers are the learner's memory; they live here so that they move, save and load with the
     model: `running` the decayed sums of learning batches, `heldout` the sums of measuring batches
     of this epoch, `best_*` the best candidates seen on measuring batches, and what was measured of
-    them.
+    them. `spread` measures the preactivations of candidates that join after a norm.
     """
 
     direction: Tensor
@@ -88,7 +100,7 @@ class Candidates(nn.Module):
     ) -> None:
         super().__init__()
         self.site, self.activation = site, config.activation
-        count, neurons = weight.shape[:2]
+        count, neurons = weight.shape[0], site.neurons
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias)
         self.to_dendrite = nn.Parameter(weight.new_zeros(count, dendrites, neurons))
@@ -110,9 +122,25 @@ class Candidates(nn.Module):
             "best_batches": (count, neurons),
         }.items():
             self.register_buffer(name, weight.new_zeros(shape, dtype=precise))
+        # A norm scales what its neuron computes; dendrites join after it and have to come scaled.
+        self.spread = Spread(count, neurons, weight, precise) if site.norm else None
         self.register_buffer("best_weight", weight.detach().clone())
         self.register_buffer("best_bias", None if bias is None else bias.detach().clone())
         self.register_buffer("best_to_dendrite", self.to_dendrite.detach().clone())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Candidates:
+        # Sums over many batches keep their float32 under `half` and `bfloat16`.
+        sums = [self.moments, *(t for name, t in self.named_buffers() if name not in _LIKE_WEIGHT)]
+        wide = {id(t) for s in sums for t in (s, s.grad) if t is not None}
+        per_dendrite = _per_dendrite(fn, self.weight, self.best_weight)
+
+        def change(tensor: Tensor) -> Tensor:
+            new = per_dendrite(tensor)
+            narrowed = id(tensor) in wide and new.dtype.itemsize < torch.float32.itemsize
+            return tensor.to(new.device) if narrowed else new
+
+        super()._apply(change, recurse)
+        return self
 
     @property
     def count(self) -> int:
@@ -127,22 +155,25 @@ class Candidates(nn.Module):
 
     def forward(self, neuron: Tensor, x: Tensor, activations: Tensor) -> Tensor:
         """Return `neuron` unchanged; on the way back, measure the error that arrives there."""
-        # Nothing comes back from a forward without gradients, such as a validation pass.
-        if not torch.is_grad_enabled():
+        # Nothing comes back from a forward without gradients, such as a validation pass, and of one
+        # that torch.func differentiates nothing stays behind.
+        if not torch.is_grad_enabled() or _in_torch_func():
             return neuron
-        out, _ = pbfx_kernels.candidates(
+        out, z = pbfx_kernels.candidates(
             neuron,
             pad(x, self.site),
             activations,
-            self.weight,
+            self.site.op_weight(self.weight),
             self.bias,
             self.to_dendrite,
             self.moments,
             self.direction,
             self.error_mean,
             self.activation,
-            self.site.geometry,
+            fit_form(self.site, neuron, x),
         )
+        if self.spread is not None and self.spread.open:
+            self.spread.add(z, self.site.geometry.channel_axis)
         return out
 
 
@@ -152,7 +183,7 @@ class Dendrites(nn.Module):
     Args:
         site: where they grow.
         config: activation and mode of learning.
-        weight: the soma's weight, for shape, dtype and device.
+        weight: the soma's weight, for dtype and device.
     """
 
     candidates: Candidates | None
@@ -160,19 +191,32 @@ class Dendrites(nn.Module):
     def __init__(self, site: Site, config: Config, weight: Tensor) -> None:
         super().__init__()
         self.site, self.activation, self.learning = site, config.activation, config.learning
-        neurons = weight.shape[0]
+        neurons = site.neurons
         like = weight.detach()
-        self.weight = nn.Parameter(like.new_zeros(0, *weight.shape))
-        self.bias = nn.Parameter(like.new_zeros(0, neurons)) if site.bias else None
+        self.weight = nn.Parameter(like.new_zeros(0, *site.shape))
+        self.bias = nn.Parameter(like.new_zeros(0, neurons)) if site.biased else None
         self.to_soma = nn.Parameter(like.new_zeros(0, neurons))
         self.to_dendrite = nn.Parameter(like.new_zeros(0, 0, neurons))
         self.candidates = None
         self.set_trainable()
+        # torch's fused fast paths (nn.TransformerEncoderLayer, nn.MultiheadAttention in eval) read
+        # the weights around the modules, which would leave dendrites out without a word. They stand
+        # aside where a module inside has a hook.
+        self.register_forward_pre_hook(_keep_out_of_fast_paths)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dendrites:
+        super()._apply(_per_dendrite(fn, self.weight), recurse)
+        return self
 
     @property
     def count(self) -> int:
         """D, the number of accepted dendrites per neuron."""
         return self.weight.shape[0]
+
+    @property
+    def counts(self) -> Counts:
+        """D, and C of the candidates if there are any."""
+        return Counts(self.count, 0 if self.candidates is None else self.candidates.count)
 
     def extra_repr(self) -> str:
         """Show D and the activation in the model's printout."""
@@ -190,7 +234,7 @@ class Dendrites(nn.Module):
 
         Args:
             weight: (*soma.weight.shape).
-            bias: (N,), or None where the soma has none.
+            bias: (N,), or None where the site's dendrites have none.
             to_dendrite: (D, N), how strongly each older dendrite feeds the new one.
         """
         old = self.count
@@ -229,21 +273,65 @@ class Dendrites(nn.Module):
         """
         if not self.count:
             return soma, soma.new_empty((0, *soma.shape))
-        arguments = (
-            soma,
-            pad(x, self.site),
-            self.weight,
-            self.bias,
-            self.to_soma,
-            self.to_dendrite,
-            self.activation,
-            self.site.geometry,
-        )
-        if self.learning == "gradient":
-            return pbfx_kernels.reference.dendrites(*arguments)
         # Only candidates read the activations, and only where gradients are wanted.
         keep = self.candidates is not None and torch.is_grad_enabled()
-        return pbfx_kernels.dendrites(*arguments, keep=keep)
+        x, evaluate = pad(x, self.site), functools.partial(pbfx_kernels.dendrites, keep=keep)
+        weight, bias, to_dendrite = self.site.op_weight(self.weight), self.bias, self.to_dendrite
+        if self.learning == "gradient":
+            evaluate = pbfx_kernels.reference.dendrites
+        elif _in_torch_func():
+            # Its transforms do not go through the op; the reference blocks the same errors if what
+            # they must not reach is detached.
+            evaluate = pbfx_kernels.reference.dendrites
+            x, weight, to_dendrite = x.detach(), weight.detach(), to_dendrite.detach()
+            bias = None if bias is None else bias.detach()
+        return evaluate(
+            soma,
+            x,
+            weight,
+            bias,
+            self.to_soma,
+            to_dendrite,
+            self.activation,
+            fit_form(self.site, soma, x),
+        )
+
+
+def _keep_out_of_fast_paths(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Do nothing; that there is a hook is what counts."""
+
+
+def fit_form(site: Site, soma: Tensor, x: Tensor) -> Geometry:
+    """Return the form of this call: a transposed convolution may be asked for another size."""
+    form = site.geometry
+    if not form.transposed:
+        return form
+    bare = dataclasses.replace(form, output_padding=(0,) * form.spatial)
+    least = bare.output_shape(x.shape, site.op_shape)[-form.spatial :]
+    extents = soma.shape[-form.spatial :]
+    added = tuple(size - base for size, base in zip(extents, least, strict=True))
+    return form if added == form.output_padding else dataclasses.replace(form, output_padding=added)
+
+
+def _per_dendrite(fn: Callable[[Tensor], Tensor], *stacks: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what applies `fn` to stacked weights as if each were a soma's.
+
+    A memory format is for a convolution's weight; the stack has one axis more than the format has.
+    """
+    stacked = {id(t) for s in stacks for t in (s, s.grad) if t is not None}
+
+    def apply(tensor: Tensor) -> Tensor:
+        if id(tensor) not in stacked:
+            return fn(tensor)
+        return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+
+    return apply
+
+
+def _in_torch_func() -> bool:
+    """Return whether torch.func (grad, vmap, jvp, ...) is transforming what runs now."""
+    # Dynamo does not know the question, and compiles torch.func's transforms by itself.
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def pad(x: Tensor, site: Site) -> Tensor:

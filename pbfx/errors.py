@@ -21,7 +21,13 @@ class ConfigError(PbfxError, ValueError):
 
 
 class CaptureError(PbfxError, RuntimeError):
-    """The model cannot be captured as a graph, or holds nothing that can carry dendrites."""
+    """The model cannot be captured as a graph, or holds nothing that can carry dendrites.
+
+    Attributes:
+        culprit: the innermost module whose forward could not be traced, if it is known.
+    """
+
+    culprit: object = None
 
 
 class PassError(PbfxError, RuntimeError):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import textwrap
 
 from torch import nn
 
-from pbfx.parts import join, parts_of
+from pbfx.kept import kept_modules
+from pbfx.parts import parts_of
+from pbfx.paths import join
 
 # A terminal's width by custom.
 COLUMNS = 80
@@ -71,14 +74,15 @@ def explain(model: nn.Module) -> Explanation:
         RestructureError: if the model has no perforated parts.
     """
     sites, skipped = [], []
-    for path, part in parts_of(getattr(model, "_orig_mod", model)).items():
-        grown = part.dendrites()
+    model = getattr(model, "_orig_mod", model)
+    for path, part in parts_of(model).items():
+        grown = part.grown()
         for site in part.perforation.sites:
             dendrites = grown.get(site.name)
             count = 0 if dendrites is None else dendrites.count
-            weight = part.get_parameter(site.weight)
-            neurons = weight.shape[0]
-            own = weight.numel() + (neurons if site.bias else 0)
+            neurons = site.neurons
+            soma = math.prod(site.shape) + (neurons if site.bias else 0)
+            own = math.prod(site.shape) + (neurons if site.biased else 0)
             # Each new dendrite also has a link to the soma and one from every older dendrite.
             links = count * neurons + count * (count - 1) // 2 * neurons
             sites.append(
@@ -87,9 +91,11 @@ def explain(model: nn.Module) -> Explanation:
                     op=site.op,
                     calls=site.calls,
                     dendrites=count,
-                    parameters=own * (count + 1) + links,
+                    parameters=soma + own * count + links,
                     next_dendrite=own + neurons * (count + 1),
                 )
             )
         skipped += [(join(path, s.name), s.op, s.reason) for s in part.perforation.skipped]
+    for path, kept in kept_modules(model).items():
+        skipped += [(join(path, s.name), s.op, s.reason) for s in kept.skipped]
     return Explanation(tuple(sites), tuple(skipped))

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from pbfx.dendrites import Candidates, Dendrites
 from pbfx.errors import RestructureError
+from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, perforated_parts
+from pbfx.structure import Structure
 
 
 def parts_of(model: nn.Module) -> dict[str, PerforatedModule]:
@@ -25,9 +27,26 @@ def parts_of(model: nn.Module) -> dict[str, PerforatedModule]:
     return parts
 
 
-def join(prefix: str, name: str) -> str:
-    """Return the path of `name` inside the module at `prefix`."""
-    return f"{prefix}.{name}" if prefix else name
+def structure_of(model: nn.Module) -> Structure:
+    """Return the structure of all parts of `model` together, by the full paths of their sites."""
+    return Structure(
+        {
+            join(path, name): counts
+            for path, part in parts_of(model).items()
+            for name, counts in part.structure().sites.items()
+        }
+    )
+
+
+def adopt(model: nn.Module, structure: Structure) -> None:
+    """Let each part of `model` take on what `structure`, with full paths, says of its sites."""
+    for path, part in parts_of(model).items():
+        names = {site.name: join(path, site.name) for site in part.perforation.sites}
+        wanted = {
+            name: structure.sites[full] for name, full in names.items() if full in structure.sites
+        }
+        if part.structure() != Structure(wanted):
+            part.adopt(Structure(wanted))
 
 
 def candidate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -81,7 +100,7 @@ def managed_parameters(model: nn.Module) -> list[str]:
 def soma_weight_of(model: nn.Module) -> Callable[[str], nn.Parameter]:
     """Return a function from the name of a dendrites' parameter to its soma's weight."""
     weights = {
-        join(path, site.dendrites): join(path, site.weight)
+        join(path, site.dendrites): join(path, site.home)
         for path, part in parts_of(model).items()
         for site in part.perforation.sites
     }

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import sys
+from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.optim.swa_utils import AveragedModel
 
-from pbfx.config import Config
+from pbfx.absorbed import absorb, assign
+from pbfx.capture import CONSTANT
 from pbfx.dendrites import Candidates, Dendrites, draw_weights
-from pbfx.errors import PassError, PbfxError
+from pbfx.errors import CheckpointError, PassError
 from pbfx.passes.context import PassContext
+from pbfx.paths import join
+from pbfx.perforation import Perforation
 from pbfx.phase import Phase
-from pbfx.pipeline import PassRecord, run_passes
-from pbfx.sites import Site, Skipped
-from pbfx.structure import Counts, Structure, structure_of_keys
+from pbfx.pipeline import run_passes
+from pbfx.plain_graph import named
+from pbfx.sites import Site
+from pbfx.structure import Structure, structure_of_keys
 
 # What fx.GraphModule itself keeps on an instance; everything else belongs to the user, `meta` too,
 # which fx starts empty and only carries along.
@@ -26,37 +33,19 @@ _GRAPH_MODULE_STATE = (
 )
 
 
-@dataclasses.dataclass
-class Perforation:
-    """What pbfx knows about a perforated module.
+class _Start(nn.Module):
+    """Ends the chain of constructors: the state of a user's class is copied, not made anew."""
 
-    Attributes:
-        source: the captured graph. It is never edited; every graph that runs is derived from it.
-        sites: where dendrites may grow.
-        skipped: the other ops with parameters, and why.
-        config: what the user asked for.
-        phase: which graph runs now.
-        draws: how many pools of weights have been drawn, so that a new pool differs from the last.
-        records: what the passes did at the last rebuild.
-        tracker: the one tracker that may restructure this module, as a token.
-    """
-
-    source: fx.Graph
-    sites: tuple[Site, ...]
-    skipped: tuple[Skipped, ...]
-    config: Config
-    phase: Phase = Phase.NEURON
-    draws: int = 0
-    records: tuple[PassRecord, ...] = ()
-    tracker: object = None
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
 
 
 class PerforatedModule(fx.GraphModule):
-    """A captured model that can grow dendrites.
+    """A captured module that can grow dendrites.
 
-    It has the parameters, buffers, submodules, attributes and state-dict keys of the user's model.
-    `perforation` holds the rest. After every structural change `rebuild` derives a new graph from
-    the source graph and recompiles.
+    It has the parameters, buffers, submodules, attributes and state-dict keys of the user's module,
+    and is an instance of its class. `perforation` holds the rest. After every structural change
+    `rebuild` derives a new graph from the source graph and recompiles.
     """
 
     perforation: Perforation
@@ -68,6 +57,12 @@ class PerforatedModule(fx.GraphModule):
                 self.__dict__[name] = value
         self.perforation = perforation
         self.rebuild()
+        absorb(self, perforation.absorbed)
+
+    @staticmethod
+    def over(root: nn.Module, perforation: Perforation) -> PerforatedModule:
+        """Return a perforated module in the place of `root`, an instance of its class too."""
+        return _kind(perforation.kind)(root, perforation, perforation.kind.__name__)
 
     def rebuild(self) -> None:
         """Derive the graph for the present structure and phase, and recompile.
@@ -87,7 +82,7 @@ class PerforatedModule(fx.GraphModule):
             raise
         self.recompile()
 
-    def dendrites(self) -> dict[str, Dendrites]:
+    def grown(self) -> dict[str, Dendrites]:
         """Return the dendrites modules that exist now, by the name of their site."""
         return {
             site.name: module
@@ -99,7 +94,7 @@ class PerforatedModule(fx.GraphModule):
         """Return the dendrites module of `site`, made empty if there is none yet."""
         module = self._lookup(site.dendrites)
         if module is None:
-            module = Dendrites(site, self.perforation.config, self.get_parameter(site.weight))
+            module = Dendrites(site, self.perforation.config, self.get_parameter(site.home))
             owner, _, name = site.dendrites.rpartition(".")
             self.get_submodule(owner).add_module(name, module)
         return module
@@ -122,20 +117,14 @@ class PerforatedModule(fx.GraphModule):
         """Draw weights (count, *W) and biases (count, N) for `site` from the private generator."""
         perforation = self.perforation
         perforation.draws += 1
-        like = self.get_parameter(site.weight).detach()
-        seed = f"{perforation.config.seed}/{site.name}/{perforation.draws}"
-        return draw_weights(like, site.bias is not None, count, seed)
+        like = self.get_parameter(site.home).detach()
+        name = join(perforation.path, site.name)
+        seed = f"{perforation.config.seed}/{name}/{perforation.draws}"
+        return draw_weights(site, like, count, seed)
 
     def structure(self) -> Structure:
         """Return how many dendrites and candidates each site has."""
-        return Structure(
-            {
-                name: Counts(
-                    module.count, 0 if module.candidates is None else module.candidates.count
-                )
-                for name, module in self.dendrites().items()
-            }
-        )
+        return Structure({name: module.counts for name, module in self.grown().items()})
 
     def adopt(self, structure: Structure) -> None:
         """Take on `structure`: the first D dendrites of each site survive, new ones are zero."""
@@ -148,9 +137,9 @@ class PerforatedModule(fx.GraphModule):
             dendrites.resize(counts.dendrites)
             dendrites.candidates = None
             if counts.candidates:
-                like = self.get_parameter(site.weight).detach()
-                weight = like.new_zeros(counts.candidates, *like.shape)
-                bias = like.new_zeros(counts.candidates, like.shape[0]) if site.bias else None
+                like = self.get_parameter(site.home).detach()
+                weight = like.new_zeros(counts.candidates, *site.shape)
+                bias = like.new_zeros(counts.candidates, site.neurons) if site.biased else None
                 dendrites.candidates = Candidates(
                     site, self.perforation.config, weight, bias, counts.dendrites
                 )
@@ -160,6 +149,26 @@ class PerforatedModule(fx.GraphModule):
         if changed:
             # Into or out of the eval in which the dendrite phase holds the network.
             self.train(self.training)
+
+    def lead(self) -> None:
+        """Let the averaged copies of this module follow its structure."""
+        for twin in list(self.perforation.followers):
+            # A copy with a tracker of its own goes its own way.
+            if isinstance(twin, PerforatedModule) and twin.perforation.tracker is None:
+                _imitate(twin, self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "perforation" not in self.__dict__ or name in _GRAPH_MODULE_STATE:
+            super().__setattr__(name, value)
+        else:
+            assign(self, name, value, super().__setattr__, self)
+
+    def original(self) -> nn.Module:
+        """Return a module of the user's class over the state of this one, without a graph."""
+        plain = nn.Module()
+        plain.__dict__.update(self._without_ours(self.__dict__))
+        plain.__class__ = self.perforation.kind
+        return plain
 
     def train(self, mode: bool = True) -> PerforatedModule:
         """Set the mode as usual; in the dendrite phase the network's own modules stay in eval."""
@@ -182,32 +191,180 @@ class PerforatedModule(fx.GraphModule):
         described = structure_of_keys(state_dict, prefix, self.perforation.sites)
         if described is not None and described != self.structure():
             self.adopt(described)
+            self.lead()
         super()._load_from_state_dict(state_dict, prefix, *rest, **named)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PerforatedModule:
+        # The constants of the forward are no state of the user's: they move with the model, but
+        # neither `half` nor `to_empty` has a say in what they are.
+        constants: dict[str, Tensor] = {
+            name: self._buffers.pop(name)  # pyright: ignore[reportAssignmentType]
+            for name, value in list(self._buffers.items())
+            if value is not None and CONSTANT.fullmatch(name)
+        }
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(constants)
+        for name, value in constants.items():
+            device = fn(value).device
+            # A meta tensor has forgotten its numbers, and no state dict brings these back.
+            if device.type != "meta":
+                self._buffers[name] = value.to(device)
+        return self
+
+    def __copy__(self) -> PerforatedModule:
+        # New module objects over the same tensors, as `pbfx.transform` makes them of a plain
+        # model: dendrites of one are not the other's.
+        tensors = [*self.parameters(), *self.buffers()]
+        return copy.deepcopy(self, {id(tensor): tensor for tensor in tensors})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PerforatedModule:
         # Known to `memo` before its parts are copied, since a part may refer back to the whole.
-        twin = memo[id(self)] = PerforatedModule.__new__(PerforatedModule)
-        perforation = dataclasses.replace(self.perforation, tracker=None)
-        twin.__init__(copy.deepcopy(self._shell(), memo), perforation, type(self).__name__)
+        kind = type(self)
+        twin = memo[id(self)] = kind.__new__(kind)
+        perforation = copy.deepcopy(self.perforation, memo)
+        _restore(twin, (kind.__name__, perforation, copy.deepcopy(self._state(), memo)))
+        if _is_averaging():
+            self.perforation.followers.add(twin)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # fx pickles a module's code and traces it again, which would turn `self.training` into a
-        # constant. Until the source graph has a format of its own, say so instead of breaking
-        # quietly.
-        raise PbfxError(
-            f"a perforated {type(self).__name__} cannot be pickled; save it with pbfx.save(model, "
-            "path) or torch.save(model.state_dict(), path), and copy it with copy.deepcopy"
-        )
+        own, name = self.perforation.kind, type(self).__name__
+        if named(own) is None:
+            raise CheckpointError(
+                f"a perforated {name} cannot be pickled: its class {own.__module__}."
+                f"{own.__qualname__} cannot be imported by that name; define it at the top level "
+                "of a module, or save with pbfx.save(model, path) or "
+                "torch.save(model.state_dict(), path)"
+            )
+        # All that is ours is checked before the first byte is written.
+        for part in perforated_parts(self).values():
+            part.perforation.__getstate__()
+        return _blank, (own,), (name, self.perforation, self._state()), None, None, _restore
 
-    def _shell(self) -> nn.Module:
-        """Return a plain module with everything that is not fx's or pbfx's."""
-        shell = nn.Module()
+    def _recompile_submodules(self) -> list[Any]:
+        # Parts inside have graphs of their own, which `rebuild` derives when they change.
+        return []
+
+    def _replicate_for_data_parallel(self) -> PerforatedModule:
+        # The class holds the compiled forward, and a replica runs the same.
+        replica = object.__new__(type(self))
+        replica.__dict__ = self.__dict__ | {
+            "_parameters": {},
+            "_buffers": self._buffers.copy(),
+            "_modules": self._modules.copy(),
+            "_is_replica": True,
+        }
+        return replica
+
+    def _state(self) -> dict[str, Any]:
+        """Return what the user's class wants copied, without what is fx's or pbfx's."""
+        state = self.__getstate__()
+        if not isinstance(state, dict):
+            raise CheckpointError(
+                f"a perforated {type(self).__name__} cannot be copied or pickled: its "
+                f"__getstate__ must return a dict of attributes, got {type(state).__name__}"
+            )
+        return self._without_ours(state)
+
+    @staticmethod
+    def _without_ours(state: dict[str, Any]) -> dict[str, Any]:
         ours = _GRAPH_MODULE_STATE | {"perforation"}
-        shell.__dict__.update(
-            {name: value for name, value in self.__dict__.items() if name not in ours}
-        )
-        return shell
+        return {name: value for name, value in state.items() if name not in ours}
+
+
+def _kind(own: type[nn.Module]) -> type[PerforatedModule]:
+    """Return a class of perforated modules, instances of `own` too where that can be."""
+    if issubclass(own, fx.GraphModule) or _customises_access(own):
+        return PerforatedModule
+    # Methods of our own first; everything else is the user's.
+    bases = (PerforatedModule, _Start, own)
+    return type(own.__name__, bases, {"__module__": own.__module__})
+
+
+def _blank(own: type[nn.Module]) -> PerforatedModule:
+    """Return a module without any state, for `_restore`."""
+    kind = _kind(own)
+    return kind.__new__(kind)
+
+
+def _restore(module: PerforatedModule, state: tuple[str, Any, dict[str, Any]]) -> None:
+    """Fill a blank module, by way of the user's `__setstate__`, and derive its graph."""
+    name, perforation, attributes = state
+    module.__setstate__(attributes)
+    shell = nn.Module()
+    shell.__dict__.update(module.__dict__)
+    module.__init__(shell, perforation, name)
+
+
+@torch.no_grad()
+def _imitate(twin: PerforatedModule, model: PerforatedModule) -> None:
+    """Give `twin` the structure of `model`, and the values of what is new there.
+
+    What the twin computes changes only if it loses dendrites: new ones have no weight yet. Parts
+    inside count as well, since hooks may have split one of the two.
+    """
+    theirs = _dendrites(model)
+    known = {name: module.count for name, module in _dendrites(twin).items()}
+    changed = False
+    for path, part in perforated_parts(twin).items():
+        names = {site.name: join(path, site.name) for site in part.perforation.sites}
+        wanted = {n: theirs[full].counts for n, full in names.items() if full in theirs}
+        if part.structure() != Structure(wanted):
+            part.adopt(Structure(wanted))
+            changed = True
+    for name, mine in _dendrites(twin).items() if changed else ():
+        first = known.get(name, 0)
+        for role, values in theirs[name].named_parameters(recurse=False):
+            mine.get_parameter(role)[first:].copy_(values[first:])
+        pool = theirs[name].candidates
+        if mine.candidates is not None and pool is not None:
+            mine.candidates.load_state_dict(pool.state_dict())
+
+
+def _dendrites(model: PerforatedModule) -> dict[str, Dendrites]:
+    """Return the dendrites modules of `model` and of the parts inside, by the path of the site."""
+    return {
+        join(path, name): module
+        for path, part in perforated_parts(model).items()
+        for name, module in part.grown().items()
+    }
+
+
+def _is_averaging() -> bool:
+    """Return whether an `AveragedModel` is being made, and this copy is the one that it keeps."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is AveragedModel.__init__.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def hides(module: nn.Module) -> str | None:
+    """Return why a perforated module cannot take the place of `module`, or None."""
+    own = {*module.__dict__, *module._modules, *module._parameters, *module._buffers}
+    for base in type(module).__mro__:
+        if base.__module__.partition(".")[0] not in ("torch", "builtins"):
+            own |= vars(base).keys()
+    taken = {"perforation", *dir(PerforatedModule)} - set(dir(nn.Module))
+    if isinstance(module, fx.GraphModule):
+        taken -= set(dir(fx.GraphModule)) | set(_GRAPH_MODULE_STATE)
+    clash = sorted(own & taken)
+    return (
+        f"its attribute {clash[0]!r} would hide behind PerforatedModule.{clash[0]}"
+        if clash
+        else None
+    )
+
+
+def _customises_access(cls: type) -> bool:
+    """Return whether a user's class watches its attributes, which a graph module's would upset."""
+    watched = ("__setattr__", "__getattr__", "__delattr__")
+    return cls.__getattribute__ is not object.__getattribute__ or any(
+        getattr(cls, name) is not getattr(nn.Module, name) for name in watched
+    )
 
 
 def perforated_parts(model: nn.Module) -> dict[str, PerforatedModule]:

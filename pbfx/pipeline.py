@@ -16,7 +16,7 @@ from collections.abc import Callable
 from torch import fx
 
 from pbfx.errors import PassError
-from pbfx.passes import attach_candidates, hold_eval, insert_dendrites
+from pbfx.passes import attach_candidates, hold_eval, insert_dendrites, unfold_layers
 from pbfx.passes.context import PassContext
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 Pass = Callable[[fx.GraphModule, PassContext], int]
 
 PASSES: tuple[Pass, ...] = (
-    # First, because candidates attach to dendrites nodes.
+    # First, because it brings the somas inside layers to light.
+    unfold_layers,
+    # Before the candidates, which attach to dendrites nodes.
     insert_dendrites,
     # Reads the outputs of the dendrites nodes; rewrites nothing in the neuron phase.
     attach_candidates,

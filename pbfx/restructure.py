@@ -16,12 +16,16 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from pbfx.absorbed import Absorbed
 from pbfx.dendrites import Dendrites
 from pbfx.errors import ConfigError, RestructureError, nearest
-from pbfx.learning import SiteLearner
+from pbfx.learning import SiteLearner, new_cohort
 from pbfx.optimizers import Schedule, sync_optimizer
-from pbfx.parts import candidate_parameters, join, managed_parameters, parts_of, soma_weight_of
+from pbfx.parts import candidate_parameters, managed_parameters, parts_of, soma_weight_of
+from pbfx.passes.hold_eval import held_by_graph
+from pbfx.paths import join
 from pbfx.perforated import PerforatedModule
+from pbfx.perforation import Perforation
 from pbfx.phase import Phase
 from pbfx.undo import undoing
 
@@ -70,10 +74,11 @@ def start_dendrite_phase(model: nn.Module) -> tuple[Frozen, dict[str, SiteLearne
 
 def learners_of(model: nn.Module) -> dict[str, SiteLearner]:
     """Return a new learner, not yet attached, for every pool of candidates in `model`."""
+    cohort = new_cohort()
     return {
-        join(path, name): SiteLearner(dendrites.candidates, part.perforation.config)
+        join(path, name): SiteLearner(dendrites.candidates, part.perforation.config, cohort)
         for path, part in parts_of(model).items()
-        for name, dendrites in part.dendrites().items()
+        for name, dendrites in part.grown().items()
         if dendrites.candidates is not None
     }
 
@@ -90,21 +95,41 @@ def freeze(model: nn.Module) -> None:
 
 
 def hold_outside(model: nn.Module) -> list[RemovableHandle]:
-    """Hold what lies outside the perforated parts in eval too, until the handles are removed.
+    """Hold what no graph holds in eval too, until the handles are removed.
 
-    No graph of ours runs there, and the training loop switches modes at will, so each module is
-    switched back as it is called.
+    A module that keeps its own forward, or that no pass knows (attention, recurrent nets), reads
+    its own flag, and the training loop switches modes at will: each is switched back as it is
+    called.
     """
-    inside = {id(module) for part in parts_of(model).values() for module in part.modules()}
+    held = {
+        id(module)
+        for part in parts_of(model).values()
+        for module in held_by_graph(part, part.perforation.source)
+    }
 
-    def hold(module: nn.Module, _: Any) -> None:
-        module.training = False
-
+    # The parts change phase together.
+    hold = _Hold(next(iter(parts_of(model).values())).perforation)
     return [
         module.register_forward_pre_hook(hold)
         for module in model.modules()
-        if id(module) not in inside
+        # What a graph has absorbed is never called.
+        if id(module) not in held and not isinstance(module, Absorbed)
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hold:
+    """Switch a module to eval as it is called, for as long as the dendrite phase lasts.
+
+    A copy of the model takes this along, and no tracker that would remove it; it then follows the
+    phase of the copy.
+    """
+
+    perforation: Perforation
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        if self.perforation.phase is Phase.DENDRITE:
+            module.training = False
 
 
 def thaw(model: nn.Module, frozen: Frozen) -> None:
@@ -124,7 +149,7 @@ def thaw(model: nn.Module, frozen: Frozen) -> None:
 def promote(model: nn.Module, learners: dict[str, SiteLearner]) -> None:
     """Turn the best candidate of each neuron into a dendrite; drop the rest of the pools."""
     for path, part in parts_of(model).items():
-        for name, dendrites in part.dendrites().items():
+        for name, dendrites in part.grown().items():
             learner = learners.get(join(path, name))
             if learner is not None:
                 dendrites.candidates = None
@@ -185,6 +210,6 @@ def grow_part(part: PerforatedModule, n: int, names: set[str]) -> None:
             for _ in range(n):
                 weight, bias = part.draw(site, 1)
                 dendrites = part.ensure_dendrites(site)
-                links = weight.new_zeros(dendrites.count, weight.shape[1])
+                links = weight.new_zeros(dendrites.count, site.neurons)
                 dendrites.append(weight[0], None if bias is None else bias[0], links)
     part.rebuild()

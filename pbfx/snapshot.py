@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pbfx.parts import network_state, parts_of
+from pbfx.parts import adopt, network_state, structure_of
 from pbfx.structure import Counts, Structure
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A network as it was: its score, the dendrites of each part, and a copy of its tensors."""
+    """A network as it was: its score, the dendrites of each site, and a copy of its tensors."""
 
     score: float
-    structures: dict[str, Structure]
+    structure: Structure
     tensors: dict[str, Tensor]
 
     @classmethod
@@ -25,32 +25,24 @@ class Snapshot:
         """Copy the network of `model`."""
         return cls(
             score,
-            {path: part.structure().without_candidates() for path, part in parts_of(model).items()},
+            structure_of(model).without_candidates(),
             {name: _copied(value) for name, value in network_state(model).items()},
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the snapshot as plain data and tensors."""
-        structures = {
-            path: {name: counts.dendrites for name, counts in structure.sites.items()}
-            for path, structure in self.structures.items()
-        }
-        return {"score": self.score, "structures": structures, "tensors": self.tensors}
+        dendrites = {name: counts.dendrites for name, counts in self.structure.sites.items()}
+        return {"score": self.score, "dendrites": dendrites, "tensors": self.tensors}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Snapshot:
         """Return the snapshot that `state_dict` described."""
-        structures = {
-            path: Structure({name: Counts(count) for name, count in sites.items()})
-            for path, sites in state["structures"].items()
-        }
-        return cls(state["score"], structures, dict(state["tensors"]))
+        structure = Structure({name: Counts(count) for name, count in state["dendrites"].items()})
+        return cls(state["score"], structure, dict(state["tensors"]))
 
     def restore(self, model: nn.Module) -> None:
         """Prune or grow `model` to this structure and copy the tensors back."""
-        for path, part in parts_of(model).items():
-            if part.structure() != self.structures[path]:
-                part.adopt(self.structures[path])
+        adopt(model, self.structure)
         model.load_state_dict(self.tensors)
 
 

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import operator
+
 import networkx as nx
-from torch import fx
+from torch import fx, nn
+
+_ASSIGNMENTS = frozenset(
+    getattr(operator, name)
+    for name in (
+        *("setitem", "delitem", "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul"),
+        *("imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor"),
+    )
+)
 
 
 def dataflow(graph: fx.Graph) -> nx.DiGraph:
@@ -29,6 +39,29 @@ def reaches_output(graph: fx.Graph) -> set[fx.Node]:
     flow = dataflow(graph)
     outputs = [node for node in graph.nodes if node.op == "output"]
     return {node for output in outputs for node in nx.ancestors(flow, output)}
+
+
+def may_write(root: nn.Module, node: fx.Node) -> bool:
+    """Return whether `node` may write into a tensor that it was given.
+
+    Args:
+        root: the module over which the graph runs.
+        node: any node of it.
+    """
+    if node.op == "call_module":
+        parts = root.get_submodule(str(node.target)).modules()
+        return any(getattr(part, "inplace", False) for part in parts)
+    if node.op != "call_function" or node.target in _ASSIGNMENTS:
+        return node.op == "call_function" or _is_in_place(node)
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return schema.is_mutable
+    name = getattr(node.target, "__name__", "")
+    # `inplace` may be given by its place, so any flag that is set counts.
+    functional = getattr(node.target, "__module__", "") == "torch.nn.functional"
+    flagged = functional and any(value is True for value in node.args)
+    written = bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    return flagged or written or (name.endswith("_") and not name.endswith("__"))
 
 
 def _is_in_place(node: fx.Node) -> bool:

@@ -347,7 +347,7 @@ class Tracker:
             self.optimizer.load_state_dict(state["optimizer"])
             self._schedule.load_state_dict(state["schedule"])
             for path, part in parts_of(self.model).items():
-                part.perforation.draws = state["draws"][path]
+                part.perforation.draws = state["draws"].get(path, part.perforation.draws)
             if self._frozen is not None:
                 restructure.thaw(self.model, self._frozen)
             if state["frozen"] is not None:

@@ -6,11 +6,12 @@ import logging
 
 from torch import nn
 
+from pbfx.assembly import assemble, make_plan
 from pbfx.capture import capture
 from pbfx.config import Config
 from pbfx.errors import CaptureError, ConfigError
-from pbfx.perforated import PerforatedModule, Perforation, perforated_parts
-from pbfx.sites import find_sites, is_site_module
+from pbfx.perforated import hides, perforated_parts
+from pbfx.sites import choose_sites, folded_weights, is_site_module
 
 logger = logging.getLogger(__name__)
 
@@ -24,24 +25,45 @@ _WRAPPERS = (
 )
 
 
-def transform(model: nn.Module, config: Config | None = None) -> PerforatedModule:
+def transform(model: nn.Module, config: Config | None = None) -> nn.Module:
     """Return a module that computes what `model` computes, and can grow dendrites.
 
-    It shares the parameters and buffers of `model`, has the same state-dict keys, and gives
-    bit-identical outputs until dendrites carry weight. `model` itself is left as it is.
+    It shares the parameters and buffers of `model`, is an instance of the same class, has the same
+    state-dict keys, and gives bit-identical outputs until dendrites carry weight. `model` itself is
+    left as it is.
+
+    The model is captured whole where symbolic tracing allows it and its class offers no more than
+    `forward`. Otherwise it keeps its own forward and methods, and the largest modules inside that
+    can be captured are, down to single linear and conv layers; `pbfx.explain` tells which and why.
 
     Args:
-        model: any module that symbolic tracing can capture whole.
+        model: any module.
         config: where and how to grow; `Config()` if None.
 
     Returns:
         The perforated module. Train it, save it and compile it in place of `model`.
 
     Raises:
-        CaptureError: if `forward` cannot be traced, or no op can carry dendrites; says why.
+        CaptureError: if no op can carry dendrites, or the model cannot be cloned; says why.
         ConfigError: if an argument is not what it should be, or a pattern matches nothing.
     """
     config = Config() if config is None else config
+    _check_arguments(model, config)
+    captured = capture(model, is_site_module, hides)
+    folded = folded_weights(captured.root)
+    plan = make_plan(captured, lambda parts: choose_sites(parts, config, folded))
+    if not any(plan.chosen.values()):
+        reasons = [f"{path} ({op}): {reason}" for path, op, reason in plan.left_out()]
+        raise CaptureError(
+            f"{type(model).__name__} has no linear or conv operation that can carry dendrites"
+            + (f". Left out: {'; '.join(reasons)}" if reasons else "")
+        )
+    for path, op, reason in plan.left_out():
+        logger.info("no dendrites at %s (%s): %s", path, op, reason)
+    return assemble(plan, config)
+
+
+def _check_arguments(model: nn.Module, config: Config) -> None:
     if not isinstance(config, Config):
         raise ConfigError(f"pbfx.transform: config must be a pbfx.Config, got {config!r}")
     if not isinstance(model, nn.Module):
@@ -56,22 +78,3 @@ def transform(model: nn.Module, config: Config | None = None) -> PerforatedModul
         raise ConfigError(
             f"pbfx.transform: the model is perforated already (at {path or 'its root'!r})"
         )
-    name = type(model).__name__
-    root, graph = capture(model, is_site_module)
-    own = {*root.__dict__, *root._modules, *root._parameters, *root._buffers}
-    for attribute in sorted(own - set(dir(nn.Module))):
-        if attribute == "perforation" or hasattr(PerforatedModule, attribute):
-            raise CaptureError(
-                f"cannot perforate {name}: its attribute {attribute!r} would hide behind "
-                f"PerforatedModule.{attribute}; rename it"
-            )
-    sites, skipped = find_sites(root, graph, config)
-    if not sites:
-        reasons = "; ".join(f"{s.name} ({s.op}): {s.reason}" for s in skipped)
-        raise CaptureError(
-            f"{name} has no linear or conv operation that can carry dendrites"
-            + (f". Left out: {reasons}" if reasons else "")
-        )
-    for op in skipped:
-        logger.info("no dendrites at %s (%s): %s", op.name, op.op, op.reason)
-    return PerforatedModule(root, Perforation(graph, sites, skipped, config), name)

@@ -29,6 +29,8 @@ def undoing(
     undo = _Undo(model, optimizer, schedule)
     try:
         yield
+        for part in perforated_parts(model).values():
+            part.lead()
     # Whatever went wrong, user's code or ours or Ctrl-C, must not leave half a model behind.
     except BaseException as error:
         undo()
@@ -38,10 +40,10 @@ def undoing(
             f"restructuring failed and was undone: {type(error).__name__}: {error}"
         ) from error
     finally:
-        _drop_compiled_code()
+        drop_compiled_code()
 
 
-def _drop_compiled_code() -> None:
+def drop_compiled_code() -> None:
     """Let `torch.compile` look at the model anew.
 
     Dynamo notices the new code of a perforated module that was compiled itself, but not of one
@@ -61,16 +63,19 @@ class _Undo:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer | None, schedule: Schedule | None
     ) -> None:
-        modules = list(model.modules())
+        parts = list(perforated_parts(model).values())
+        averaged = [copy for part in parts for copy in part.perforation.followers]
+        models = nn.ModuleList([model, *averaged])
+        modules = list(models.modules())
         kept: list[dict[Any, Any]] = []
         for module in modules:
             kept += [module._modules, module._parameters, module._buffers]
         self.training = [(module, module.training) for module in modules]
         self.parts = [
             (part, part.perforation, dataclasses.replace(part.perforation), part._graph)
-            for part in perforated_parts(model).values()
+            for part in perforated_parts(models).values()
         ]
-        tensors = {*model.parameters(), *model.buffers()}
+        tensors = {*models.parameters(), *models.buffers()}
         lists: list[list[Any]] = []
         if optimizer is not None:
             kept += [vars(optimizer), optimizer.state, *optimizer.state.values()]

@@ -165,8 +165,8 @@ CASES = {
     "residual": Case(Residual, (4, 6), ("blocks.0.fc", "blocks.1.fc", "head")),
     "functional": Case(Functional, (3, 2, 7), ("kernel", "heads.0", "heads.1")),
     "shared": Case(Shared, (6, 4), ("first", "encode", "decode")),
-    "attention": Case(Attention, (2, 3, 4), ("mix",)),
-    "normed": Case(Normed, (8, 4), ("plain", "head")),
+    "attention": Case(Attention, (2, 3, 4), ("attend.in_proj_weight", "attend.out_proj", "mix")),
+    "normed": Case(Normed, (8, 4), ("plain", "weighted", "spectral", "head")),
 }
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

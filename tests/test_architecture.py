@@ -19,13 +19,22 @@ KERNELS = ROOT / "kernels" / "pbfx_kernels"
 # Lowest first: a room may import rooms of its own line and of the lines above it. A room is a file
 # or a folder directly under pbfx/.
 LAYERS: list[tuple[str, str]] = [
-    ("errors config phase files encoding", "say what is wrong, wanted, stored; know no graph"),
-    ("topology sites capture structure", "read the model; rewrite nothing"),
-    ("dendrites", "own the parameters of one site; know no graph around it"),
-    ("learning", "train dendrites; know no pass"),
-    ("passes pipeline perforated", "rewrite graphs; `perforated` is the GraphModule they rewrite"),
     (
-        "transform restructure parts snapshot undo optimizers checkpoint explain",
+        "errors config phase files encoding paths",
+        "say what is wrong, wanted, stored; know no graph",
+    ),
+    (
+        "topology cells attention sites capture structure kept plain_graph",
+        "read the model; rewrite nothing",
+    ),
+    ("dendrites spread", "own the parameters of one site; know no graph around it"),
+    ("learning", "train dendrites; know no pass"),
+    (
+        "passes pipeline perforation perforated absorbed",
+        "rewrite graphs; `perforated` is what they rewrite",
+    ),
+    (
+        "transform assembly restructure parts snapshot undo optimizers checkpoint explain",
         "the verbs, each made of passes",
     ),
     ("policy history tracker", "when to restructure, and the call that does it"),

@@ -114,7 +114,7 @@ def recompute_to_soma_gradient(
 
         return packed_to_soma_gradient(grad, x, weight, bias, to_dendrite, activation, geometry)
     # The sum with the soma is not needed, nor its links: any finite ones do.
-    links = weight.new_zeros(weight.shape[:2])
+    links = to_dendrite.new_zeros(to_dendrite.shape[1:])
     _, activations = reference.dendrites(
         grad, x, weight, bias, links, to_dendrite, activation, geometry
     )

@@ -15,31 +15,39 @@ from torch.utils.flop_counter import register_flop_formula
 import pbfx_kernels.ops  # noqa: F401  registers the ops
 
 
-def stacked_flops(soma: Sequence[int], weight: Sequence[int]) -> int:
+def stacked_flops(
+    soma: Sequence[int], x: Sequence[int], weight: Sequence[int], transposed: bool = False
+) -> int:
     """Count `V_d x` for all d.
 
     Args:
         soma: shape of the soma's output.
-        weight: `(D, N, K)` or `(D, N, channels / groups, *kernel)`.
+        x: shape of the soma's input.
+        weight: `(D, N, K)`, `(D, N, channels / groups, *kernel)` or, transposed, `(D, channels,
+            N / groups, *kernel)`.
+        transposed: of the soma's geometry.
     """
     dendrites, _, *inputs = weight
-    return 2 * dendrites * math.prod(soma) * math.prod(inputs)
+    # Each output has so many inputs, or, transposed, each input so many outputs.
+    return 2 * dendrites * math.prod(x if transposed else soma) * math.prod(inputs)
 
 
 @register_flop_formula(torch.ops.pbfx.dendrites)
 def dendrites_flops(
-    soma: Sequence[int], x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any
+    soma: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, **_: Any
 ) -> int:
     """Count `pbfx::dendrites`; its backward by saved activations has no GEMM."""
-    return stacked_flops(soma, weight)
+    # bias, to_soma, to_dendrite, activation, stride, padding, dilation, groups, transposed
+    return stacked_flops(soma, x, weight, rest[8])
 
 
 @register_flop_formula(torch.ops.pbfx.dendrites_recompute)
 def dendrites_recompute_flops(
-    grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any
+    grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, **_: Any
 ) -> int:
     """Count `pbfx::dendrites_recompute`."""
-    return stacked_flops(grad, weight)
+    # bias, to_dendrite, activation, stride, padding, dilation, groups, transposed
+    return stacked_flops(grad, x, weight, rest[7])
 
 
 @register_flop_formula(torch.ops.pbfx.candidates)
@@ -48,11 +56,13 @@ def candidates_flops(
     x: Sequence[int],
     activations: Sequence[int],
     weight: Sequence[int],
-    *_: Any,
-    **__: Any,
+    *rest: Any,
+    **_: Any,
 ) -> int:
     """Count `pbfx::candidates`."""
-    return stacked_flops(neuron, weight)
+    # bias, to_dendrite, moments, direction, error_mean, activation, stride, padding, dilation,
+    # groups, transposed
+    return stacked_flops(neuron, x, weight, rest[10])
 
 
 @register_flop_formula(torch.ops.pbfx.candidates_backward)
@@ -64,8 +74,9 @@ def candidates_backward_flops(
     direction: Sequence[int],
     error_mean: Sequence[int],
     weight_shape: Sequence[int],
-    *_: Any,
-    **__: Any,
+    *rest: Any,
+    **_: Any,
 ) -> int:
     """Count `pbfx::candidates_backward`: one weight gradient for all candidates."""
-    return stacked_flops(grad, weight_shape)
+    # activation, stride, padding, dilation, groups, transposed
+    return stacked_flops(grad, x, weight_shape, rest[5])

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pbfx_kernels.ops  # noqa: F401  registers the ops
+from pbfx_kernels import candidate_autograd
 from pbfx_kernels.geometry import LINEAR, Geometry
 from pbfx_kernels.strategy import recomputes
 
@@ -35,6 +36,7 @@ def dendrites(
             the dtype of the computation, so autocast decides once, at the soma.
         x: the soma's input, `(..., K)` or `(B, channels, *spatial)`, any float dtype.
         weight: V, `(D, N, K)` or `(D, N, channels / groups, *kernel)`, any float dtype; D may be 0.
+            Of a transposed convolution `(D, channels, N / groups, *kernel)`.
         bias: c, `(D, N)`, or None.
         to_soma: T, `(D, N)`. Zeros leave the output bit-identical to `soma`.
         to_dendrite: U, `(D, D, N)`; only the strictly lower triangle `e < d` is read.
@@ -65,6 +67,8 @@ def dendrites(
         geometry.padding,
         geometry.dilation,
         geometry.groups,
+        geometry.transposed,
+        geometry.output_padding,
         keep or _backward_wants_activations(soma, weight, to_soma, geometry),
     )
 
@@ -94,7 +98,8 @@ def candidates(
         neuron: the site's output, `(..., N)` or `(B, N, *spatial)`, the batch optional.
         x: the soma's input, `(..., K)` or `(B, channels, *spatial)`, any float dtype.
         activations: a, `(D, *neuron)`, of the accepted dendrites; D may be 0.
-        weight: V, `(C, N, K)` or `(C, N, channels / groups, *kernel)`, any float dtype.
+        weight: V, `(C, N, K)` or `(C, N, channels / groups, *kernel)`, any float dtype. Of a
+            transposed convolution `(C, channels, N / groups, *kernel)`.
         bias: c, `(C, N)`, or None.
         to_dendrite: U, `(C, D, N)`.
         moments: `(6 * C, N)`, float32 or float64. Its value is never read.
@@ -105,7 +110,8 @@ def candidates(
         geometry: the form of the soma; linear if left out.
 
     Returns:
-        out: a copy of `neuron`, bit for bit.
+        out: `neuron`, bit for bit. In eager mode it is the same memory, so work in place on one of
+            them is work on both, as if nothing stood between; in a graph it is a copy.
         z: the candidates' preactivations, `(C, *neuron)`, dtype of `neuron`, without gradient.
 
     Raises:
@@ -114,7 +120,7 @@ def candidates(
 
     Source: Fahlman and Lebiere, *The Cascade-Correlation Learning Architecture*, 1990.
     """
-    return torch.ops.pbfx.candidates.default(
+    tensors = (
         neuron,
         x,
         activations,
@@ -124,11 +130,18 @@ def candidates(
         moments,
         direction,
         error_mean,
+    )
+    if candidate_autograd.runs_eagerly(*tensors):
+        return candidate_autograd.apply(*tensors, activation, geometry)
+    return torch.ops.pbfx.candidates.default(
+        *tensors,
         activation,
         geometry.stride,
         geometry.padding,
         geometry.dilation,
         geometry.groups,
+        geometry.transposed,
+        geometry.output_padding,
     )
 
 

@@ -1,5 +1,9 @@
 """The form of a soma: a linear map, or a convolution over one to three spatial dimensions.
 
+A transposed convolution has the form of the convolution that it transposes, so its weight is
+`(channels, N / groups, *kernel)`: the neurons of one group share axis 1, and the groups lie one
+after the other on axis 0.
+
 A linear op is the convolution with no spatial dimensions: all tuples are empty, and the channel
 axis, `-(n + 1)` for a convolution over `n` dimensions, is the last one. That one rule also covers
 inputs without a batch dimension.
@@ -20,6 +24,10 @@ class Geometry:
         padding: zeros added on both sides of each spatial dimension.
         dilation: distance between kernel taps per spatial dimension.
         groups: blocks of channels that do not see one another.
+        transposed: whether it is a transposed convolution: `stride` then counts output positions
+            and `padding` takes positions away.
+        output_padding: positions added at the end of each spatial dimension of a transposed
+            convolution's output; empty for every other op.
 
     Raises:
         ArgumentError: the tuples differ in length, are longer than three, or hold impossible
@@ -30,6 +38,8 @@ class Geometry:
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         faults = _faults(self)
@@ -44,6 +54,8 @@ class Geometry:
         padding: int | Sequence[int] = 0,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
+        transposed: bool = False,
+        output_padding: int | Sequence[int] = 0,
     ) -> "Geometry":
         """Build the geometry of a convolution; a single number holds for all dimensions.
 
@@ -53,12 +65,19 @@ class Geometry:
             padding: likewise.
             dilation: likewise.
             groups: blocks of channels that do not see one another.
+            transposed: whether it is a transposed convolution.
+            output_padding: for a transposed convolution, likewise; left aside for others.
 
         Raises:
             ArgumentError: a sequence does not have `spatial` entries, or a value is impossible.
         """
         return cls(
-            _spread(stride, spatial), _spread(padding, spatial), _spread(dilation, spatial), groups
+            _spread(stride, spatial),
+            _spread(padding, spatial),
+            _spread(dilation, spatial),
+            groups,
+            transposed,
+            _spread(output_padding, spatial) if transposed else (),
         )
 
     @property
@@ -71,29 +90,51 @@ class Geometry:
         """Axis of the neurons in the soma's output (and of the channels in its input), negative."""
         return -(self.spatial + 1)
 
+    @property
+    def neuron_axis(self) -> int:
+        """Axis of one weight along which the neurons of a group lie."""
+        return 1 if self.transposed else 0
+
+    def neurons(self, weight: Sequence[int]) -> int:
+        """Return N, the number of neurons.
+
+        Args:
+            weight: shape of one weight, `(N, K)`, `(N, channels / groups, *kernel)`, or of a
+                transposed convolution `(channels, N / groups, *kernel)`.
+        """
+        return weight[1] * self.groups if self.transposed else weight[0]
+
+    def channels(self, weight: Sequence[int]) -> int:
+        """Return how many channels the soma reads; K for a linear op.
+
+        Args:
+            weight: shape of one weight, as for `neurons`.
+        """
+        return weight[0] if self.transposed else weight[1] * self.groups
+
     def output_shape(self, x: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
         """Compute the shape of the soma's output.
 
         Args:
             x: shape of the input, `(..., K)` or `(B, channels, *spatial)`, the batch optional.
-            weight: shape of one weight, `(N, K)` or `(N, channels / groups, *kernel)`.
+            weight: shape of one weight, as for `neurons`.
 
         Returns:
             `(..., N)` or `(B, N, *output_spatial)`.
         """
-        # Formula of torch.nn.Conv2d, "Shape".
+        first = len(x) - self.spatial
         extents = (
-            (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
-            for size, taps, stride, padding, dilation in zip(
-                x[len(x) - self.spatial :],
-                weight[2:],
-                self.stride,
-                self.padding,
-                self.dilation,
-                strict=True,
-            )
+            self._extent(axis, size, weight[2 + axis]) for axis, size in enumerate(x[first:])
         )
-        return (*x[: len(x) - self.spatial - 1], weight[0], *extents)
+        return (*x[: first - 1], self.neurons(weight), *extents)
+
+    def _extent(self, axis: int, size: int, taps: int) -> int:
+        # Formulas of torch.nn.Conv2d and torch.nn.ConvTranspose2d, "Shape".
+        stride, padding = self.stride[axis], self.padding[axis]
+        reach = self.dilation[axis] * (taps - 1)
+        if self.transposed:
+            return (size - 1) * stride - 2 * padding + reach + self.output_padding[axis] + 1
+        return (size + 2 * padding - reach - 1) // stride + 1
 
 
 def _spread(value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
@@ -113,11 +154,28 @@ def _faults(geometry: Geometry) -> list[str]:
         ("padding", padding, 0),
         ("dilation", dilation, 1),
         ("groups", (geometry.groups,), 1),
+        ("output_padding", geometry.output_padding, 0),
     ):
         if any(value < least for value in values):
             faults.append(f"{name}: expected at least {least}, got {tuple(values)}")
     if not stride and geometry.groups != 1:
         faults.append(f"groups: a linear op has one group, got {geometry.groups}")
+    extra = geometry.output_padding
+    if geometry.transposed and not stride:
+        faults.append("transposed: a linear op has no transposed form, got True")
+    elif geometry.transposed and len(extra) != len(stride):
+        faults.append(
+            f"output_padding: expected {len(stride)} entries as for stride, got {tuple(extra)}"
+        )
+    elif geometry.transposed and any(
+        more >= max(step, gap) for more, step, gap in zip(extra, stride, dilation, strict=False)
+    ):
+        faults.append(
+            "output_padding: expected less than stride or dilation, "
+            f"got {tuple(extra)} with {tuple(stride)} and {tuple(dilation)}"
+        )
+    elif not geometry.transposed and extra:
+        faults.append(f"output_padding: only a transposed convolution has one, got {tuple(extra)}")
     return faults
 
 

@@ -9,7 +9,7 @@
 They are custom ops and not `autograd.Function`s, since a symbolic trace goes *into* a Function and
 loses its backward; an op stays one node through symbolic_trace, Dynamo, AOTAutograd and inductor.
 Backwards are ops of their own, for the same reason. Which kernels run inside is for
-`pbfx_kernels.strategy` to say; candidates run the reference on every device.
+`pbfx_kernels.strategy` to say, and for `candidate_autograd` where candidates are concerned.
 
 The backwards are deliberately not the derivatives of the forwards: no error reaches the input of a
 dendrite (perforated backpropagation), and a candidate, which feeds nothing, learns from the error
@@ -20,14 +20,14 @@ averages them.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from pbfx_kernels import reference
+from pbfx_kernels import candidate_autograd, reference
+from pbfx_kernels.candidate_autograd import no_autocast as _no_autocast
 from pbfx_kernels.dispatch import (
     evaluate_dendrites,
     recompute_to_soma_gradient,
@@ -50,13 +50,15 @@ def dendrites_op(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Match `reference.dendrites`; arguments and errors are those of `pbfx_kernels.dendrites`.
 
     Without `keep`, the activations that come back are `(0, *soma)`.
     """
-    geometry = _geometry(stride, padding, dilation, groups)
+    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     check_dendrites(soma, x, weight, bias, to_soma, to_dendrite, activation, geometry)
     with _no_autocast(soma):
         out, activations = evaluate_dendrites(
@@ -78,9 +80,11 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    geometry = _geometry(stride, padding, dilation, groups)
+    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     check_dendrites(soma, x, weight, bias, to_soma, to_dendrite, activation, geometry)
     count = weight.shape[0] if keep else 0
     activations = soma.new_empty_strided((count, *soma.shape), _stack_strides(soma))
@@ -112,9 +116,11 @@ def dendrites_recompute_op(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
 ) -> Tensor:
     """Match `reference.dendrites_backward` on the activations of `reference.dendrites`."""
-    geometry = _geometry(stride, padding, dilation, groups)
+    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     with _no_autocast(grad):
         return recompute_to_soma_gradient(grad, x, weight, bias, to_dendrite, activation, geometry)
 
@@ -131,8 +137,10 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
 ) -> Tensor:
-    return grad.new_empty(weight.shape[:2], dtype=reference.accumulation_dtype(grad.dtype))
+    return grad.new_empty(to_dendrite.shape[1:], dtype=reference.accumulation_dtype(grad.dtype))
 
 
 def _dendrites_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -164,7 +172,7 @@ def _dendrites_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tup
                 grad, *ctx.saved_tensors, *ctx.form
             )
         grad_to_soma = grad_to_soma.to(ctx.to_soma_dtype)
-    return grad, None, None, None, grad_to_soma, *(None,) * 7
+    return grad, None, None, None, grad_to_soma, *(None,) * 9
 
 
 dendrites_op.register_autograd(_dendrites_gradients, setup_context=_dendrites_setup)
@@ -186,9 +194,11 @@ def candidates_op(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Copy `neuron` and run `reference.candidate_preactivations`; see `pbfx_kernels.candidates`."""
-    geometry = _geometry(stride, padding, dilation, groups)
+    """Copy `neuron` and compute `reference.candidate_preactivations`; see `candidate_autograd`."""
+    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     check_candidates(
         neuron,
         x,
@@ -203,7 +213,7 @@ def candidates_op(
         geometry,
     )
     with _no_autocast(neuron):
-        z = reference.candidate_preactivations(
+        z = candidate_autograd.preactivate(
             x, activations.to(neuron.dtype), weight, bias, to_dendrite, geometry
         )
     # An op may not return its input, so the neuron's output is copied.
@@ -226,8 +236,10 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    geometry = _geometry(stride, padding, dilation, groups)
+    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     check_candidates(
         neuron,
         x,
@@ -259,16 +271,22 @@ def candidates_backward_op(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run `reference.candidates_backward`; gradients are dense and contiguous."""
-    geometry = _geometry(stride, padding, dilation, groups)
+    """Compute `reference.candidates_backward`; gradients are dense and contiguous."""
+    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     with _no_autocast(grad):
-        grad_weight, *rest = reference.candidates_backward(
+        grad_weight, bias, to_dendrite, moments = candidate_autograd.differentiate(
             grad, z, x, activations, direction, error_mean, weight_shape, activation, geometry
         )
     # The layout of a convolution's weight gradient depends on the backend; the fake promises a
     # contiguous one.
-    return grad_weight.contiguous(), rest[0], rest[1], rest[2]
+    grad_weight = grad_weight.to(reference.accumulation_dtype(z.dtype)).contiguous()
+    if candidate_autograd.fused(z):
+        # Parts of one buffer, and what an op returns must not overlap.
+        bias, to_dendrite, moments = bias.clone(), to_dendrite.clone(), moments.clone()
+    return grad_weight, bias, to_dendrite, moments
 
 
 @candidates_backward_op.register_fake
@@ -285,8 +303,13 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    c, n = weight_shape[:2]
+    c = weight_shape[0]
+    n = _geometry(stride, padding, dilation, groups, transposed, output_padding).neurons(
+        weight_shape[1:]
+    )
     shapes = (weight_shape, (c, n), (c, activations.shape[0], n), (6 * c, n))
     dtype = reference.accumulation_dtype(z.dtype)
     weight, bias, to_dendrite, moments = (z.new_empty(shape, dtype=dtype) for shape in shapes)
@@ -322,24 +345,23 @@ def _candidates_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tu
             None if dtype is None else gradient.to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-    return grad, None, None, *learned, *(None,) * 7
+    return grad, None, None, *learned, *(None,) * 9
 
 
 candidates_op.register_autograd(_candidates_gradients, setup_context=_candidates_setup)
 
 
 def _geometry(
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
 ) -> Geometry:
-    return Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-
-
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Hold autocast off inside an op: the dtype of the soma's output, already autocast, decides."""
-    device = tensor.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return Geometry(
+        tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
+    )
 
 
 def _strides(soma: Tensor) -> tuple[int, ...]:
@@ -356,4 +378,10 @@ def _laid_out(result: Tensor, strides: tuple[int, ...]) -> Tensor:
     """Copy a result where it does not have the strides that the fake promised."""
     if result.stride() == strides:
         return result
+    if all(
+        size == 1 or found == promised
+        for size, found, promised in zip(result.shape, result.stride(), strides, strict=True)
+    ):
+        # The same elements in the same places.
+        return result.as_strided(result.shape, strides)
     return result.new_empty_strided(result.shape, strides).copy_(result)

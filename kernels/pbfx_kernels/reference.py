@@ -5,7 +5,8 @@
 Shapes: P positions (batch x space), K inputs, N neurons, D dendrites, C candidates per neuron.
 `(*soma)` is the shape of the soma's output, `(..., N)` for a linear op and `(B, N, *spatial)` for a
 convolution, the batch optional. Dendrites and candidates are stacked on a leading axis, so one GEMM
-or convolution evaluates all of a site.
+or convolution evaluates all of a site. The weight of a transposed convolution is `(D, channels,
+N / groups, *kernel)`.
 
 Precision: GEMMs and convolutions run in the dtype of the soma's output; links, activations and sums
 run in float32, or in float64 where the soma is float64. A kernel has to match these functions
@@ -35,9 +36,11 @@ __all__ = [
     "dendrites",
     "dendrites_backward",
     "preactivations",
+    "weight_gradient",
 ]
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,21 +53,33 @@ def preactivations(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geo
 
     Args:
         x: `(..., K)` or `(B, channels, *spatial)`, the batch optional.
-        weight: `(D, N, K)` or `(D, N, channels / groups, *kernel)`, dtype of `x`.
+        weight: `(D, N, K)`, `(D, N, channels / groups, *kernel)` or, transposed, `(D, channels,
+            N / groups, *kernel)`, dtype of `x`.
         bias: `(D, N)`, dtype of `x`, or None.
         geometry: the form of the soma.
 
     Returns:
         `(D, *soma)`, dtype of `x`.
     """
-    stacked, neurons, *_ = weight.shape
+    stacked, neurons = weight.shape[0], geometry.neurons(weight.shape[1:])
     if stacked == 0:
         # A convolution without output channels is an error in torch.
         return x.new_empty((0, *geometry.output_shape(x.shape, weight.shape[1:])))
-    weight = _flatten_stack(weight, -(geometry.spatial + 2), geometry.groups)
+    weight = _flatten_weight(weight, geometry)
     bias = None if bias is None else _flatten_stack(bias, -1, geometry.groups)
     if geometry.spatial == 0:
         flat = F.linear(x, weight, bias)
+    elif geometry.transposed:
+        flat = _TRANSPOSED[geometry.spatial - 1](
+            x,
+            weight,
+            bias,
+            geometry.stride,
+            geometry.padding,
+            geometry.output_padding,
+            geometry.groups,
+            geometry.dilation,
+        )
     else:
         convolution = _CONVOLUTIONS[geometry.spatial - 1]
         flat = convolution(
@@ -223,7 +238,7 @@ def candidates_backward(
     centred = error - _per_channel(error_mean.to(wide), grad.dim(), geometry)
     grad_z = direction * centred * activation_derivative(activation, wide_z) * -half
 
-    grad_weight = _weight_gradient(grad_z.to(z.dtype), x.to(z.dtype), weight_shape, geometry)
+    grad_weight = weight_gradient(grad_z.to(z.dtype), x.to(z.dtype), weight_shape, geometry)
     grad_bias = _sum_positions(grad_z, axis)
     grad_to_dendrite = grad_bias.new_empty((z.shape[0], activations.shape[0], neurons))
     if activations.shape[0]:
@@ -258,32 +273,50 @@ def _preactivations_in(
     return preactivations(x.to(dtype), weight.to(dtype), bias, geometry)
 
 
-def _weight_gradient(
+def weight_gradient(
     grad_z: Tensor, x: Tensor, weight_shape: Sequence[int], geometry: Geometry
 ) -> Tensor:
     """Compute the gradient of stacked weights from that of their preactivations, in one op."""
-    stacked, neurons, *rest = weight_shape
+    stacked = weight_shape[0]
     flat = _flatten_stack(grad_z, geometry.channel_axis, geometry.groups)
     if geometry.spatial == 0:
-        rows = math.prod(x.shape[:-1])
-        grad = flat.reshape(rows, stacked * neurons).t() @ x.reshape(rows, *rest)
+        rows, (neurons, inputs) = math.prod(x.shape[:-1]), weight_shape[1:]
+        grad = flat.reshape(rows, stacked * neurons).t() @ x.reshape(rows, inputs)
     else:
+        form = list(weight_shape[1:])
+        form[geometry.neuron_axis] *= stacked
         batched = x.dim() == geometry.spatial + 2
         grad = torch.ops.aten.convolution_backward(
             flat if batched else flat[None],
             x if batched else x[None],
             # Only its shape is read, as the mask asks for no gradient to the input.
-            x.new_empty(1).expand(stacked * neurons, *rest),
+            x.new_empty(1).expand(form),
             None,
             geometry.stride,
             geometry.padding,
             geometry.dilation,
-            False,
-            (0,) * geometry.spatial,
+            geometry.transposed,
+            geometry.output_padding or (0,) * geometry.spatial,
             geometry.groups,
             (False, True, False),
         )[1]
-    return _unflatten_stack(grad, -(geometry.spatial + 2), geometry.groups, stacked, neurons)
+    return _unflatten_weight(grad, geometry, stacked)
+
+
+def _flatten_weight(weight: Tensor, geometry: Geometry) -> Tensor:
+    """Make one weight of D, `(D, *W)` to `(*W)` with D times the neurons."""
+    if geometry.transposed:
+        # A transposed convolution's groups lie on the channels' axis, so its neurons merge freely.
+        return weight.movedim(0, 1).flatten(1, 2)
+    return _flatten_stack(weight, -(geometry.spatial + 2), geometry.groups)
+
+
+def _unflatten_weight(flat: Tensor, geometry: Geometry, stacked: int) -> Tensor:
+    """Undo `_flatten_weight`: one weight with D times the neurons to `(D, *W)`."""
+    if geometry.transposed:
+        return flat.unflatten(1, (stacked, flat.shape[1] // stacked)).movedim(1, 0)
+    axis = -(geometry.spatial + 2)
+    return _unflatten_stack(flat, axis, geometry.groups, stacked, flat.shape[axis] // stacked)
 
 
 def _flatten_stack(stacked: Tensor, axis: int, groups: int) -> Tensor:
@@ -292,6 +325,9 @@ def _flatten_stack(stacked: Tensor, axis: int, groups: int) -> Tensor:
     A grouped convolution wants all channels of its first group first, so the order is (group, d,
     neuron of group).
     """
+    if stacked.shape[0] == 1:
+        # A stack of one is in any order; half of all calls, and five views saved.
+        return stacked[0]
     neurons = stacked.shape[axis]
     split = stacked.unflatten(axis, (groups, neurons // groups))
     return split.movedim(0, axis - 1).flatten(axis - 2, axis)
@@ -299,6 +335,8 @@ def _flatten_stack(stacked: Tensor, axis: int, groups: int) -> Tensor:
 
 def _unflatten_stack(flat: Tensor, axis: int, groups: int, stacked: int, neurons: int) -> Tensor:
     """Undo `_flatten_stack`: `(..., D * N, ...)` to `(D, ..., N, ...)`."""
+    if stacked == 1:
+        return flat[None]
     split = flat.unflatten(axis, (groups, stacked, neurons // groups))
     return split.movedim(axis - 1, 0).flatten(axis - 1, axis)
 

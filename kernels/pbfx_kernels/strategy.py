@@ -86,7 +86,8 @@ class Problem:
 
 def problem_of(soma: Tensor, weight: Tensor, geometry: Geometry) -> Problem:
     """Describe a site by its tensors."""
-    dendrites, neurons, channels, *taps = weight.shape
+    dendrites, _, channels, *taps = weight.shape
+    neurons = geometry.neurons(weight.shape[1:])
     cuda = soma.device.type == "cuda" and torch.version.hip is None
     if geometry.spatial:
         tf32 = torch.backends.cudnn.allow_tf32
@@ -130,7 +131,7 @@ def fallback_reason(problem: Problem) -> str | None:
         return f"there are no kernels for {problem.dtype}"
     if problem.dendrites > _MOST_PACKED:
         return f"the kernels hold up to {_MOST_PACKED} dendrites per neuron"
-    if getattr(problem.geometry, "transposed", False):
+    if problem.geometry.transposed:
         return "there are no kernels for transposed convolutions"
     return None
 
@@ -177,7 +178,7 @@ def recomputes(soma: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """
     dendrites, _, channels, *taps = weight.shape
     known = soma.device.type == "cuda" and soma.dtype in _DTYPES
-    if not known or getattr(geometry, "transposed", False) or math.prod(taps) == 1:
+    if not known or geometry.transposed or math.prod(taps) == 1:
         return False
     return dendrites > 1 and channels * math.prod(taps) <= RECOMPUTED_INPUTS
 

@@ -43,7 +43,7 @@ def check_dendrites(
     }
     faults = _common_faults(tensors, soma, x, weight, activation, geometry)
     if not faults:
-        d, n = weight.shape[:2]
+        d, n = weight.shape[0], geometry.neurons(weight.shape[1:])
         faults += _shape_faults(
             ("bias", "(D, N)", bias, (d, n)),
             ("to_soma", "(D, N)", to_soma, (d, n)),
@@ -85,7 +85,7 @@ def check_candidates(
     }
     faults = _common_faults(tensors, neuron, x, weight, activation, geometry)
     if not faults:
-        c, n = weight.shape[:2]
+        c, n = weight.shape[0], geometry.neurons(weight.shape[1:])
         d = activations.shape[0] if activations.dim() else 0
         faults += _shape_faults(
             ("activations", "(D, *neuron)", activations, (d, *neuron.shape)),
@@ -131,19 +131,20 @@ def _form_faults(
 ) -> list[str]:
     """Check that weight, input and output are those of one linear op or convolution."""
     spatial = geometry.spatial
-    # (D, N, K) or (D, N, channels / groups, *kernel).
+    # (D, N, K), (D, N, channels / groups, *kernel) or (D, channels, N / groups, *kernel).
     if weight.dim() != spatial + 3:
         return [f"weight: expected {spatial + 3} dimensions, got shape {_show(weight.shape)}"]
-    neurons, fan = weight.shape[1:3]
-    if neurons % geometry.groups:
-        return [f"weight: expected neurons in {geometry.groups} equal groups, got {neurons}"]
+    # What the groups divide among themselves on the weight's first axis.
+    divided, whose = weight.shape[1], "channels" if geometry.transposed else "neurons"
+    if divided % geometry.groups:
+        return [f"weight: expected {whose} in {geometry.groups} equal groups, got {divided}"]
     batch_dims = "1 or more" if spatial == 0 else f"{spatial + 1} or {spatial + 2}"
     if x.dim() < spatial + 1 or (spatial > 0 and x.dim() > spatial + 2):
         return [f"x: expected {batch_dims} dimensions, got shape {_show(x.shape)}"]
-    channels = x.shape[geometry.channel_axis]
-    if channels != fan * geometry.groups:
+    channels, expected = x.shape[geometry.channel_axis], geometry.channels(weight.shape[1:])
+    if channels != expected:
         return [
-            f"x: expected {fan * geometry.groups} channels on axis {geometry.channel_axis}, "
+            f"x: expected {expected} channels on axis {geometry.channel_axis}, "
             f"got {channels} in shape {_show(x.shape)}"
         ]
     form = geometry.output_shape(x.shape, weight.shape[1:])

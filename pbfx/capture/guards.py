@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import random
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,27 +19,32 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from pbfx.capture.clone import python_modules
 from pbfx.errors import CaptureError
 
 # Under such names fx keeps the constants that it meets while tracing.
 CONSTANT = re.compile(r"_\w*_constant_?\d+")
+# The very functions: a forward that asks them is refused below.
+_is_grad_enabled, _is_autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
 _CONTAINERS = (dict, list, set, collections.deque)
 
 
 def check_modules(module: nn.Module, name: str) -> None:
-    """Refuse modules that are not what their class says they are.
+    """Refuse models that hold what no clone can stand for.
 
     Raises:
-        CaptureError: for TorchScript, lazy and compiled modules, and a forward replaced on the
-            instance.
+        CaptureError: for a TorchScript model, for lazy and compiled modules anywhere, and for a
+            forward replaced on the model itself.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"cannot capture {name}: it is TorchScript, which hides its Python code; apply "
+            "pbfx.transform to the model that it was made from"
+        )
     for path, child in module.named_modules():
         where = f"{path!r} in {name}" if path else name
         if isinstance(child, torch.jit.ScriptModule):
-            raise CaptureError(
-                f"cannot capture {where}: it is TorchScript, which hides its Python code; apply "
-                "pbfx.transform to the model that it was made from"
-            )
+            continue
         if child._compiled_call_impl is not None or type(child).__name__ == "OptimizedModule":
             raise CaptureError(
                 f"cannot capture {where}: it is compiled, and would go on to run the compiled "
@@ -57,25 +63,10 @@ def check_modules(module: nn.Module, name: str) -> None:
         )
 
 
-def check_hooks(module: nn.Module, path: str) -> None:
-    """Refuse hooks on a module that is traced into: the graph would not call them again."""
-    kinds = {
-        "forward": (module._forward_hooks, module._forward_pre_hooks),
-        "backward": (module._backward_hooks, module._backward_pre_hooks),
-    }
-    for kind, registries in kinds.items():
-        if any(registries):
-            raise CaptureError(
-                f"cannot capture {path!r} ({type(module).__name__}): it has {kind} hooks, which "
-                "tracing would run once and then forget; remove them before pbfx.transform, or "
-                "register them on the layers inside"
-            )
-
-
 def modes() -> tuple[Any, ...]:
     """Return the settings of torch that a `with` block may change and a graph does not record."""
-    return torch.is_grad_enabled(), *(
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return _is_grad_enabled(), *(
+        _is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         for device in ("cpu", "cuda")
     )
 
@@ -122,20 +113,23 @@ def _equal(a: Any, b: Any) -> bool:
 @contextmanager
 def attributes_kept(clone: nn.Module, name: str) -> Iterator[None]:
     """Refuse a forward that writes to `self`, be it an attribute, a buffer, a list or a dict."""
-    before = {path: _snapshot(module) for path, module in clone.named_modules()}
+    before = {path: _snapshot(module) for path, module in python_modules(clone).items()}
     try:
         yield
     finally:
         changed = _restore(clone, before)
     for path, key in changed:
         where = f"{name}.{path}".rstrip(".")
-        raise CaptureError(
+        error = CaptureError(
             f"cannot capture {where}: forward writes to self.{key}, which the graph would not do "
             "again; return the value instead, or keep it in a buffer that is updated in place "
             "(add_, copy_)"
         )
+        error.culprit = clone.get_submodule(path)
+        raise error
 
 
+_ABSENT = object()
 # An attribute, and its entries if it can change in place.
 _Attribute = tuple[Any, dict[Any, Any] | None]
 
@@ -152,20 +146,22 @@ def _entries(value: Any) -> dict[Any, Any]:
 
 
 def _restore(clone: nn.Module, before: dict[str, dict[str, _Attribute]]) -> list[tuple[str, str]]:
-    """Put changed containers back, which the clone shares with the user's module.
+    """Put back what was assigned or changed; containers are those of the user's module.
 
     Returns:
         Path and name of everything that was written to.
     """
-    written = []
-    for path, module in clone.named_modules():
+    written: list[tuple[str, str]] = []
+    replaced: list[tuple[nn.Module, str, Any]] = []
+    for path, module in python_modules(clone).items():
         known = before.get(path, {})
         for key, value in module.__dict__.items():
-            old, entries = known.get(key, (None, None))
+            old, entries = known.get(key, (_ABSENT, None))
             if CONSTANT.fullmatch(key):
                 continue
             if key not in known or old is not value:
                 written.append((path, key))
+                replaced.append((module, key, old))
             elif entries is not None:
                 now = _entries(value)
                 changed = [
@@ -178,6 +174,14 @@ def _restore(clone: nn.Module, before: dict[str, dict[str, _Attribute]]) -> list
                     registry = key in ("_buffers", "_parameters", "_modules")
                     written.append((path, str(changed[0]) if registry else key))
                     _refill(value, entries)
+        for key in known.keys() - module.__dict__.keys():
+            written.append((path, key))
+            module.__dict__[key] = known[key][0]
+    for module, key, old in replaced:
+        if old is _ABSENT:
+            del module.__dict__[key]
+        else:
+            module.__dict__[key] = old
     return written
 
 
@@ -211,3 +215,58 @@ def functions_refused(name: str) -> Iterator[None]:
         yield
     finally:
         function.apply = original
+
+
+@contextmanager
+def contexts_refused(name: str) -> Iterator[None]:
+    """Refuse activation checkpointing, and other hooks on saved tensors that a graph would drop."""
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    original = hooks.__enter__
+
+    def refuse(self: Any) -> Any:
+        raise CaptureError(
+            f"cannot capture {name}: forward computes inside torch.utils.checkpoint (or another "
+            "hook on saved tensors), which the graph would not enter again"
+        )
+
+    hooks.__enter__ = refuse
+    try:
+        yield
+    finally:
+        hooks.__enter__ = original
+
+
+# What a forward may ask of its surroundings, and a graph would answer once and for all.
+_MODES = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
+_BULK = ("parameters", "named_parameters", "buffers", "named_buffers")
+
+
+@contextmanager
+def questions_refused(name: str) -> Iterator[None]:
+    """Refuse a forward that asks for torch's modes, or reads its parameters in bulk."""
+    faults: dict[tuple[Any, str], str] = {
+        (torch, key): f"asks torch.{key}(), and a graph has only one of the answers"
+        for key in _MODES
+    } | {
+        (nn.Module, key): f"computes with tensors that it reads in bulk (self.{key}()), which the "
+        "graph would hold on to as they are now; read them as attributes (self.weight)"
+        for key in _BULK
+    }
+    originals = {(owner, key): getattr(owner, key) for owner, key in faults}
+
+    def guarded(original: Any, fault: str) -> Any:
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            asker = sys._getframe(1).f_globals.get("__name__", "")
+            if asker.partition(".")[0] == "torch":
+                return original(*args, **kwargs)
+            raise CaptureError(f"cannot capture {name}: forward {fault}")
+
+        return ask
+
+    for (owner, key), original in originals.items():
+        setattr(owner, key, guarded(original, faults[owner, key]))
+    try:
+        yield
+    finally:
+        for (owner, key), original in originals.items():
+            setattr(owner, key, original)

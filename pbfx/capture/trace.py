@@ -1,29 +1,37 @@
-"""Symbolic tracing of a whole model, over a shared clone of it."""
+"""Symbolic tracing of one module's `forward`, over a shared clone of it."""
 
 from __future__ import annotations
 
 import dataclasses
+import linecache
+import sys
+import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
+from torch.utils._device import DeviceContext
 
-from pbfx.capture.clone import shared_clone
+from pbfx.capture.clone import python_modules, shared_clone
 from pbfx.capture.guards import (
     CONSTANT,
     attributes_kept,
-    check_hooks,
-    check_modules,
+    contexts_refused,
     functions_refused,
     modes,
+    questions_refused,
     random_streams_kept,
 )
+from pbfx.capture.stand_ins import StandIn, asks_for_none
 from pbfx.errors import CaptureError
 
 TRAINING = "training"
+# What stands between a model's code and the call of a module, while it is traced.
+_NOT_THE_MODEL = ("torch.fx.", "torch.nn.modules.module", "pbfx.capture.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +47,7 @@ class SourceTracer(fx.Tracer):
 
     Args:
         is_leaf: modules for which this is true stay one node, beside those that fx keeps whole.
+        may_return_none: whether something in what such a module returns may be None.
         absent: names of inputs that are to be None, as if the caller had left them out.
     """
 
@@ -46,20 +55,22 @@ class SourceTracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(
-        self, is_leaf: Callable[[nn.Module], bool], absent: frozenset[str] = frozenset()
+        self,
+        is_leaf: Callable[[nn.Module], bool],
+        may_return_none: Callable[[nn.Module], bool] = lambda _: False,
+        absent: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         self._is_leaf, self._absent, self._modes = is_leaf, absent, modes()
-        # Errors and pictures point to the user's line.
-        self.record_stack_traces = True
+        self._may_return_none = may_return_none
+        # What a forward makes without input is a constant of the graph, and has to have its numbers
+        # also while a model without any is made, under `torch.device("meta")`.
+        on_meta = torch.get_default_device().type == "meta"
+        self.real = DeviceContext("cpu") if on_meta else None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether `m` stays one node."""
-        return (
-            self._is_leaf(m)
-            or super().is_leaf_module(m, module_qualified_name)
-            or _runs_torch_code(m)
-        )
+        return self._is_leaf(m) or is_torch_layer(m)
 
     def call_module(
         self,
@@ -68,11 +79,43 @@ class SourceTracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Record or enter a submodule; refuse one whose hooks would be lost."""
-        path = self.path_of_module(m)
-        if not self.is_leaf_module(m, path):
-            check_hooks(m, path)
-        return super().call_module(m, forward, args, kwargs)
+        """Record or enter a submodule, and note where tracing failed."""
+        if self.is_leaf_module(m, ""):
+            if self._may_return_none(m) and asks_for_none(_asker().f_code):
+                raise CaptureError(
+                    f"forward compares something with None and calls {self.path_of_module(m)!r} "
+                    f"({type(m).__name__}), whose result may be None; a graph has one answer only"
+                )
+            return super().call_module(m, forward, args, kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        # Whatever the user's forward raises: the innermost module is the one that cannot be traced.
+        except Exception as error:
+            if not hasattr(error, "culprit"):
+                error.culprit = m  # pyright: ignore[reportAttributeAccessIssue]
+            raise
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return a stand-in that refuses to answer for the value that it stands for."""
+        return StandIn(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """Record a value; refuse containers of a class of their own, which would come out plain."""
+        kind = type(a)
+        named = issubclass(kind, tuple) and hasattr(kind, "_fields")
+        own = not named and not kind.__module__.startswith(("torch.", "builtins"))
+        if own and issubclass(kind, (dict, list, tuple)):
+            plain = "dict" if issubclass(kind, dict) else "tuple or list"
+            raise CaptureError(
+                f"forward hands on a {kind.__name__}, which a graph would turn into a plain {plain}"
+            )
+        return super().create_arg(a)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Record a node with the user's lines that it came from, for errors and pictures."""
+        node = super().create_node(*args, **kwargs)
+        node.stack_trace = _lines()
+        return node
 
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Record a node; refuse one under a `with` block that the graph would not enter again."""
@@ -82,6 +125,9 @@ class SourceTracer(fx.Tracer):
                 "or torch.autocast, which the graph would not enter again; use detach() in place "
                 "of no_grad, and put autocast around the whole model"
             )
+        if self.real and len(args) > 1 and args[1].get("device") is self.real.device:
+            # That one is for constants; what depends on the input is made where it will be.
+            args = (args[0], {k: v for k, v in args[1].items() if k != "device"}, *args[2:])
         proxy = super().create_proxy(kind, target, *args, **kwargs)
         return None if kind == "placeholder" and target in self._absent else proxy
 
@@ -96,78 +142,131 @@ class SourceTracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
-def capture(
-    module: nn.Module, is_leaf: Callable[[nn.Module], bool] = lambda _: False
-) -> tuple[nn.Module, fx.Graph]:
-    """Trace `module` whole and return a shared clone with the graph of its `forward`.
+def trace(
+    root: nn.Module,
+    is_leaf: Callable[[nn.Module], bool] = lambda _: False,
+    may_return_none: Callable[[nn.Module], bool] = lambda _: False,
+) -> fx.Graph:
+    """Trace the `forward` of `root` and return its graph.
 
     Args:
-        module: the user's model; it is read and not changed.
-        is_leaf: modules for which this is true stay one node, beside those that fx keeps whole.
-
-    Returns:
-        The clone, which owns every module that the graph calls, and the graph.
+        root: a shared clone. It may gain buffers, for the constants that tracing finds loose; they
+            stay out of the state dict.
+        is_leaf: modules for which this is true stay one node, beside those that torch made.
+        may_return_none: whether something in what such a module returns may be None.
 
     Raises:
         CaptureError: with the reason, when `forward` cannot be traced or would not survive it
-            unchanged.
+            unchanged. `root` is then as it was, and the error's `culprit`, if it has one, is the
+            innermost module that was being traced.
     """
-    name = type(module).__name__
-    check_modules(module, name)
-    clone = shared_clone(module)
-    graph = _trace(clone, name, SourceTracer(is_leaf))
-    optional = frozenset(
-        str(node.target)
-        for node in graph.nodes
-        if node.op == "placeholder" and node.args == (None,)
-    )
+    name = type(root).__name__
+    graph = _trace(root, name, SourceTracer(is_leaf, may_return_none))
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    optional = frozenset(str(node.target) for node in inputs if node.args == (None,))
     if optional:
-        absent = _trace(shared_clone(module), name, SourceTracer(is_leaf, optional))
+        twin = shared_clone(root)
+        # By path, because leaves are told by identity.
+        leaves = {id(twin.get_submodule(p)) for p, m in root.named_modules() if is_leaf(m)}
+        absent = _trace(twin, name, SourceTracer(lambda m: id(m) in leaves, absent=optional))
         if _steps(graph, optional) != _steps(absent, optional):
+            _forget_constants(root, frozenset())
             raise CaptureError(
                 f"cannot capture {name}: forward asks whether {' or '.join(sorted(optional))} is "
                 "None, and a graph has only one of the answers; give it an argument that is always "
                 "there, or wrap the model so that forward takes only what you pass"
             )
-    _register_constants(clone, name)
-    return clone, graph
+    _register_constants(root, name)
+    for node in graph.nodes:
+        # fx names a value after the module that gives it. One called `self`, as in pretrained
+        # BERTs, would hide the module itself from the generated code.
+        if node.name == "self":
+            node._rename("self_value")
+    return graph
 
 
-def _runs_torch_code(module: nn.Module) -> bool:
-    """Return whether a user's class inherits its forward from a layer of torch's."""
+def is_torch_layer(module: nn.Module) -> bool:
+    """Return whether torch itself, or code that it wrote, computes what `module` does.
+
+    Containers are none, since what they call may hold sites, nor is a user's class that only
+    inherits one's forward; nor are linear and conv, which `pbfx.sites` tells apart.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     forward = type(module).forward
+    if isinstance(module, nn.Sequential) or forward is nn.Module.forward:
+        return False
+    inherits = (getattr(forward, "__module__", None) or "").startswith("torch.nn.")
+    if type(module).__module__.startswith(("torch.nn.", "torch.ao.")):
+        return True
     return (
-        (getattr(forward, "__module__", None) or "").startswith("torch.nn.")
-        and forward is not nn.Module.forward
-        # What these call may hold sites: children, or a helper that a user's conv overrides.
-        and not isinstance(module, (nn.Sequential, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        inherits
+        # A helper that a user's conv overrides may hold anything.
+        and not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     )
 
 
+def _asker() -> FrameType:
+    """Return the frame of the model's code that is calling a module."""
+    return next(_model_frames(sys._getframe(1)), sys._getframe(1))
+
+
+def _lines() -> str:
+    """Return the lines of the model's code that are running, the innermost last.
+
+    fx can do this, but its way imports Inductor, which takes seconds.
+    """
+    frames = reversed(list(_model_frames(sys._getframe(1))))
+    return "\n".join(
+        f'File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n'
+        f"    {linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()}"
+        for frame in frames
+    )
+
+
+def _model_frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield the frames of the model's code that is being traced, the innermost first."""
+    while frame is not None and frame.f_code is not _trace.__code__:
+        if not frame.f_globals.get("__name__", "").startswith(_NOT_THE_MODEL):
+            yield frame
+        frame = frame.f_back
+
+
 def _trace(clone: nn.Module, name: str, tracer: SourceTracer) -> fx.Graph:
+    before = frozenset(clone.__dict__)
     try:
         with ExitStack() as guards:
             guards.enter_context(random_streams_kept(name))
             guards.enter_context(attributes_kept(clone, name))
             guards.enter_context(functions_refused(name))
+            guards.enter_context(contexts_refused(name))
+            guards.enter_context(questions_refused(name))
             guards.enter_context(_training_recorded(clone))
+            guards.enter_context(_output_padding_recorded(clone, tracer))
+            guards.enter_context(tracer.real or nullcontext())
             return tracer.trace(clone)
-    except CaptureError:
-        raise
     # Tracing runs the user's forward with stand-ins, so any exception at all can come out of it.
     except Exception as error:
-        raise CaptureError(
-            f"cannot capture {name} by symbolic tracing: {type(error).__name__}: {error}. "
-            "Forward must not branch on values or shapes of its inputs, nor convert them to Python "
-            "numbers; move such code out of the model or apply pbfx.transform to the submodules "
-            "that hold the linear and conv layers"
-        ) from error
+        _forget_constants(clone, before)
+        culprit = getattr(error, "culprit", None)
+        if isinstance(error, CaptureError):
+            failure = error
+            if name not in str(error):
+                failure = CaptureError(f"cannot capture {name}: {error}")
+        else:
+            failure = CaptureError(
+                f"cannot capture {name} by symbolic tracing: {type(error).__name__}: {error}. "
+                "Forward must not branch on values or shapes of its inputs, nor convert them to "
+                "Python numbers"
+            )
+        failure.culprit = culprit
+        raise failure from error
 
 
 @contextmanager
 def _training_recorded(clone: nn.Module) -> Iterator[None]:
     """Send every read of `module.training` in the tree through the tracer."""
-    modules = dict(clone.named_modules())
+    modules = python_modules(clone)
     flags = {path: module.__dict__.pop(TRAINING) for path, module in modules.items()}
     for path, module in modules.items():
         # nn.Module.__getattr__ is what the tracer intercepts; it looks in the buffers.
@@ -180,6 +279,35 @@ def _training_recorded(clone: nn.Module) -> Iterator[None]:
             module.__dict__[TRAINING] = flags[path]
 
 
+def output_padding(default: Any, *arguments: Any) -> list[int]:
+    """Return what a transposed convolution adds to its output so that it has the size asked for.
+
+    Args:
+        default: its own output padding, which holds where no size is asked for.
+        arguments: of `nn.ConvTranspose2d._output_padding`, which computes the rest.
+    """
+    layer: Any = types.SimpleNamespace(output_padding=default)
+    return nn.ConvTranspose2d._output_padding(layer, *arguments)
+
+
+@contextmanager
+def _output_padding_recorded(clone: nn.Module, tracer: SourceTracer) -> Iterator[None]:
+    """Keep whole what a transposed convolution, traced by itself, computes from shapes."""
+    if not isinstance(clone, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        yield
+        return
+
+    def record(*arguments: Any) -> Any:
+        given = clone.output_padding, *arguments
+        return tracer.create_proxy("call_function", output_padding, given, {})
+
+    clone.__dict__["_output_padding"] = record
+    try:
+        yield
+    finally:
+        del clone.__dict__["_output_padding"]
+
+
 def _steps(graph: fx.Graph, absent: frozenset[str]) -> list[tuple[Any, ...]]:
     """Return what `graph` does when the inputs named in `absent` are None, in comparable form."""
     names: dict[fx.Node, str | None] = {n: f"%{index}" for index, n in enumerate(graph.nodes)}
@@ -189,6 +317,12 @@ def _steps(graph: fx.Graph, absent: frozenset[str]) -> list[tuple[Any, ...]]:
         return repr(map_arg(arguments, names.__getitem__))
 
     return [(n.op, n.target, written(n.args), written(n.kwargs)) for n in graph.nodes]
+
+
+def _forget_constants(clone: nn.Module, before: frozenset[str]) -> None:
+    """Drop what a failed trace has put away on `clone`."""
+    for key in [key for key in clone.__dict__ if CONSTANT.fullmatch(key) and key not in before]:
+        del clone.__dict__[key]
 
 
 def _register_constants(clone: nn.Module, name: str) -> None:

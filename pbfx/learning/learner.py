@@ -1,20 +1,22 @@
 """Train the candidates of one site from the errors that `loss.backward()` delivers.
 
-The learner lives in hooks that fire when a backward pass has left its results in the candidates'
-parameters. It takes them away at once, so the user's optimizer, gradient clipping, accumulation and
-loss scaling find nothing to act on: the gradients are gone, and the one parameter that stays in the
-user's optimizer, `moments`, holds a zero gradient. (It stays because a GradScaler insists on
-finding a gradient; it is made infinite when the batch was, so that the scaler backs off as it
-should.)
+A hook notes that a backward pass has left its results in the candidates' parameters, and at the end
+of the pass the learners of all sites that it reached take them away together. So the user's
+optimizer, gradient clipping, accumulation and loss scaling find nothing to act on: the gradients
+are gone, and the one parameter that stays in the user's optimizer, `moments`, holds a zero
+gradient. (It stays because a GradScaler insists on finding a gradient; it is made infinite when the
+batch was, so that the scaler backs off as it should.)
 
 Batches take turns. Most of them learn: they update the running moments, which give the sign of the
 covariance, and step the candidates. Every m-th only measures: candidates are ranked, and stopped,
-on batches that they did not learn from. Nothing here reads a value back to the host before
-`measure`.
+on batches that they did not learn from. Turns are counted and decided on the device, and nothing
+here reads a value back to the host before `measure`: a captured CUDA graph of a training step
+learns and measures in turn as the step itself would.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -23,94 +25,131 @@ from torch.utils.hooks import RemovableHandle
 
 from pbfx.config import Config
 from pbfx.dendrites import Candidates
+from pbfx.learning.cohort import Cohort
 from pbfx.learning.moments import Statistics, statistics
+from pbfx.learning.scaling import resume_scaling, scale_candidates
 from pbfx_kernels import Moment
+from pbfx_kernels.turns import (
+    Memory,
+    Rules,
+    Tables,
+    Verdict,
+    addresses_of,
+    places,
+    take_turns,
+)
 
 
 class SiteLearner:
-    """The optimizer, hooks and counters behind one site's candidates.
+    """The optimizer, hook and counter behind one site's candidates.
 
     Args:
         candidates: the pool; its buffers are this learner's memory.
         config: step size, priming, decay, and how often a batch only measures.
+        cohort: the learners to step together with; alone if None.
     """
 
-    def __init__(self, candidates: Candidates, config: Config) -> None:
+    def __init__(
+        self, candidates: Candidates, config: Config, cohort: Cohort | None = None
+    ) -> None:
         self.candidates, self.config = candidates, config
-        self.batches = 0
-        # Fused, because only that one can be told on the device to skip a step (`found_inf`): with
-        # a zero gradient Adam still moves, by its momentum.
-        self._adam = torch.optim.Adam(candidates.learnt(), lr=config.candidate_lr, fused=True)
-        self._arrived: set[int] = set()
-        self._handles: list[RemovableHandle] = []
+        self.rules = Rules(config.measure_every, config.priming_batches, config.moment_decay)
+        self._cohort = new_cohort() if cohort is None else cohort
+        # Counted by the host too: what depends on it must not wait for the device.
+        self._seen = 0
+        self._turns = candidates.moments.new_zeros((), dtype=torch.int64)
+        self._parameters = list(candidates.parameters())
+        self._learnt = candidates.learnt()
+        # It holds state and settings only: `_step` calls its kernel, for all that is wrapped around
+        # an optimizer's step costs more than a small site.
+        self._adam = torch.optim.Adam(self._learnt, lr=config.candidate_lr, fused=True)
+        self._prepare()
+        self._line: tuple[tuple[int, ...], Tensor | None] = (), None
+        self._handle: RemovableHandle | None = None
+
+    @property
+    def batches(self) -> int:
+        """Batches so far. Reading it waits for the device."""
+        return int(self._turns)
 
     def attach(self) -> None:
         """Start to listen to backward passes."""
-        awaited = [*self.candidates.learnt(), self.candidates.moments]
-        expected = {id(parameter) for parameter in awaited}
-
-        def arrived(parameter: Tensor) -> None:
-            # One backward pass fires each hook once, in the same order as the last; the last acts.
-            self._arrived.add(id(parameter))
-            if self._arrived == expected:
-                self._arrived.clear()
-                self._consume()
-
-        self._handles = [p.register_post_accumulate_grad_hook(arrived) for p in awaited]
+        # All gradients of the pool come from one node of the graph, so one parameter speaks for it.
+        self._handle = self.candidates.moments.register_post_accumulate_grad_hook(
+            lambda _: self._cohort.reach(self)
+        )
 
     def detach(self) -> None:
         """Stop listening."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._arrived.clear()
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+        self._cohort.forget()
 
-    @torch.no_grad()
-    def _consume(self) -> None:
-        """Take this backward pass's moments and gradients away, and learn or measure."""
-        pool = self.candidates
+    def kind(self) -> Hashable:
+        """Return what learners must have in common to take their turns in one launch."""
+        moments = self.candidates.moments
+        return self.rules, moments.device, moments.dtype
+
+    def memory(self) -> tuple[Memory, Tensor | None]:
+        """Return the site's memory with the sums of this pass, and its addresses."""
+        pool, buffers = self.candidates, self.candidates._buffers
         assert pool.moments.grad is not None
-        sums = pool.moments.grad.view(len(Moment), pool.count, -1)
-        # A loss scaler's overflow makes a batch infinite. It must leave no trace here, without a
-        # sync.
-        finite = torch.isfinite(sums).all()
-        sums = torch.where(finite, sums, torch.zeros_like(sums))
-        self.batches += 1
-        if self.batches % self.config.measure_every == 0:
-            pool.heldout.add_(sums)
-            pool.heldout_batches.add_(finite)
-        else:
-            if self.batches > self.config.priming_batches:
-                self._adam.found_inf = torch.where(finite, 0.0, 1.0)  # pyright: ignore[reportAttributeAccessIssue]
-                # The op averages over its positions. A small last batch would count as much as a
-                # full one, and its noise would rule Adam's second moment: weigh it by its size.
-                usual = pool.running[Moment.COUNT, 0, 0] / pool.running_batches.clamp_min(1)
-                share = usual.clamp_min(1) / sums[Moment.COUNT, 0, 0].clamp_min(1)
-                # The kernel reads float32, whatever the model's dtype.
-                self._adam.grad_scale = share.float()  # pyright: ignore[reportAttributeAccessIssue]
-                self._adam.step()
-            decay = torch.where(finite, self.config.moment_decay, 1.0)
-            pool.running.mul_(decay).add_(sums)
-            pool.running_batches.mul_(decay).add_(finite)
-            self._steer()
-        for parameter in pool.parameters():
+        known: dict[str, Any] = {name: buffers[name] for name in _MEMORY}
+        steps = tuple(self._adam.state[p]["step"] for p in self._learnt)
+        memory = Memory(sums=pool.moments.grad, **known, turns=self._turns, steps=steps)
+        where = places(memory)
+        if where != self._line[0]:
+            self._line = where, addresses_of(memory)
+        return memory, self._line[1]
+
+    def finish(self, verdict: Verdict) -> None:
+        """Step the candidates if the batch was one to learn from, and take all gradients away."""
+        self._step(verdict)
+        for parameter in self._parameters:
             parameter.grad = None
-        overflow = torch.where(finite, 0.0, torch.inf).to(pool.moments.dtype)
-        pool.moments.grad = overflow.expand_as(pool.moments).clone()
+        self._seen += 1
+        scale_candidates(self.candidates, self._seen, self.config)
+        self.candidates.moments.grad = verdict.overflow
 
-    def _steer(self) -> None:
-        """Point each candidate's gradient uphill in |Cov|, in units of the neuron's error.
+    def _step(self, verdict: Verdict) -> None:
+        """Do a step of Adam with gradients divided by `share`, or none at all, on the device."""
+        group = self._adam.param_groups[0]
+        beta1, beta2 = group["betas"]
+        # Its kernel takes tensors of one dtype.
+        alike: dict[torch.dtype, list[tuple[Tensor, Tensor, dict[str, Tensor]]]] = {}
+        for parameter in self._learnt:
+            if parameter.grad is not None:
+                learnt = parameter, parameter.grad, self._adam.state[parameter]
+                alike.setdefault(parameter.dtype, []).append(learnt)
+        for together in alike.values():
+            parameters, gradients, states = (list(each) for each in zip(*together, strict=True))
+            _fused_adam_(
+                parameters,
+                gradients,
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+                grad_scale=verdict.share,
+                found_inf=verdict.idle,
+            )
 
-        Dividing by the error's spread makes the step independent of the loss's scale: of batch
-        size, of the number of positions, and of a loss scaler.
-        """
-        pool, now = self.candidates, statistics(self.candidates.running)
-        spread = now.error_variance.sqrt()
-        known = spread > 0
-        direction = torch.where(known, now.covariance.sign() / torch.where(known, spread, 1.0), 0.0)
-        # Through `.data`, because graphs of later forwards of the same step may still hold these.
-        pool.direction.data.copy_(direction)
-        pool.error_mean.data.copy_(now.error_mean[0])
+    def _prepare(self) -> None:
+        """Give every tensor that learns the state that Adam would make at its first step."""
+        for parameter in self._learnt:
+            state = self._adam.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
 
     @torch.no_grad()
     def measure(self) -> float | None:
@@ -131,7 +170,7 @@ class SiteLearner:
         for name in ("weight", "bias"):
             live, best = getattr(pool, name), getattr(pool, f"best_{name}")
             if live is not None:
-                rows = better.view(*better.shape, *(1 for _ in live.shape[2:]))
+                rows = better if name == "bias" else pool.site.along_weight(better)
                 best.copy_(torch.where(rows, live, best))
         pool.best_to_dendrite.copy_(
             torch.where(better[:, None, :], pool.to_dendrite, pool.best_to_dendrite)
@@ -142,7 +181,7 @@ class SiteLearner:
 
     @torch.no_grad()
     def chosen(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the best candidate of each neuron: weight (N, ...), bias (N,) or None, to_dendrite
+        """Return the best candidate of each neuron: weight (*W), bias (N,) or None, to_dendrite
         (D, N).
 
         Where no batch ever measured, or every candidate of a neuron is constant, the first stands
@@ -153,7 +192,9 @@ class SiteLearner:
         neurons = torch.arange(winner.numel(), device=winner.device)
         best_bias = pool._buffers["best_bias"]
         bias = None if best_bias is None else best_bias[winner, neurons]
-        return pool.best_weight[winner, neurons], bias, pool.best_to_dendrite[winner, :, neurons].T
+        rows = pool.site.along_weight(winner[None]).expand(1, *pool.site.shape)
+        weight = pool.best_weight.gather(0, rows)[0]
+        return weight, bias, pool.best_to_dendrite[winner, :, neurons].T
 
     @torch.no_grad()
     def prospects(self) -> tuple[Statistics, Tensor]:
@@ -178,5 +219,47 @@ class SiteLearner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where `state` left off."""
-        self.batches = int(state["batches"])
+        self._turns.fill_(int(state["batches"]))
         self._adam.load_state_dict(state["adam"])
+        self._seen = int(state["batches"])
+        resume_scaling(self.candidates, self._seen, self.config)
+        # A state that was saved before the first step holds none.
+        self._prepare()
+
+
+# The kernel of `torch.optim.Adam(fused=True)`, which has no public name of its own.
+_fused_adam_: Any = torch._fused_adam_  # pyright: ignore[reportPrivateImportUsage]
+
+# The buffers of candidates that a turn reads and edits, by their names in `Memory`.
+_MEMORY = (
+    "running",
+    "running_batches",
+    "heldout",
+    "heldout_batches",
+    "direction",
+    "error_mean",
+)
+
+
+@torch.no_grad()
+def learn(learners: Sequence[SiteLearner], tables: Tables) -> None:
+    """Take one backward pass's moments and gradients away from all sites, and learn or measure.
+
+    Args:
+        learners: those that the pass has reached.
+        tables: what `take_turns` remembers of them from pass to pass.
+    """
+    alike: dict[Hashable, list[SiteLearner]] = {}
+    for learner in learners:
+        alike.setdefault(learner.kind(), []).append(learner)
+    for together in alike.values():
+        memories, addresses = zip(*(learner.memory() for learner in together), strict=True)
+        verdicts = take_turns(memories, addresses, together[0].rules, tables)
+        for learner, verdict in zip(together, verdicts, strict=True):
+            learner.finish(verdict)
+
+
+def new_cohort() -> Cohort:
+    """Return a cohort whose members are site learners."""
+    tables: Tables = {}
+    return Cohort(lambda learners: learn(learners, tables))

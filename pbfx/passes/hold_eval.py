@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import map_arg
 
+from pbfx.dendrites import Candidates, Dendrites
 from pbfx.passes.context import PassContext, copy_provenance
 from pbfx.phase import Phase
-from pbfx.sites import read_input
+from pbfx.sites import is_site_module, read_input
 
 DROPOUTS = (
     nn.Dropout,
@@ -57,6 +58,22 @@ def hold_eval(gm: fx.GraphModule, ctx: PassContext) -> int:
         gm.graph.erase_node(node)
         rewrites += 1
     return rewrites
+
+
+def held_by_graph(part: fx.GraphModule, source: fx.Graph) -> list[nn.Module]:
+    """Return the modules under `part` that need no hold of their own in the dendrite phase.
+
+    They are the part and its dendrites, ops, which have no mode, and the layers of the `source`
+    graph that the pass took out.
+    """
+    before, now = (
+        {str(node.target) for node in graph.nodes if node.op == "call_module"}
+        for graph in (source, part.graph)
+    )
+    modules = dict(part.named_modules())
+    inert = [m for m in modules.values() if isinstance(m, (Dendrites, Candidates))]
+    inert += [m for m in modules.values() if is_site_module(m)]
+    return [part, *inert, *(modules[path] for path in before - now if path in modules)]
 
 
 def _is_a(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:

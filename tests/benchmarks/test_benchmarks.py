@@ -11,21 +11,23 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import restructure, step
+from benchmarks import dendrite_step, restructure, step
 from benchmarks.benchmark import Case
 from benchmarks.environment import COLUMNS, git_revision
-from benchmarks.errors import UsageError
+from benchmarks.errors import GateError, UsageError
 from benchmarks.gate import gradient_fault, output_fault, same_bits
 from benchmarks.models import MODELS, fresh
 from benchmarks.records import append, check_columns
 from benchmarks.registry import BENCHMARKS
-from benchmarks.runner import main
+from benchmarks.runner import main, parser_of
 from benchmarks.table import WIDTH, multiple, render
 from benchmarks.timing import Quantiles, interleave
+from pbfx.learning import learner
 
 CPU = torch.device("cpu")
 TINY = {
     "step": "--models mnist mlp --width 0.05 --batch-size 2 --seconds 0.01 --dendrites 0 2",
+    "dendrite-step": "--models mnist wide --width 0.05 --batch-size 2 --seconds 0.01",
     "restructure": "--models mnist --width 0.05 --batch-size 2 --repeats 2",
 }
 
@@ -120,6 +122,11 @@ def test_tiny_run(name, tmp_path, capsys):
         assert floors["pbfx perforated", "infer"] == 3
         plain = [row for row in rows if row["provider"] == "plain"]
         assert all(float(row["x_plain_p50"]) == 1 for row in plain)
+    elif name == "dendrite-step":
+        # On a CPU there are no graphs: two models, two parts, plain and candidates.
+        assert len(rows) == 2 * 2 * 2
+        floors = {row["provider"]: float(row["x_floor"]) for row in rows}
+        assert floors == {"plain": 1, "pbfx candidates": pytest.approx(4 / 3, rel=1e-5)}
     else:
         events = {row["event"] for row in rows}
         assert {"transform", "enter the dendrite phase", restructure.SNAPSHOT} <= events
@@ -271,3 +278,10 @@ def test_models_can_be_transformed_whole(name):
         x, y = model.batches(2, CPU, 0)[0]
         assert same_bits(tracked(x), plain(x))
         assert math.isfinite(model.loss(plain(x), y).item())
+
+
+def test_a_pool_that_does_not_learn_is_not_timed(monkeypatch):
+    monkeypatch.setattr(learner, "_fused_adam_", lambda *_, **__: None)
+    tiny = TINY["dendrite-step"].split()
+    with pytest.raises(GateError, match=r"the candidates at conv1.* do not learn"):
+        list(dendrite_step.run(parser_of(dendrite_step.BENCHMARK).parse_args(tiny)))

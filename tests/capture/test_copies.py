@@ -1,10 +1,8 @@
-"""A copy computes the same and is nobody's alias; a pickle is refused with the way out."""
+"""A copy computes the same and is nobody's alias."""
 
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -85,17 +83,6 @@ def test_a_part_may_refer_back_to_the_whole():
     model.get_submodule("1").__dict__["whole"] = model
     twin = copy.deepcopy(model)
     assert twin.get_submodule("1").whole is twin
-
-
-def test_pickling_is_refused_with_what_to_do(tmp_path):
-    model = pbfx.transform(perceptron())
-    for attempt in (
-        lambda: pickle.dumps(model),
-        lambda: torch.save(model, io.BytesIO()),
-        lambda: torch.save(nn.ModuleList([model]), tmp_path / "model.pt"),
-    ):
-        with pytest.raises(pbfx.PbfxError, match=r"Sequential cannot be pickled.*pbfx.save"):
-            attempt()
 
 
 def test_a_saved_state_dict_holds_tensors_only(tmp_path):

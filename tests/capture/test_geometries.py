@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 
 F64 = torch.float64
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -28,7 +29,7 @@ def echo(model: nn.Module) -> nn.Module:
     plain = dict(model.named_parameters())
     ours = pbfx.grow(pbfx.transform(model, pbfx.Config(activation="relu")))
     (site,) = ours.perforation.sites
-    (dendrites,) = ours.dendrites().values()
+    (dendrites,) = ours.grown().values()
     with torch.no_grad():
         dendrites.weight[0] = plain[site.weight]
         if site.bias is not None:
@@ -81,6 +82,99 @@ def test_different_numbers_for_each_axis():
     torch.manual_seed(0)
     conv = nn.Conv3d(4, 2, (1, 2, 3), (3, 1, 2), (0, 1, 2), (1, 2, 1), padding_mode="reflect")
     check(conv.to(F64), inputs(3))
+
+
+@pytest.mark.parametrize("dims", TRANSPOSED)
+@pytest.mark.parametrize(
+    ("stride", "dilation", "groups", "bias"),
+    list(itertools.product((1, 2, 3), (1, 2), (1, 2, 4), (True, False))),
+)
+def test_transposed(dims: int, stride: int, dilation: int, groups: int, bias: bool):
+    torch.manual_seed(0)
+    for padding, more in ((0, 0), (1, 0), (1, max(stride, dilation) - 1)):
+        conv = TRANSPOSED[dims](4, 8, 2, stride, padding, more, groups, bias, dilation, dtype=F64)
+        check(conv, inputs(dims))
+
+
+def test_transposed_with_different_numbers_for_each_axis():
+    torch.manual_seed(0)
+    conv = nn.ConvTranspose3d(4, 2, (1, 2, 3), (3, 1, 2), (0, 1, 2), (2, 0, 1), 2, True, (1, 2, 1))
+    for x in (inputs(3), inputs(3, batch=())):
+        check(conv.to(F64), x)
+
+
+def test_transposed_of_an_empty_batch():
+    x = inputs(2, batch=(0,)).requires_grad_()
+    ours = echo(nn.Sequential(nn.ConvTranspose2d(4, 3, 2, 2, dtype=F64)))
+    y = ours(x)
+    assert y.shape == (0, 3, 14, 12)
+    y.sum().backward()
+    assert ours.get_parameter("0.dendrites.to_soma").grad.eq(0).all()
+
+
+@pytest.mark.parametrize("traced", [True, False], ids=["in a graph", "by itself"])
+@pytest.mark.parametrize("extra", [0, 1])
+def test_transposed_with_a_given_output_size(traced: bool, extra: int):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ConvTranspose1d(4, 3, 3, stride=2, dtype=F64)
+
+        def forward(self, x):
+            size = (x.shape[-1] - 1) * 2 + 3 + extra if traced else 2 * len(x[0][0]) + 1 + extra
+            return self.up(x, output_size=(size,))
+
+    model, x = Net(), torch.randn(2, 4, 5, dtype=F64)
+    ours = pbfx.transform(model)
+    assert torch.equal(ours(x), model(x))
+    assert ours(x).shape[-1] == 11 + extra
+    # A dendrite with the soma's weight on a linear stretch of its activation doubles the soma.
+    pbfx.grow(ours)
+    dendrites = ours.up.dendrites
+    with torch.no_grad():
+        dendrites.weight.copy_(model.up.weight * 1e-4)
+        dendrites.bias.copy_(model.up.bias * 1e-4)
+        dendrites.to_soma.fill_(1e4)
+    torch.testing.assert_close(ours(x), 2 * model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_transposed_dendrites_learn(groups: int):
+    """Each neuron gets the best candidate of its own, whose weights lie in its group's rows."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.ConvTranspose2d(4, 8, 2, 2, groups=groups, bias=False))
+    model = pbfx.transform(net, pbfx.Config(measure_every=2, candidates=5, priming_batches=0))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tracker = pbfx.Tracker(model, optimizer, policy=pbfx.Interval(1, 3), max_dendrites=1)
+    x, y = torch.randn(6, 4, 3, 3), torch.randn(6, 8, 6, 6)
+    tracker.step(0.0)
+    ((_, learner),) = tracker._learners.items()
+    for _ in range(2):
+        F.mse_loss(model(x), y).backward()
+    learner.measure()
+    weight, bias, links = learner.chosen()
+    pool, winner = learner.candidates, learner.candidates.best_score.argmax(0)
+    assert (weight.shape, bias, links.shape) == ((4, 8 // groups, 2, 2), None, (0, 8))
+    assert len(set(winner.tolist())) > 1
+    # A neuron's output says where its weights are: run each candidate whole, and take its channel.
+    layer = net[0]
+    whole = [
+        torch.func.functional_call(layer, {"weight": candidate}, (x,))
+        for candidate in pool.best_weight
+    ]
+    expected = torch.stack([whole[c][:, n] for n, c in enumerate(winner.tolist())], 1)
+    torch.testing.assert_close(
+        torch.func.functional_call(layer, {"weight": weight}, (x,)), expected
+    )
+    while tracker.phase is pbfx.Phase.DENDRITE:
+        F.mse_loss(model(x), y).backward()
+        tracker.step(0.0)
+    assert model.grown()["0"].weight.shape == (1, 4, 8 // groups, 2, 2)
+    before = F.mse_loss(model(x), y)
+    before.backward()
+    optimizer.step()
+    assert F.mse_loss(model(x), y) < before
+    assert model.grown()["0"].to_soma.any()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -166,6 +260,25 @@ def test_functional_convolutions(dims: int, args: tuple, kwargs: dict):
     groups = 2 if kwargs.get("groups") == 2 or len(args) == 4 else 1
     op = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
     check(Call(op, (6, 4 // groups, *[2] * dims), True, args, kwargs), inputs(dims))
+
+
+@pytest.mark.parametrize("dims", TRANSPOSED)
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((), {}),
+        ((3, 1, 2), {}),
+        (([3], (1,), [1], 2, 2), {}),
+        ((), {"named": True, "stride": 2, "padding": 1, "dilation": 2, "output_padding": 1}),
+    ],
+)
+def test_functional_transposed_convolutions(dims: int, args: tuple, kwargs: dict):
+    torch.manual_seed(0)
+    groups = 2 if len(args) == 5 else 1
+    op = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+    model = Call(op, (4, 6 // groups, *[2] * dims), False, args, kwargs)
+    model.b = nn.Parameter(torch.randn(6, dtype=F64))
+    check(model, inputs(dims))
 
 
 def test_torch_names_of_the_same_functions_count():

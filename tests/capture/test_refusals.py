@@ -1,9 +1,11 @@
-"""What cannot be captured faithfully is refused, with the reason, and the model is as it was."""
+"""What cannot be captured faithfully keeps its own forward or is refused, with the reason."""
 
 from __future__ import annotations
 
 import collections
+import copy
 import random
+import re
 import types
 import warnings
 
@@ -15,6 +17,8 @@ from torch import nn
 
 import pbfx
 from models import perceptron
+from pbfx.kept import kept_modules
+from pbfx.parts import parts_of
 
 
 class Base(nn.Module):
@@ -172,12 +176,11 @@ def reads_parameters_in_bulk(self, x):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_forwards(body, message: str):
+def test_forwards_that_are_kept(body, message: str):
     model = forward(body)
     keys = {key: list(value) for key, value in model.__dict__.items() if hasattr(value, "__iter__")}
     state = dict(model.state_dict())
-    with pytest.raises(pbfx.CaptureError, match=f"(?s){body.__name__}.*{message}"):
-        pbfx.transform(model)
+    ours = pbfx.transform(model)
     # Neither the model nor torch remembers the attempt.
     assert {k: list(v) for k, v in model.__dict__.items() if hasattr(v, "__iter__")} == keys
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
@@ -185,6 +188,23 @@ def test_forwards(body, message: str):
     Reverse.apply(x).backward()
     assert x.grad == -1
     assert nn.Linear(2, 2)(torch.ones(2)).shape == (2,)
+    # The forward is the user's; its layer is a part of its own.
+    assert type(ours) is type(model)
+    assert re.search(f"(?s){body.__name__}.*{message}", kept_modules(ours)[""].reason)
+    (path, part), *more = parts_of(ours).items()
+    assert (path, part.perforation.rung, more) == ("fc", "op", [])
+    assert part.perforation.reason == kept_modules(ours)[""].reason
+    x = torch.randn(3, 4)
+    for training in (True, False):
+        expected = streams_fixed(copy.deepcopy(model).train(training), x)
+        assert torch.equal(streams_fixed(copy.deepcopy(ours).train(training), x), expected)
+
+
+def streams_fixed(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    return model(x)
 
 
 def test_functions_without_stand_ins_may_run():
@@ -229,13 +249,26 @@ HOOKS = {
 
 
 @pytest.mark.parametrize("kind", HOOKS)
-def test_hooks_on_what_is_traced_into(kind: str):
+def test_a_module_with_hooks_is_called_as_a_module(kind: str):
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
     handle = HOOKS[kind](model[0])
-    with pytest.raises(pbfx.CaptureError, match=r"'0' \(Sequential\): it has \w+ hooks.*remove"):
-        pbfx.transform(model)
+    rungs = {path: part.perforation.rung for path, part in parts_of(pbfx.transform(model)).items()}
+    assert rungs == {"": "whole", "0": "submodule"}
     handle.remove()
-    assert len(pbfx.transform(model).perforation.sites) == 2
+    assert parts_of(pbfx.transform(model)).keys() == {""}
+
+
+def test_hooks_go_on_firing_in_both_directions():
+    seen = []
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
+    model[0].register_forward_pre_hook(lambda module, args: seen.append("before"))
+    model[0].register_forward_hook(lambda module, args, out: out * 2)
+    model[0].register_full_backward_hook(lambda module, into, out: seen.append("back"))
+    ours, x = pbfx.transform(model), torch.randn(3, 4, requires_grad=True)
+    assert torch.equal(ours(x), model(x))
+    seen.clear()
+    pbfx.grow(ours)(x).sum().backward()
+    assert seen == ["before", "back"]
 
 
 class Plain(nn.Module):
@@ -243,22 +276,22 @@ class Plain(nn.Module):
         return x
 
 
-class HasAttention(nn.Module):
+class HasMemory(nn.Module):
     def __init__(self):
         super().__init__()
-        self.attend = nn.MultiheadAttention(4, 2)
+        self.rnn = nn.LSTM(4, 2)
 
     def forward(self, x):
-        return self.attend(x, x, x)[0]
+        return self.rnn(x)[0]
 
 
 def test_nothing_to_grow_on():
     with pytest.raises(pbfx.CaptureError, match=r"Plain has no linear or conv operation"):
         pbfx.transform(Plain())
-    with pytest.raises(pbfx.CaptureError, match=r"attend \(MultiheadAttention\): not a linear"):
-        pbfx.transform(HasAttention())
+    with pytest.raises(pbfx.CaptureError, match=r"rnn \(LSTM\): it runs all its steps inside"):
+        pbfx.transform(HasMemory())
     config = pbfx.Config(exclude="*")
-    with pytest.raises(pbfx.CaptureError, match=r"0 \(linear\): excluded by '\*'"):
+    with pytest.raises(pbfx.ConfigError, match=r"'0' \(linear\): excluded by '\*'; '4'"):
         pbfx.transform(perceptron(), config)
 
 
@@ -270,8 +303,8 @@ def test_draws_on_the_gpu():
 
     model = Noisy().cuda()
     before = torch.cuda.get_rng_state_all()
-    with pytest.raises(pbfx.CaptureError, match=r"random numbers \(from cuda\)"):
-        pbfx.transform(model)
+    ours = pbfx.transform(model)
+    assert "random numbers (from cuda)" in kept_modules(ours)[""].reason
     assert all(map(torch.equal, torch.cuda.get_rng_state_all(), before))
 
 
@@ -295,9 +328,14 @@ def test_torchscript():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         scripted = torch.jit.script(nn.Linear(2, 2))
-    for model in (scripted, nn.Sequential(nn.Linear(2, 2), scripted)):
-        with pytest.raises(pbfx.CaptureError, match="it is TorchScript"):
-            pbfx.transform(model)
+    with pytest.raises(pbfx.CaptureError, match="it is TorchScript"):
+        pbfx.transform(scripted)
+    model, x = nn.Sequential(nn.Linear(2, 2), scripted), torch.randn(3, 2)
+    ours = pbfx.grow(pbfx.transform(model))
+    assert [site.name for site in ours.perforation.sites] == ["0"]
+    assert "TorchScript" in str(pbfx.explain(ours))
+    assert ours[1] is scripted
+    assert torch.equal(ours(x), model(x))
 
 
 @pytest.mark.parametrize("path", ["", "0"])
@@ -330,7 +368,7 @@ def test_a_layer_whose_forward_was_replaced_is_kept_and_no_site():
     assert torch.equal(ours(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["graph", "code", "dendrites", "rebuild", "perforation"])
+@pytest.mark.parametrize("name", ["graph", "code", "adopt", "rebuild", "perforation"])
 def test_names_that_would_hide(name: str):
     class Net(nn.Module):
         def __init__(self, value):
@@ -342,8 +380,13 @@ def test_names_that_would_hide(name: str):
             return self.fc(x)
 
     for value in (nn.Linear(4, 4), nn.Parameter(torch.ones(2)), "text"):
-        with pytest.raises(pbfx.CaptureError, match=f"'{name}' would hide.*rename it"):
-            pbfx.transform(Net(value))
+        model = Net(value)
+        ours = pbfx.transform(model)
+        assert f"{name!r} would hide" in kept_modules(ours)[""].reason
+        assert type(ours) is Net
+        assert "fc" in parts_of(ours)
+        if not isinstance(value, nn.Module):
+            assert getattr(ours, name) is value
 
 
 @pytest.mark.parametrize("given", [nn.Linear, perceptron, None, torch.ones(2), "model"])
@@ -377,7 +420,7 @@ def test_wrappers_come_after():
 
 def test_errors_of_pbfx_are_those_that_torch_users_catch():
     with pytest.raises(RuntimeError):
-        pbfx.transform(forward(branches_on_values))
+        pbfx.transform(Plain())
     with pytest.raises(ValueError, match="model must be"):
         pbfx.transform(None)
     assert issubclass(pbfx.CaptureError, pbfx.PbfxError)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import pbfx
-from models import CASES, Case, each_case, randomise
+from models import CASES, Case, each_case, perceptron, randomise
+from pbfx.sites import choose_sites
 from pbfx.topology import dataflow, reaches_output
 
 
@@ -38,9 +39,9 @@ class Net(nn.Module):
 
 
 COMPUTED = "its weight is computed, not a parameter"
-NOT_A_PARAMETER = "its weight is not a parameter (parametrized, weight-normed or quantised)"
+NOT_A_PARAMETER = "its weight is no parameter and is not made from one (a buffer, or quantised)"
 DEAD = "its output does not reach the model's output"
-TWO_FORMS = "its weight is used with two different geometries or biases"
+TWO_FORMS = "its weight is used with two different geometries"
 
 
 @pytest.mark.parametrize(
@@ -49,10 +50,8 @@ TWO_FORMS = "its weight is used with two different geometries or biases"
         (lambda s, x: s.a(F.linear(x, s.w * 2)), {"linear": COMPUTED}),
         (lambda s, x: s.a(F.linear(x, x)), {"linear": COMPUTED}),
         (lambda s, x: s.a(F.linear(x, s.fixed)), {"fixed": NOT_A_PARAMETER}),
-        (lambda s, x: s.a(F.linear(x, s.w, s.bias * 2)), {"w": "its bias is computed, not a "}),
         (lambda s, x: (s.b(x), s.a(x))[1], {"b": DEAD}),
         (lambda s, x: (s.c(s.b(x)), s.a(x))[1], {"b": DEAD, "c": DEAD}),
-        (lambda s, x: s.a(F.linear(x, s.w) + F.linear(x, s.w, s.bias)), {"w": TWO_FORMS}),
         (
             lambda s, x: s.a(
                 F.conv1d(x[:, None, :, None].flatten(2), s.kernel).mean(1)
@@ -60,7 +59,17 @@ TWO_FORMS = "its weight is used with two different geometries or biases"
             ),
             {"kernel": TWO_FORMS},
         ),
+        (
+            lambda s, x: s.a(
+                F.conv1d(x[:, None], s.kernel).mean(1)
+                + F.conv_transpose1d(x[:, :, None], s.kernel).flatten(1)
+            ),
+            {"kernel": TWO_FORMS},
+        ),
         (lambda s, x: s.a(x) + s.a(s.a(x)), {}),
+        # Dendrites have a bias of their own, so those of the soma may differ.
+        (lambda s, x: s.a(F.linear(x, s.w, s.bias * 2)), {}),
+        (lambda s, x: s.a(F.linear(x, s.w) + F.linear(x, s.w, s.bias)), {}),
         # A call that comes to nothing takes nothing from the one that counts.
         (lambda s, x: (s.a(x), s.a(x * 2))[0], {}),
         # What is written in place is read later.
@@ -81,15 +90,50 @@ def test_calls_are_counted_and_ordered_by_the_first():
     assert [(s.name, s.calls) for s in model.perforation.sites] == [("b", 3), ("a", 1), ("w", 1)]
 
 
-def test_a_weight_may_serve_a_module_and_a_function():
-    model = pbfx.transform(Net(lambda s, x: s.a(x) + F.linear(x, s.a.weight)))
-    assert [s.name for s in model.perforation.sites] == ["a", "a.weight"]
-    pbfx.grow(model)
-    keys = [key for key in model.state_dict() if "dendrites" in key]
-    assert "a.dendrites.bias" in keys
-    assert "a.weight_dendrites.weight" in keys
-    assert "a.weight_dendrites.bias" not in keys
-    assert model(torch.ones(2, 4)).shape == (2, 4)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_weight_that_serves_a_module_and_a_function_has_one_set_of_dendrites(first: bool):
+    def body(self, x):
+        called, by_hand = self.c(x), lambda: F.linear(x, self.c.weight, self.bias)
+        return called + by_hand() if first else by_hand() + called
+
+    model = Net(body)
+    x = torch.randn(2, 4)
+    ours = pbfx.transform(model)
+    (site,) = ours.perforation.sites
+    assert (site.name, site.calls, site.dendrites) == ("c", 2, "c.dendrites")
+    randomise(pbfx.grow(ours))
+    keys = [key for key in ours.state_dict() if "dendrites" in key]
+    assert keys == [f"c.dendrites.{role}" for role in ("weight", "bias", "to_soma", "to_dendrite")]
+    # Both calls read x, so both gain the same.
+    (dendrites,) = ours.grown().values()
+    added = dendrites.to_soma[0] * torch.tanh(x @ dendrites.weight[0].T + dendrites.bias[0])
+    torch.testing.assert_close(ours(x), model(x) + 2 * added)
+
+
+def test_a_function_over_a_layers_weight_is_the_layer():
+    model = pbfx.transform(Net(lambda s, x: F.linear(F.linear(x, s.a.weight, s.a.bias), s.w)))
+    found = [(s.name, s.weight, s.bias, s.dendrites) for s in model.perforation.sites]
+    assert found == [
+        ("a", "a.weight", "a.bias", "a.dendrites"),
+        ("w", "w", None, "w_dendrites"),
+    ]
+
+
+def test_a_layer_that_is_the_whole_model_has_no_name():
+    model = pbfx.transform(nn.Linear(4, 3))
+    (site,) = model.perforation.sites
+    assert (site.name, site.weight, site.dendrites) == ("", "weight", "dendrites")
+    randomise(pbfx.grow(model))
+    assert [key for key in model.state_dict() if "." in key] == [
+        f"dendrites.{role}" for role in ("weight", "bias", "to_soma", "to_dendrite")
+    ]
+    x = torch.randn(2, 4)
+    added = model.grown()[""]
+    torch.testing.assert_close(
+        model(x),
+        F.linear(x, model.weight, model.bias)
+        + added.to_soma[0] * torch.tanh(F.linear(x, added.weight[0], added.bias[0])),
+    )
 
 
 def test_what_other_ops_are_called():
@@ -97,14 +141,14 @@ def test_what_other_ops_are_called():
         nn.Linear(4, 4),
         nn.BatchNorm1d(4),
         nn.ReLU(),
-        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        nn.Bilinear(4, 4, 4),
         nn.Linear(4, 4, dtype=torch.complex64),
         nn.Linear(4, 2),
     )
     model[5].dendrites = "taken"
     assert skipped(model) == {
         "1": "not a linear or conv operation",
-        "3": NOT_A_PARAMETER,
+        "3": "not a linear or conv operation",
         "4": "its weight is torch.complex64, and dendrites need a floating-point one",
         "5": "it has an attribute named 'dendrites' already",
     }
@@ -118,7 +162,7 @@ def test_taken_names_beside_a_parameter():
     }
 
 
-def test_a_subclass_that_computes_something_else_is_no_site():
+def test_a_subclass_that_computes_something_else_keeps_what_it_adds():
     class Doubled(nn.Linear):
         def forward(self, x):
             return super().forward(x) * 2
@@ -129,12 +173,8 @@ def test_a_subclass_that_computes_something_else_is_no_site():
 
     model = nn.Sequential(Circular(4, 4, 1), nn.Flatten(), Doubled(4, 4), nn.Linear(4, 4))
     ours = pbfx.transform(model)
-    # Both are traced into, and the functions that they call are sites of their own.
-    assert [(s.name, s.functional) for s in ours.perforation.sites] == [
-        ("0.weight", True),
-        ("2.weight", True),
-        ("3", False),
-    ]
+    # Both are traced into, and the functions that they call are their sites.
+    assert [s.name for s in ours.perforation.sites] == ["0", "2", "3"]
     x = torch.randn(2, 4, 1)
     expected = ours(x)
     randomise(pbfx.grow(ours), scale=0.0)
@@ -163,6 +203,35 @@ def test_a_pattern_that_matches_nothing(setting: str):
     with pytest.raises(pbfx.ConfigError, match=message) as caught:
         pbfx.transform(CASES["residual"].build(), config)
     assert "valid: 'blocks.0.fc', 'blocks.1.fc', 'head'" in str(caught.value)
+
+
+def test_patterns_see_the_sites_of_all_parts():
+    """What a part is called from outside decides, and a pattern may match in any part."""
+    roots = {"": CASES["residual"].build(), "tail": nn.Linear(4, 4), "tail.end": perceptron()}
+    parts = {}
+    for path, model in roots.items():
+        ours = pbfx.transform(model)
+        parts[path] = ours, ours.perforation.sites
+
+    def chosen(**settings) -> dict[str, list[str]]:
+        found = choose_sites(parts, pbfx.Config(**settings))
+        assert found.keys() == parts.keys()
+        for path, (kept, unwanted) in found.items():
+            names = {site.name for site in kept}, {op.name for op in unwanted}
+            assert sorted(names[0] | names[1]) == sorted(site.name for site in parts[path][1])
+            assert not names[0] & names[1]
+        return {path: [site.name for site in kept] for path, (kept, _) in found.items()}
+
+    assert chosen(include="tail*") == {"": [], "tail": [""], "tail.end": ["0", "4"]}
+    assert chosen(include=["tail", "*.4"]) == {"": [], "tail": [""], "tail.end": ["4"]}
+    assert chosen(exclude="tail.*")["tail"] == [""]
+    asked = []
+    chosen(filter_fn=lambda module, path: asked.append(path) is None)
+    assert asked[-3:] == ["tail", "tail.end.0", "tail.end.4"]
+    with pytest.raises(pbfx.ConfigError, match=r"include='end.\*' matches.*did you mean 'tail.end"):
+        chosen(include="end.*")
+    with pytest.raises(pbfx.ConfigError, match=r"leave no site.*'tail.end.4' \(linear\): no pat"):
+        chosen(include="tail", exclude="tail")
 
 
 def test_the_hint_stays_short():

@@ -115,14 +115,13 @@ def test_new_keys_nest_under_what_they_belong_to(case: Case):
     parameters = dict(plain.named_parameters(remove_duplicate=False))
     expected = {}
     for site in model.perforation.sites:
-        weight = parameters[site.weight]
-        owner = site.name if site.functional else site.weight.removesuffix(".weight")
-        path = f"{owner}_dendrites" if site.functional else f"{owner}.dendrites"
-        expected[f"{path}.weight"] = (3, *weight.shape)
-        expected[f"{path}.to_soma"] = (3, len(weight))
-        expected[f"{path}.to_dendrite"] = (3, 3, len(weight))
-        if site.bias is not None:
-            expected[f"{path}.bias"] = (3, len(weight))
+        # A module owns its weight; any other parameter has its dendrites beside it.
+        path = f"{site.name}_dendrites" if site.name in parameters else f"{site.name}.dendrites"
+        expected[f"{path}.weight"] = (3, *site.shape)
+        expected[f"{path}.to_soma"] = (3, site.shape[0])
+        expected[f"{path}.to_dendrite"] = (3, 3, site.shape[0])
+        if site.biased:
+            expected[f"{path}.bias"] = (3, site.shape[0])
     added = {name: p.shape for name, p in model.named_parameters() if name not in parameters}
     assert added == expected
     kept = [key for key in model.state_dict() if key in plain.state_dict()]

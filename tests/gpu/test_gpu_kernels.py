@@ -21,7 +21,7 @@ SIZED = (
     Site("conv-7x7", (2, 3, 33, 30), (64, 3, 7, 7), Geometry.convolution(2, 2, 3)),
     Site("conv-groups", (2, 64, 9, 9), (96, 32, 3, 3), Geometry.convolution(2, 2, 1, 1, 2)),
 )
-FULL = [*(site for site in SITES if "empty" not in site.name), *SIZED]
+FULL = [*(site for site in SITES if not ("empty" in site.name or site.geometry.transposed)), *SIZED]
 PAIRS = [(Strategy.PACKED, site) for site in FULL] + [
     (Strategy.SPLIT, site) for site in FULL if site.geometry.spatial in (0, 2)
 ]

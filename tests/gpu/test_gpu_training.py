@@ -74,7 +74,7 @@ def test_eager_and_compiled_gradients_agree() -> None:
     torch.manual_seed(0)
     model = pbfx.transform(Net()).cuda()
     pbfx.grow(model, 2)
-    for module in model.dendrites().values():
+    for module in model.grown().values():
         nn.init.normal_(module.to_soma)
     x, y = batches(1)[0]
     model.eval()

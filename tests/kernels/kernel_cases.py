@@ -40,6 +40,11 @@ class Site:
         g = self.geometry
         if g.spatial == 0:
             return F.linear(x, weight, bias)
+        if g.transposed:
+            ops = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+            return ops[g.spatial - 1](
+                x, weight, bias, g.stride, g.padding, g.output_padding, g.groups, g.dilation
+            )
         op = (F.conv1d, F.conv2d, F.conv3d)[g.spatial - 1]
         return op(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
 
@@ -54,14 +59,24 @@ class Site:
         return tuple(axis for axis in range(dims) if axis != dims + self.geometry.channel_axis)
 
     @property
-    def op_geometry(self) -> tuple[Any, ...]:
-        """The op's last four arguments."""
+    def neurons(self) -> int:
+        """N: of a transposed convolution, whose weight starts with the channels, by its groups."""
         g = self.geometry
-        return g.stride, g.padding, g.dilation, g.groups
+        return self.weight[1] * g.groups if g.transposed else self.weight[0]
+
+    @property
+    def op_geometry(self) -> tuple[Any, ...]:
+        """The op's last six arguments."""
+        g = self.geometry
+        return g.stride, g.padding, g.dilation, g.groups, g.transposed, g.output_padding
 
 
 def _conv(spatial: int, **form: Any) -> Geometry:
     return Geometry.convolution(spatial, **form)
+
+
+def _transposed(spatial: int, **form: Any) -> Geometry:
+    return Geometry.convolution(spatial, transposed=True, **form)
 
 
 SITES = (
@@ -87,6 +102,35 @@ SITES = (
     Site("conv2d-unbatched", (4, 7, 7), (4, 2, 3, 3), _conv(2, padding=1, groups=2)),
     Site("conv2d-empty", (0, 4, 7, 7), (4, 2, 3, 3), _conv(2, padding=1, groups=2)),
     Site("conv3d", (2, 4, 5, 4, 6), (6, 2, 2, 3, 2), _conv(3, padding=(1, 0, 1), groups=2)),
+    Site("transposed1d", (2, 3, 5), (3, 4, 3), _transposed(1, stride=2, padding=1)),
+    Site("transposed2d", (2, 3, 4, 5), (3, 5, 3, 2), _transposed(2)),
+    Site(
+        "transposed2d-form",
+        (2, 4, 4, 3),
+        (4, 3, 3, 2),
+        _transposed(
+            2,
+            stride=(3, 1),
+            padding=(1, 0),
+            dilation=(1, 2),
+            groups=2,
+            output_padding=(2, 1),
+        ),
+    ),
+    Site(
+        "transposed2d-depthwise",
+        (2, 4, 3, 3),
+        (4, 1, 4, 4),
+        _transposed(2, stride=2, padding=1, groups=4),
+    ),
+    Site("transposed2d-unbatched", (4, 3, 3), (4, 2, 2, 2), _transposed(2, stride=2, groups=2)),
+    Site("transposed2d-empty", (0, 4, 3, 3), (4, 2, 2, 2), _transposed(2, stride=2)),
+    Site(
+        "transposed3d",
+        (2, 4, 2, 3, 2),
+        (4, 3, 2, 1, 3),
+        _transposed(3, stride=(2, 1, 1), output_padding=(1, 0, 0), groups=2),
+    ),
 )
 BY_NAME = {site.name: site for site in SITES}
 sites = pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
@@ -109,8 +153,8 @@ class Dendrites:
 
 def make_dendrites(site: Site, d: int, activation: str = "tanh", bias: bool = True) -> Dendrites:
     """Draw a site with D dendrites, scaled so that preactivations are of order one."""
-    n = site.weight[0]
-    fan = max(1, torch.Size(site.weight[1:]).numel())
+    n = site.neurons
+    fan = max(1, torch.Size(site.weight).numel() // max(n, 1))
     x, w, b = _normal(*site.x), _normal(*site.weight) * fan**-0.5, _normal(n)
     tensors = {
         "soma": site.soma(x, w, b),
@@ -172,8 +216,8 @@ def make_candidates(
     neuron, x = grown["soma"], grown["x"]
     assert neuron is not None
     assert x is not None
-    n = site.weight[0]
-    fan = max(1, torch.Size(site.weight[1:]).numel())
+    n = site.neurons
+    fan = max(1, torch.Size(site.weight).numel() // max(n, 1))
     tensors = {
         "neuron": neuron,
         "x": x,

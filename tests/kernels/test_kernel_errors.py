@@ -88,6 +88,25 @@ def test_convolution_says_what_does_not_fit(
         dendrites(**changed, geometry=Geometry.convolution(2, groups=groups))
 
 
+def test_output_padding_stays_below_stride_or_dilation() -> None:
+    with pytest.raises(ArgumentError, match=r"less than stride or dilation, got \(2,\) with"):
+        Geometry.convolution(1, stride=2, transposed=True, output_padding=2)
+    assert Geometry.convolution(1, dilation=3, transposed=True, output_padding=2).transposed
+
+
+def test_transposed_convolution_says_what_does_not_fit() -> None:
+    args = make_dendrites(BY_NAME["transposed2d-form"], 2).args(torch.float32)
+    geometry = BY_NAME["transposed2d-form"].geometry
+    for name, shape, message in (
+        ("weight", (2, 5, 3, 3, 2), "weight: expected channels in 2 equal groups, got 5"),
+        ("x", (2, 6, 4, 3), "x: expected 4 channels on axis -3, got 6"),
+        ("soma", (2, 6, 4, 3), "soma: expected shape of the op's output = "),
+    ):
+        changed: dict[str, Any] = {**args, name: torch.zeros(shape)}
+        with pytest.raises(ArgumentError, match=message):
+            dendrites(**changed, geometry=geometry)
+
+
 @pytest.mark.parametrize(
     ("form", "message"),
     [
@@ -95,6 +114,15 @@ def test_convolution_says_what_does_not_fit(
         ({"stride": (0,), "padding": (0,), "dilation": (1,)}, r"stride: expected at least 1, got"),
         ({"stride": (1,), "padding": (-1,), "dilation": (1,)}, r"padding: expected at least 0"),
         ({"groups": 2}, "groups: a linear op has one group, got 2"),
+        ({"transposed": True}, "transposed: a linear op has no transposed form"),
+        (
+            {"stride": (2,), "padding": (0,), "dilation": (1,), "transposed": True},
+            r"output_padding: expected 1 entries as for stride, got \(\)",
+        ),
+        (
+            {"stride": (2,), "padding": (0,), "dilation": (1,), "output_padding": (0,)},
+            "only a transposed convolution has one",
+        ),
         ({"groups": 0}, r"groups: expected at least 1, got \(0,\)"),
     ],
 )

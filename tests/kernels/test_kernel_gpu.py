@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_cases import (
+    BY_NAME,
     Site,
     Tensors,
     make_candidates,
@@ -61,16 +62,49 @@ def test_dendrites(site: Site, dtype: torch.dtype) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize("op", [False, True], ids=["eager", "op"])
+@pytest.mark.parametrize(("c", "d"), [(1, 0), (3, 1)])
 @sites
-def test_candidates(site: Site, dtype: torch.dtype) -> None:
-    case = make_candidates(site, 3, 1)
+def test_candidates(site: Site, c: int, d: int, op: bool, dtype: torch.dtype) -> None:
+    case = make_candidates(site, c, d)
     args = _on_gpu(case.args(dtype))
     grad = case.grad.to(dtype)
-    out, _ = candidates(**args, activation="tanh", geometry=site.geometry)
+    if op:
+        call = torch.ops.pbfx.candidates.default
+        out, _ = call(*args.values(), "tanh", *site.op_geometry)
+    else:
+        out, _ = candidates(**args, activation="tanh", geometry=site.geometry)
     out.backward(grad.cuda())
     assert torch.equal(out.detach().cpu(), args["neuron"].detach().cpu())
     gradients, moments = oracle_candidates(site, _upcast(args), grad.double(), "tanh")
     for name, expected in gradients.items():
-        assert_close(args[name].grad.cpu(), expected)
+        # In eager mode links from no dendrites get no gradient at all.
+        if expected.numel():
+            assert_close(args[name].grad.cpu(), expected)
     # The sums come from activations rounded to the op's dtype.
     assert_close(args["moments"].grad.cpu().view_as(moments), moments, dtype)
+
+
+@pytest.mark.parametrize(("c", "d"), [(1, 0), (3, 2)])
+@pytest.mark.parametrize("name", ["linear", "conv2d-form", "conv2d"])
+def test_opcheck_candidates(name: str, c: int, d: int) -> None:
+    site = BY_NAME[name]
+    case = make_candidates(site, c, d, bias=d != 0)
+    args = _on_gpu(case.args(torch.float32))
+    torch.library.opcheck(
+        torch.ops.pbfx.candidates.default, (*args.values(), "gelu", *site.op_geometry)
+    )
+    plain = {name: None if t is None else t.detach() for name, t in args.items()}
+    z = torch.randn(c, *plain["neuron"].shape, device="cuda")
+    names = ("x", "activations", "direction", "error_mean")
+    torch.library.opcheck(
+        torch.ops.pbfx.candidates_backward.default,
+        (
+            case.grad.float().cuda(),
+            z,
+            *(plain[name] for name in names),
+            plain["weight"].shape,
+            "gelu",
+            *site.op_geometry,
+        ),
+    )

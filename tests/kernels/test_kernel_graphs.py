@@ -14,7 +14,14 @@ from pbfx_kernels import Geometry, candidates, dendrites, perforated_conv2d
 OPS = torch.ops.pbfx
 FORMS = [
     BY_NAME[name]
-    for name in ("linear", "linear-unbatched", "conv1d", "conv2d-form", "conv2d-unbatched")
+    for name in (
+        "linear",
+        "linear-unbatched",
+        "conv1d",
+        "conv2d-form",
+        "conv2d-unbatched",
+        "transposed2d-form",
+    )
 ]
 forms = pytest.mark.parametrize("site", FORMS, ids=lambda site: site.name)
 

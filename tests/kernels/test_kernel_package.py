@@ -65,12 +65,22 @@ def test_output_shape_is_that_of_torch(data: st.DataObject) -> None:
         return tuple(data.draw(st.integers(low, high)) for _ in range(spatial))
 
     groups, taps, dilation = data.draw(st.integers(1, 3)), each(1, 3), each(1, 2)
-    geometry = Geometry(each(1, 3), each(0, 2), dilation, groups)
+    stride, padding, transposed = each(1, 3), each(0, 2), data.draw(st.booleans())
+    more = tuple(
+        data.draw(st.integers(0, max(pair) - 1)) for pair in zip(stride, dilation, strict=True)
+    )
+    geometry = Geometry(stride, padding, dilation, groups, transposed, more if transposed else ())
     extents = tuple(
         d * (k - 1) + 1 + extra for d, k, extra in zip(dilation, taps, each(0, 4), strict=True)
     )
     batch = data.draw(st.sampled_from([(), (0,), (2,)]))
     site = Site("drawn", (*batch, groups, *extents), (2 * groups, 1, *taps), geometry)
+    if transposed:
+        # Enough that padding leaves something over.
+        extents = tuple(extent + 4 for extent in extents)
+        site = Site("drawn", (*batch, groups, *extents), (groups, 2, *taps), geometry)
+        assert geometry.channels(site.weight) == groups
+        assert geometry.neurons(site.weight) == 2 * groups
     out = site.soma(torch.zeros(site.x), torch.zeros(site.weight), None)
     assert geometry.output_shape(site.x, site.weight) == tuple(out.shape)
 

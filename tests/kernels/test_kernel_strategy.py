@@ -145,7 +145,7 @@ def test_what_is_saved() -> None:
 
 
 def test_flops() -> None:
-    assert pbfx_kernels.flops.stacked_flops((5, 6), (3, 6, 4)) == 2 * 3 * 5 * 6 * 4
+    assert pbfx_kernels.flops.stacked_flops((5, 6), (5, 4), (3, 6, 4)) == 2 * 3 * 5 * 6 * 4
     site = BY_NAME["conv2d-form"]
     args = make_dendrites(site, 3).args(torch.float32)
     with FlopCounterMode(display=False) as stacked:

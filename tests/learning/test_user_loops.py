@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import pbfx
 from learning.loops import (
@@ -35,8 +36,11 @@ from learning.loops import (
     train,
 )
 from pbfx.dendrites import Candidates
+from pbfx.learning import learner as learner_module
+from pbfx_kernels.turns import take_turns
 
 FROZEN = 1e-30
+SITES_OF_MLP = ("fc1", "fc2", "head")
 
 
 def groups(model: nn.Module) -> list[dict[str, object]]:
@@ -417,12 +421,12 @@ def overflowed(position: int) -> tuple[list[set[str]], list[float], nn.Module]:
     """Run batches under a loss scaler, the one at `position` infinite; return what each changed."""
     torch.manual_seed(0)
     net, task = Cnn(), images(64)
-    model = pbfx.transform(net, pbfx.Config(priming_batches=1, measure_every=3))
+    model = pbfx.transform(net, pbfx.Config(priming_batches=4, measure_every=3))
     optimizer = sgd(model)
     tracker = enter_dendrite_phase(model, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     changes, scales, base = [], [], network(model)
-    for batch in range(1, 8):
+    for batch in range(1, 11):
         before = copied(model.state_dict())
         adam = {
             name: learner.state_dict()["adam"]["state"]
@@ -450,14 +454,15 @@ def overflowed(position: int) -> tuple[list[set[str]], list[float], nn.Module]:
     return changes, scales, model
 
 
-@pytest.mark.parametrize("position", [1, 5, 6], ids=["priming", "learning", "measuring"])
+@pytest.mark.parametrize("position", [1, 7, 6], ids=["priming", "learning", "measuring"])
 def test_an_overflow_leaves_no_trace_and_the_scaler_backs_off(position: int) -> None:
     changes, scales, _ = overflowed(position)
-    assert changes[position - 1] == set()
+    # What the preactivations were is known before the backward overflows, and is no less true.
+    assert changes[position - 1] == ({"count", "mean", "squares"} if position == 1 else set())
     others = [seen for batch, seen in enumerate(changes, 1) if batch != position]
     assert all(seen for seen in others)
     assert sum("adam" in seen for seen in others) >= 3
-    assert scales == [1024.0] * (position - 1) + [512.0] * (8 - position)
+    assert scales == [1024.0] * (position - 1) + [512.0] * (11 - position)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -505,6 +510,79 @@ def test_a_backward_that_breaks_off_does_not_put_the_next_out_of_step() -> None:
         for name, learner in learners(tracker).items():
             assert learner.batches == before[name] + batch
         check_gradients(model)
+
+
+class Parts(nn.Module):
+    """Two parts with settings of their own, and a branch that is not always taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = pbfx.transform(Mlp(outputs=4), pbfx.Config(priming_batches=0))
+        self.second = pbfx.transform(Mlp(inputs=4), pbfx.Config(priming_batches=1))
+
+    def forward(self, x: Tensor, both: bool = True) -> Tensor:
+        x = self.first(x)
+        return self.second(x) if both else x[:, :1]
+
+
+def counts(tracker: pbfx.Tracker) -> dict[str, int]:
+    return {name: learner.batches for name, learner in learners(tracker).items()}
+
+
+def test_sites_take_their_turns_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One booking per backward pass and set of rules, of the sites that it has reached."""
+    task, model, booked = regression(64), Parts(), []
+
+    def spy(memories, *rest):
+        booked.append(len(memories))
+        return take_turns(memories, *rest)
+
+    monkeypatch.setattr(learner_module, "take_turns", spy)
+    tracker = enter_dendrite_phase(model, sgd(model))
+    F.mse_loss(model(task.x), task.y).backward()
+    assert booked == [3, 3]
+    F.mse_loss(model(task.x, both=False), task.y).backward()
+    assert booked == [3, 3, 3]
+    found = counts(tracker)
+    assert {found[name] for name in found if name.startswith("first")} == {2}
+    assert {found[name] for name in found if name.startswith("second")} == {1}
+    check_gradients(model)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_activations(reentrant: bool) -> None:
+    """Reentrant checkpointing runs a backward pass within the backward pass."""
+    task, model = regression(64), Parts()
+    tracker = enter_dendrite_phase(model, sgd(model))
+    x = task.x.clone().requires_grad_()
+    inner = checkpoint(model.first, x, use_reentrant=reentrant)
+    F.mse_loss(model.second(inner), task.y).backward()
+    assert set(counts(tracker).values()) == {1}
+    assert set(counts(tracker)) == {f"{p}.{s}" for p in ("first", "second") for s in SITES_OF_MLP}
+    check_gradients(model)
+
+
+def test_what_a_broken_pass_leaves_behind_is_forgotten() -> None:
+    task = regression(64)
+    model = pbfx.transform(Mlp(), pbfx.Config(priming_batches=0))
+    tracker = enter_dendrite_phase(model, sgd(model))
+    found = learners(tracker)
+    cohort = found["fc1"]._cohort
+    assert all(learner._cohort is cohort for learner in found.values())
+
+    def interrupt(_: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    handle = found["fc1"].candidates.weight.register_post_accumulate_grad_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        task.loss_of(model).backward()
+    handle.remove()
+    assert cohort._reached
+    task.loss_of(model).backward()
+    assert set(counts(tracker).values()) == {1}
+    for learner in found.values():
+        learner.detach()
+    assert not cohort._reached
 
 
 class Reads(TorchDispatchMode):

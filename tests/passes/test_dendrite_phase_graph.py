@@ -37,7 +37,10 @@ def frozen_output(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     training = [m for m in model.modules() if m.training]
     for parameter in trainable:
         parameter.requires_grad_(False)
+    # The fused path of attention rounds otherwise than the parts that carry dendrites.
+    torch.backends.mha.set_fastpath_enabled(False)
     found = run(model.eval(), x)
+    torch.backends.mha.set_fastpath_enabled(True)
     for parameter in trainable:
         parameter.requires_grad_(True)
     for module in training:

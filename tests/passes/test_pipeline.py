@@ -12,7 +12,7 @@ import pbfx
 from models import CASES, Case, assert_equal, each_case, perceptron, run
 from pbfx import perforated
 from pbfx.errors import PassError
-from pbfx.passes import attach_candidates, hold_eval, insert_dendrites
+from pbfx.passes import attach_candidates, hold_eval, insert_dendrites, unfold_layers
 from pbfx.passes.context import PassContext
 from pbfx.phase import Phase
 from pbfx.pipeline import PASSES, run_passes
@@ -91,7 +91,7 @@ def test_growing_under_a_failing_pass_changes_nothing(monkeypatch):
 
 
 def test_the_order_is_data():
-    assert (insert_dendrites, attach_candidates, hold_eval) == PASSES
+    assert (unfold_layers, insert_dendrites, attach_candidates, hold_eval) == PASSES
     model = pbfx.transform(perceptron())
     assert [record.name for record in model.perforation.records] == [p.__name__ for p in PASSES]
 
@@ -103,8 +103,9 @@ def test_records_say_what_changed():
     ]
     pbfx.grow(model)
     start_dendrite_phase(model)
-    insert, attach, hold = model.perforation.records
+    unfold, insert, attach, hold = model.perforation.records
     getitem = "<built-in function getitem>"
+    assert unfold.rewrites == 0
     assert (insert.rewrites, insert.removed) == (2, {})
     assert insert.added == {"0.dendrites": 1, "4.dendrites": 1, getitem: 2}
     assert (attach.rewrites, attach.removed) == (2, {})

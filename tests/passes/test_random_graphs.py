@@ -37,13 +37,14 @@ ACTIVATIONS = {
 # A model is a list of steps; a step is a word, and for some a number or a list of steps.
 Step = tuple[Any, ...]
 
-linears = st.one_of(
+plain_linears = st.one_of(
     st.tuples(st.just("linear"), st.booleans()),
     st.tuples(st.just("function"), st.booleans()),
     # Calls again the n-th soma so far.
     st.tuples(st.just("again"), st.integers(0, 3)),
 )
-convs = st.one_of(
+plain_convs = st.one_of(
+    st.tuples(st.just("transposed"), st.sampled_from([1, 2, WIDTH]), st.booleans()),
     st.tuples(
         st.just("conv"),
         st.sampled_from([1, 2, 3]),
@@ -53,6 +54,12 @@ convs = st.one_of(
     ),
     st.tuples(st.just("function"), st.booleans()),
     st.tuples(st.just("again"), st.integers(0, 3)),
+)
+# A soma that a norm alone reads: its dendrites join after the norm.
+NORMED = ("batch", "group", "layer", "instance", "rms", "function", "permuted")
+linears, convs = (
+    st.one_of(plain, st.tuples(st.just("normed"), plain, st.sampled_from(NORMED)))
+    for plain in (plain_linears, plain_convs)
 )
 others = st.one_of(
     st.tuples(st.sampled_from(["relu", "tanh", "inplace", "dropout", "functional dropout"])),
@@ -108,6 +115,9 @@ class Random(nn.Module):
                     bias=kernel != 2,
                 )
             )
+        elif kind == "transposed":
+            groups, bias = rest
+            found = self._add(nn.ConvTranspose2d(WIDTH, WIDTH, 3, 1, 1, groups=groups, bias=bias))
         elif self.space:
             found = self._add(nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=rest[0]))
         else:
@@ -117,8 +127,22 @@ class Random(nn.Module):
 
     def _prepare(self, step: Step) -> Any:
         kind = step[0]
-        if kind in ("linear", "conv", "function", "again"):
+        if kind in ("linear", "conv", "transposed", "function", "again"):
             return self._soma(step)
+        if kind == "normed":
+            soma, norm = self._soma(step[1]), step[2]
+            if norm == "function":
+                return "normed", soma, norm, None
+            made = {
+                "batch": nn.BatchNorm2d if self.space else nn.BatchNorm1d,
+                "instance": nn.InstanceNorm2d if self.space else nn.LayerNorm,
+                "layer": nn.LayerNorm,
+                "permuted": nn.LayerNorm,
+                "rms": nn.RMSNorm,
+            }
+            last = norm in ("layer", "rms") and self.space
+            module = nn.GroupNorm(2, WIDTH) if norm == "group" or last else made[norm](WIDTH)
+            return "normed", soma, norm, self._add(module)
         if kind == "residual":
             return "residual", [self._prepare(inner) for inner in step[1]]
         if kind == "norm":
@@ -150,6 +174,14 @@ class Random(nn.Module):
             if self.space:
                 return F.conv2d(x, weight, bias, padding=1)
             return F.linear(x, weight, bias=bias)
+        if kind == "normed":
+            soma, norm, part = rest
+            y = self._apply_step(soma, x)
+            if norm == "function":
+                return F.batch_norm(y, None, None, training=True)
+            if norm == "permuted" and self.space:
+                return self.parts[part[1]](y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return self.parts[part[1]](y)
         if kind == "functional dropout":
             return F.dropout(x, 0.3, training=self.training)
         if kind == "buffer":
@@ -164,7 +196,7 @@ class Random(nn.Module):
             x = self._apply_step(step, x * 1)
         return self.head(x.mean((2, 3)) if self.space else x)
 
-    def input(self) -> Tensor:
+    def _input(self) -> Tensor:
         generator = torch.Generator().manual_seed(7)
         shape = (3, WIDTH, 5, 6) if self.space else (5, WIDTH)
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -184,9 +216,10 @@ class Oracle(fx.Interpreter):
     """Run the source graph of a perforated model, with dendrites in plain torch."""
 
     def __init__(self, model: PerforatedModule) -> None:
-        super().__init__(model, graph=model.perforation.source)
+        super().__init__(model, False, graph=model.perforation.source)
         config = model.perforation.config
         self.activate, self.detached = ACTIVATIONS[config.activation], config.learning != "gradient"
+        self.waiting: dict[fx.Node, fx.Node] = {}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self.dendrites = {
             site.weight: {
@@ -199,12 +232,38 @@ class Oracle(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         y = super().run_node(n)
+        norm = self.norm_after(n) if self.roles(n) is not None else None
+        if norm is not None:
+            self.waiting[norm] = n
+            return y
+        soma = self.waiting.pop(n, n)
+        if self.roles(soma) is None:
+            return y
+        # What is permuted on the way to the norm gets its dendrites permuted.
+        if soma is not n and n.args[0] is not soma:
+            return self.joined(soma, y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.joined(soma, y)
+
+    def norm_after(self, soma: fx.Node) -> fx.Node | None:
+        """Return the norm that reads `soma` and nothing else does, through a permutation or not."""
+        (reader, *more) = soma.users
+        if not more and reader.target == "permute":
+            (reader, *more) = reader.users
+        if more or reader.target is F.batch_norm:
+            return None if more else reader
+        kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+        is_norm = reader.op == "call_module" and isinstance(self.fetch_attr(reader.target), kinds)
+        return reader if is_norm else None
+
+    def roles(self, n: fx.Node) -> dict[str, Tensor] | None:
         weight = f"{n.target}.weight" if n.op == "call_module" else None
         if n.target in (F.linear, F.conv2d):
             weight = n.args[1].target
-        roles = self.dendrites.get(weight)
-        if roles is None:
-            return y
+        return self.dendrites.get(weight)
+
+    def joined(self, n: fx.Node, y: Tensor) -> Tensor:
+        """Add to `y` the dendrites of the soma `n`."""
+        roles = self.roles(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         x = args[0].detach() if self.detached else args[0]
         shape = [1] * y.dim()
@@ -217,6 +276,7 @@ class Oracle(fx.Interpreter):
                 if value is not None
             }
             if n.op == "call_module":
+                # A soma without a bias has dendrites with one where a norm follows it.
                 values = {k: v for k, v in one.items() if k in ("weight", "bias")}
                 z = torch.func.functional_call(self.fetch_attr(n.target), values, (x,))
             else:
@@ -249,7 +309,7 @@ def assert_close(found: Tensor, expected: Tensor, what: str) -> None:
 
 @given(models())
 def test_insertion_is_bit_identical(model: Random):
-    ours, x = pbfx.transform(model), model.input()
+    ours, x = pbfx.transform(model), model._input()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     assert list(ours.state_dict()) == list(state)
     expected = run(model, x)
@@ -262,7 +322,7 @@ def test_insertion_is_bit_identical(model: Random):
 @given(models(), st.integers(1, 3))
 def test_growth_keeps_the_output_and_the_keys(model: Random, dendrites: int):
     model.eval()
-    ours, x = pbfx.transform(model), model.input()
+    ours, x = pbfx.transform(model), model._input()
     expected, keys = run(ours, x), list(model.state_dict())
     pbfx.grow(ours, dendrites)
     assert_equal(run(ours, x), expected)
@@ -281,7 +341,7 @@ def test_outputs_and_gradients_are_the_oracles(
 ):
     ours = pbfx.transform(model, pbfx.Config(activation=activation, learning=learning))
     randomise(pbfx.grow(ours, dendrites), scale=0.7)
-    x = model.input().requires_grad_()
+    x = model._input().requires_grad_()
     state = {key: value.clone() for key, value in ours.state_dict().items()}
     (out,) = run(ours, x)
     found = gradients(out, ours)
@@ -308,7 +368,7 @@ def test_outputs_and_gradients_are_the_oracles(
 
 @given(models(), st.integers(0, 2))
 def test_the_dendrite_phase_leaves_the_base_untouched(model: Random, dendrites: int):
-    ours, x = pbfx.transform(model, pbfx.Config(candidates=2)), model.input()
+    ours, x = pbfx.transform(model, pbfx.Config(candidates=2)), model._input()
     if dendrites:
         randomise(pbfx.grow(ours, dendrites))
     was_training = ours.training
@@ -345,7 +405,7 @@ def test_state_dicts_grow_a_fresh_model(model: Random, dendrites: int):
     import copy
 
     fresh = pbfx.transform(copy.deepcopy(model))
-    ours, x = pbfx.transform(model), model.input()
+    ours, x = pbfx.transform(model), model._input()
     if dendrites:
         randomise(pbfx.grow(ours, dendrites))
     with torch.no_grad():
@@ -361,7 +421,7 @@ def test_the_oracle_tells_a_wrong_gradient():
     """An oracle that agrees with everything would prove nothing."""
     torch.manual_seed(0)
     model = Random([("linear", True)], space=False).to(torch.float64)
-    x = model.input()
+    x = model._input()
     found = {}
     for learning in ("perforated", "gradient"):
         ours = pbfx.transform(model, pbfx.Config(learning=learning))

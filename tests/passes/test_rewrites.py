@@ -14,7 +14,7 @@ from pbfx.dendrites import Candidates, Dendrites
 from pbfx.passes import attach_candidates, hold_eval, insert_dendrites
 from pbfx.passes.context import PassContext
 from pbfx.phase import Phase
-from pbfx.sites import find_sites
+from pbfx.sites import describe_sites
 
 Rows = list[tuple[str, object, tuple, dict]]
 
@@ -37,7 +37,7 @@ class Parts(nn.Module):
 
 def grow(gm: fx.GraphModule, *names: str, candidates: int = 0, phase: Phase = Phase.NEURON):
     """Give the named sites of `gm` one dendrite each, and return the context for the passes."""
-    sites, _ = find_sites(gm, gm.graph, pbfx.Config())
+    sites, _ = describe_sites(gm, gm.graph)
     assert {*names} <= {site.name for site in sites}
     for site in sites:
         if site.name in names:
@@ -49,7 +49,7 @@ def grow(gm: fx.GraphModule, *names: str, candidates: int = 0, phase: Phase = Ph
                     site,
                     pbfx.Config(),
                     torch.randn(candidates, *weight.shape),
-                    torch.randn(candidates, len(weight)) if site.bias else None,
+                    torch.randn(candidates, site.neurons) if site.biased else None,
                     1,
                 )
             owner, _, name = site.dendrites.rpartition(".")

@@ -469,14 +469,14 @@ class TestParts:
         message = f"pbfx.grow: n must be a whole number of at least 1, got {n!r}"
         with pytest.raises(ConfigError, match=re.escape(message)):
             pbfx.grow(model, n)
-        assert not model.dendrites()
+        assert not model.grown()
 
     def test_grow_by_hand_knows_its_sites(self) -> None:
         model = pbfx.transform(Mlp())
         message = "pbfx.grow: there is no site 'fc3'; did you mean 'fc2' or 'fc1'? valid: 'fc1', "
         with pytest.raises(ConfigError, match=re.escape(message)):
             pbfx.grow(model, 1, ["fc1", "fc3"])
-        assert not model.dendrites()
+        assert not model.grown()
         with pytest.raises(RestructureError, match="Mlp has no perforated parts"):
             pbfx.grow(Mlp())
 

@@ -1,0 +1,1 @@
+"""The same checks over every model that torchvision, timm and transformers can build."""

@@ -1,0 +1,227 @@
+"""How candidates are computed: by which kernels, and in eager mode without the dispatcher.
+
+A graph holds `pbfx::candidates`, which has to copy the neuron's output, since a custom op may not
+return its input. Eager code needs no node, so there an `autograd.Function` does the same work: the
+output shares the neuron's memory and version counter, as if nothing stood in the path, and Python
+crosses the dispatcher twice less per site. Both call `preactivate` and `differentiate`, which
+choose the Triton kernels where they can run and the reference everywhere else.
+"""
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pbfx_kernels import reference
+from pbfx_kernels.geometry import Geometry
+from pbfx_kernels.validation import check_candidates
+
+# What the kernels compute in; float64 runs the reference.
+_FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# A training loop meets a handful of shapes; past this many the check runs again.
+_MOST_CHECKED = 4096
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+_checked: set[Any] = set()
+
+
+def preactivate(
+    x: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    """Compute what `reference.candidate_preactivations` does, strides aside.
+
+    The links may be None where there are no dendrites for them to come from.
+    """
+    dtype = activations.dtype
+    if to_dendrite is None or not activations.shape[0]:
+        bias = None if bias is None else bias.to(dtype)
+        return reference.preactivations(x.to(dtype), weight.to(dtype), bias, geometry)
+    if not fused(activations):
+        return reference.candidate_preactivations(
+            x, activations, weight, bias, to_dendrite, geometry
+        )
+    from pbfx_kernels.candidate_cascade import add_cascade_
+
+    z = reference.preactivations(x.to(dtype), weight.to(dtype), None, geometry)
+    return add_cascade_(z, activations, bias, to_dendrite, geometry.channel_axis)
+
+
+def differentiate(
+    grad: Tensor,
+    z: Tensor,
+    x: Tensor,
+    activations: Tensor,
+    direction: Tensor,
+    error_mean: Tensor,
+    weight_shape: Sequence[int],
+    activation: str,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute what `reference.candidates_backward` does.
+
+    Kernels leave the weight's gradient in the dtype of the computation, and the small ones as parts
+    of one buffer.
+    """
+    if not fused(z):
+        return reference.candidates_backward(
+            grad, z, x, activations, direction, error_mean, weight_shape, activation, geometry
+        )
+    from pbfx_kernels.candidate_moments import candidate_moments
+
+    signal = candidate_moments(
+        grad, z, activations, direction, error_mean, activation, geometry.channel_axis
+    )
+    weight = reference.weight_gradient(signal.dz, x.to(z.dtype), weight_shape, geometry)
+    if signal.weight_scale != 1:
+        weight = weight.float() * signal.weight_scale
+    return weight, signal.bias, signal.to_dendrite, signal.moments
+
+
+def fused(tensor: Tensor) -> bool:
+    """Return whether Triton kernels compute on `tensor`'s device and in its dtype."""
+    return tensor.is_cuda and tensor.dtype in _FUSED_DTYPES and triton_is_there()
+
+
+@functools.cache
+def triton_is_there() -> bool:
+    """Return whether Triton is installed; where it is not, say once what that costs."""
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        warnings.warn(
+            "pbfx: triton is not installed, so candidates run the reference on this GPU, several "
+            "times slower and not capturable in a CUDA graph; pip install triton",
+            stacklevel=2,
+        )
+    return found
+
+
+def runs_eagerly(*tensors: Tensor | None) -> bool:
+    """Return whether a call with `tensors` is plain eager execution, and nobody records ops.
+
+    Tracers, compilers, dispatch modes, tensor subclasses and function transforms must see the op.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def apply(
+    neuron: Tensor,
+    x: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor,
+    moments: Tensor,
+    direction: Tensor,
+    error_mean: Tensor,
+    activation: str,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor]:
+    """Do what `pbfx::candidates` does; call it where `runs_eagerly` only.
+
+    Returns:
+        out: the neuron's output, in the same memory.
+        z: as the op.
+    """
+    tensors = (
+        *(neuron, x, activations, weight, bias),
+        *(to_dendrite, moments, direction, error_mean),
+    )
+    form = [None if t is None else (t.shape, t.dtype, t.get_device()) for t in tensors]
+    key = (*form, activation, geometry)
+    if key not in _checked:
+        check_candidates(*tensors, activation, geometry)
+        if len(_checked) >= _MOST_CHECKED:
+            _checked.clear()
+        _checked.add(key)
+    # Links from no dendrites would cost a node in every backward pass.
+    links = to_dendrite if activations.shape[0] else None
+    return _cxx_apply(
+        *(neuron, x, activations, weight, bias, links, moments, direction, error_mean),
+        *(activation, geometry),
+    )
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Hold autocast off inside an op: the dtype of the soma's output, already autocast, decides."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _no_grad() -> AbstractContextManager[object]:
+    """Hold gradients off, which they are already unless somebody differentiates twice."""
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+
+
+class _Candidates(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        neuron: Tensor,
+        x: Tensor,
+        activations: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        to_dendrite: Tensor | None,
+        moments: Tensor,
+        direction: Tensor,
+        error_mean: Tensor,
+        activation: str,
+        geometry: Geometry,
+    ) -> tuple[Tensor, Tensor]:
+        with no_autocast(neuron):
+            # The cast copies are what the backward needs, as autocast keeps them for the soma.
+            x, activations = x.to(neuron.dtype), activations.to(neuron.dtype)
+            z = preactivate(x, activations, weight, bias, to_dendrite, geometry)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(z)
+        learners = weight, bias, to_dendrite, moments
+        ctx.learns = any(ctx.needs_input_grad[3:7])
+        if ctx.learns:
+            ctx.save_for_backward(z, x, activations, direction, error_mean)
+            ctx.form = weight.shape, activation, geometry
+            ctx.dtypes = [
+                learner.dtype if learner is not None and needed else None
+                for learner, needed in zip(learners, ctx.needs_input_grad[3:7], strict=True)
+            ]
+        # Not a view for autograd, so a module that works in place may follow, as it may follow the
+        # soma.
+        return neuron.detach(), z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, learned = grads[0], [None] * 4
+        if ctx.learns and grad is not None:
+            # Under `create_graph` the error stays differentiable; what candidates learn is not.
+            with _no_grad(), no_autocast(grad):
+                gradients = differentiate(grad, *ctx.saved_tensors, *ctx.form)
+                learned = [
+                    None if dtype is None else gradient.to(dtype)
+                    for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+                ]
+        return grad, None, None, *learned, None, None, None, None
+
+
+# The C++ half of `Function.apply`; the Python half looks for function transforms once more.
+_cxx_apply: Any = super(torch.autograd.Function, _Candidates).apply  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,64 @@
+"""Scale candidates that join after a norm, once, while they prime.
+
+    z -> (z - E[z]) / σ_z        by        V -> V / σ_z    U -> U / σ_z    c -> (c - E[z]) / σ_z
+
+A norm gives its neuron zero mean and unit spread whatever its weight is; nothing does that for a
+dendrite, whose activation would be linear or saturated where its preactivation is tiny or huge. A
+norm per dendrite would cost parameters, statistics and a pass at inference, and would have to be of
+the neuron's kind. Scaling the weights once, from what the first batches show, costs nothing later,
+and the candidates then learn from there.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pbfx.config import Config
+from pbfx.dendrites import Candidates
+from pbfx.learning.moments import CONSTANT
+
+
+def scaling_batches(config: Config) -> int:
+    """Return how many batches show the scale; the rest of the priming fills the moments anew."""
+    return max(1, config.priming_batches // 2)
+
+
+def resume_scaling(pool: Candidates, batches: int, config: Config) -> None:
+    """Take up where a pool that has seen so many batches left off."""
+    if pool.spread is not None:
+        pool.spread.open = batches < scaling_batches(config)
+
+
+@torch.no_grad()
+def scale_candidates(pool: Candidates, batches: int, config: Config) -> None:
+    """Fold mean and spread of the preactivations into the weights when enough batches have passed.
+
+    What was measured of the candidates as they were is forgotten. A candidate whose preactivation
+    does not vary stays as it is.
+    """
+    spread = pool.spread
+    if spread is None or not spread.open or batches < scaling_batches(config):
+        return
+    spread.open = False
+    variance = spread.variance
+    varies = variance > CONSTANT * (variance + spread.mean**2)
+    scale = torch.where(varies, variance.clamp_min(torch.finfo(variance.dtype).tiny).rsqrt(), 1.0)
+    shift = torch.where(varies, spread.mean, 0.0)
+    unmeasured = pool.best_score == 0
+    for name, value in {
+        "weight": pool.weight * pool.site.along_weight(scale),
+        "bias": None if pool.bias is None else (pool.bias - shift) * scale,
+        "to_dendrite": pool.to_dendrite * scale[:, None],
+    }.items():
+        if value is None:
+            continue
+        live, best = getattr(pool, name), getattr(pool, f"best_{name}")
+        live.copy_(value)
+        # What stands in for the best until something has been measured.
+        rows = {"bias": unmeasured, "to_dendrite": unmeasured[:, None]}
+        best.copy_(torch.where(rows.get(name, pool.site.along_weight(unmeasured)), live, best))
+    for sums in (pool.running, pool.running_batches, pool.heldout, pool.heldout_batches):
+        sums.zero_()
+    # Through `.data`, because graphs of later forwards of the same step may still hold these.
+    pool.direction.data.zero_()
+    pool.error_mean.data.zero_()

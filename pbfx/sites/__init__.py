@@ -1,0 +1,35 @@
+"""Find the places in a graph that can carry dendrites, and say why the others cannot.
+
+A site is a linear or conv op, transposed ones included, whose weight belongs to a module. It may be
+called as a module or as a function, once or several times; all calls with one weight share one set
+of dendrites. A norm that alone reads the op's output belongs to the site. Describing reads a graph
+and nothing else; choosing applies the user's patterns to the sites of all parts of a model at once.
+"""
+
+from pbfx.sites.adapters import folded_weights
+from pbfx.sites.choose import choose_sites
+from pbfx.sites.describe import describe_sites
+from pbfx.sites.functions import read_input, soma_weight
+from pbfx.sites.layers import is_site_module
+from pbfx.sites.norms import Join, find_join, is_permutation
+from pbfx.sites.site import Padding, Site, Skipped, convolution_form, leaves
+from pbfx.sites.unfold import UNFOLDABLE, unfold
+
+__all__ = [
+    "UNFOLDABLE",
+    "Join",
+    "Padding",
+    "Site",
+    "Skipped",
+    "choose_sites",
+    "convolution_form",
+    "describe_sites",
+    "find_join",
+    "folded_weights",
+    "is_permutation",
+    "is_site_module",
+    "leaves",
+    "read_input",
+    "soma_weight",
+    "unfold",
+]

@@ -1,0 +1,34 @@
+"""Run `candidate_checks.py` in a process of its own: in Triton's interpreter, or on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKS = Path(__file__).parent / "candidate_checks.py"
+
+
+def run(**variables: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables},
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    # A file of which nothing ran would pass.
+    assert "passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_interpreted() -> None:
+    run(TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    run()
