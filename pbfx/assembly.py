@@ -225,8 +225,18 @@ def _outside(captured: Capture) -> dict[str, tuple[Skipped, ...]]:
             _left_for(captured, path, Skipped(name, type(m).__name__, why_no_layer(m)))
             for name, m in layers.items()
             if not any(f"{known}.".startswith(f"{join(path, name)}.") for known in climbed)
-        )
+        ) + _own_parameters(captured.root.get_submodule(path))
     return found
+
+
+def _own_parameters(module: nn.Module) -> tuple[Skipped, ...]:
+    """Return the matrices and kernels that a kept forward may use in an op of any kind."""
+    why = "a forward that is no graph reads it"
+    return tuple(
+        Skipped(name, "parameter", why)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() > 1
+    )
 
 
 def _holders(captured: Capture) -> list[str]:

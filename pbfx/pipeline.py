@@ -13,7 +13,8 @@ import time
 import warnings
 from collections.abc import Callable
 
-from torch import fx
+from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from pbfx.errors import PassError
 from pbfx.passes import attach_candidates, hold_eval, insert_dendrites, unfold_layers
@@ -91,10 +92,25 @@ def _targets(graph: fx.Graph) -> collections.Counter[str]:
 
 
 def _lint(graph: fx.Graph) -> None:
-    with warnings.catch_warnings():
-        # Reads of `self.training` are get_attr nodes that name neither a parameter nor a buffer, on
-        # purpose.
-        warnings.filterwarnings(
-            "ignore", message=".*does not reference an nn.Module, nn.Parameter, or buffer.*"
-        )
-        graph.lint()
+    # The check reads every attribute, and spectral norm, for one, updates its state when a weight
+    # is read in training.
+    computed = [
+        module
+        for parametrization in (graph.owning_module or nn.Module()).modules()
+        if isinstance(parametrization, parametrize.ParametrizationList)
+        for module in parametrization.modules()
+        if module.training
+    ]
+    for module in computed:
+        module.training = False
+    try:
+        with warnings.catch_warnings():
+            # Reads of `self.training` are get_attr nodes that name neither a parameter nor a
+            # buffer, on purpose.
+            warnings.filterwarnings(
+                "ignore", message=".*does not reference an nn.Module, nn.Parameter, or buffer.*"
+            )
+            graph.lint()
+    finally:
+        for module in computed:
+            module.training = True

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import linecache
 import sys
-import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import FrameType
@@ -26,19 +24,13 @@ from pbfx.capture.guards import (
     questions_refused,
     random_streams_kept,
 )
+from pbfx.capture.single_layers import Recorded, output_padding_recorded, weight_recorded
 from pbfx.capture.stand_ins import StandIn, asks_for_none
 from pbfx.errors import CaptureError
 
 TRAINING = "training"
 # What stands between a model's code and the call of a module, while it is traced.
 _NOT_THE_MODEL = ("torch.fx.", "torch.nn.modules.module", "pbfx.capture.")
-
-
-@dataclasses.dataclass(frozen=True)
-class _TrainingFlag:
-    """What a traced module holds as its `training`: the name of the node that reads it."""
-
-    target: str
 
 
 class SourceTracer(fx.Tracer):
@@ -132,8 +124,8 @@ class SourceTracer(fx.Tracer):
         return None if kind == "placeholder" and target in self._absent else proxy
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Record a read of `self.training` as a node; leave the rest to fx."""
-        if isinstance(attr_val, _TrainingFlag):
+        """Record a read of what is `Recorded` as a node; leave the rest to fx."""
+        if isinstance(attr_val, Recorded):
             if attr_val.target not in parameter_proxy_cache:
                 parameter_proxy_cache[attr_val.target] = self.create_proxy(
                     "get_attr", attr_val.target, (), {}
@@ -236,13 +228,14 @@ def _trace(clone: nn.Module, name: str, tracer: SourceTracer) -> fx.Graph:
     before = frozenset(clone.__dict__)
     try:
         with ExitStack() as guards:
+            guards.enter_context(weight_recorded(clone))
             guards.enter_context(random_streams_kept(name))
             guards.enter_context(attributes_kept(clone, name))
             guards.enter_context(functions_refused(name))
             guards.enter_context(contexts_refused(name))
             guards.enter_context(questions_refused(name))
             guards.enter_context(_training_recorded(clone))
-            guards.enter_context(_output_padding_recorded(clone, tracer))
+            guards.enter_context(output_padding_recorded(clone, tracer))
             guards.enter_context(tracer.real or nullcontext())
             return tracer.trace(clone)
     # Tracing runs the user's forward with stand-ins, so any exception at all can come out of it.
@@ -270,42 +263,13 @@ def _training_recorded(clone: nn.Module) -> Iterator[None]:
     flags = {path: module.__dict__.pop(TRAINING) for path, module in modules.items()}
     for path, module in modules.items():
         # nn.Module.__getattr__ is what the tracer intercepts; it looks in the buffers.
-        module._buffers[TRAINING] = _TrainingFlag(f"{path}.{TRAINING}".lstrip("."))  # pyright: ignore[reportArgumentType]
+        module._buffers[TRAINING] = Recorded(f"{path}.{TRAINING}".lstrip("."))  # pyright: ignore[reportArgumentType]
     try:
         yield
     finally:
         for path, module in modules.items():
             del module._buffers[TRAINING]
             module.__dict__[TRAINING] = flags[path]
-
-
-def output_padding(default: Any, *arguments: Any) -> list[int]:
-    """Return what a transposed convolution adds to its output so that it has the size asked for.
-
-    Args:
-        default: its own output padding, which holds where no size is asked for.
-        arguments: of `nn.ConvTranspose2d._output_padding`, which computes the rest.
-    """
-    layer: Any = types.SimpleNamespace(output_padding=default)
-    return nn.ConvTranspose2d._output_padding(layer, *arguments)
-
-
-@contextmanager
-def _output_padding_recorded(clone: nn.Module, tracer: SourceTracer) -> Iterator[None]:
-    """Keep whole what a transposed convolution, traced by itself, computes from shapes."""
-    if not isinstance(clone, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        yield
-        return
-
-    def record(*arguments: Any) -> Any:
-        given = clone.output_padding, *arguments
-        return tracer.create_proxy("call_function", output_padding, given, {})
-
-    clone.__dict__["_output_padding"] = record
-    try:
-        yield
-    finally:
-        del clone.__dict__["_output_padding"]
 
 
 def _steps(graph: fx.Graph, absent: frozenset[str]) -> list[tuple[Any, ...]]:

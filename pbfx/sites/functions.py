@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from pbfx.cells import cell_map
 from pbfx.paths import join
-from pbfx.sites.layers import MODULES, is_site_module, why_ineligible
+from pbfx.sites.layers import MODULES, find_home, is_site_module, weight_shape, why_ineligible
 from pbfx.sites.site import Site, Skipped, convolution_form, leaves
 from pbfx_kernels import LINEAR
 
@@ -176,14 +176,20 @@ def describe_function(root: nn.Module, node: fx.Node, call: Call) -> Site | Skip
         return Skipped(node.name, call.op, "its weight is computed, not a parameter")
     owner_path, _, attribute = path.rpartition(".")
     owner = root.get_submodule(owner_path)
-    weight = getattr(owner, attribute)
     # The function then stands for a call of the module itself.
     stands_for_module = attribute == "weight" and isinstance(owner, tuple(MODULES))
     name = owner_path if stands_for_module else path
     dendrites = join(owner_path, "dendrites") if stands_for_module else f"{path}_dendrites"
-    reason = why_ineligible(weight)
-    if not reason and call.matrix and weight.dim() != 2:
-        reason = f"its weight has {weight.dim()} axes, and dendrites need a matrix"
+    if stands_for_module and owner._parameters.get(attribute) is None:
+        # Not read: a parametrization may update its state whenever it computes a weight.
+        shape = weight_shape(owner)
+        home, reason = find_home(owner)
+        home = join(owner_path, home)
+    else:
+        weight = getattr(owner, attribute)
+        home, reason, shape = path, why_ineligible(weight), tuple(weight.shape)
+    if not reason and call.matrix and len(shape) != 2:
+        reason = f"its weight has {len(shape)} axes, and dendrites need a matrix"
     if call.transposed and isinstance(arguments["output_padding"], fx.Node):
         # The dendrites see by the soma's output what was added to it.
         arguments = arguments | {"output_padding": 0}
@@ -194,11 +200,10 @@ def describe_function(root: nn.Module, node: fx.Node, call: Call) -> Site | Skip
         reason = "its owner has an attribute of the name that its dendrites would take"
     if reason:
         return Skipped(name, call.op, reason)
-    assert isinstance(weight, Tensor)
     geometry, padding = LINEAR, None
     if call.op != "linear":
         geometry, padding = convolution_form(
-            tuple(weight.shape[2:]),
+            shape[2:],
             arguments["stride"],
             arguments["padding"],
             arguments["dilation"],
@@ -211,8 +216,8 @@ def describe_function(root: nn.Module, node: fx.Node, call: Call) -> Site | Skip
         name=name,
         op=call.op,
         weight=path,
-        home=path,
-        shape=tuple(weight.shape),
+        home=home,
+        shape=shape,
         bias=str(bias.target) if known else None,
         biased=bias is not None,
         dendrites=dendrites,

@@ -327,3 +327,51 @@ def test_patterns_see_the_paths_of_the_whole_model():
     assert seen == ["down.0", "down.2", "up"]
     with pytest.raises(pbfx.ConfigError, match=r"include='down\.O' matches.*or 'down\.0'"):
         pbfx.transform(Coder(), pbfx.Config(include="down.O"))
+
+
+@pytest.mark.parametrize(
+    "normed",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        pytest.param(
+            nn.utils.weight_norm,
+            marks=pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning"),
+        ),
+        nn.utils.spectral_norm,
+    ],
+    ids=["weight norm", "spectral norm", "older weight norm", "older spectral norm"],
+)
+def test_layers_with_computed_weights_outside_of_graphs(normed):
+    torch.manual_seed(0)
+    model, x = Branch(normed(nn.Conv1d(2, 3, 3))), torch.randn(5, 2)[..., None].expand(5, 2, 4)
+    ours = pbfx.transform(nn.ModuleList([model]))[0]
+    assert isinstance(ours.inner, nn.Conv1d)
+    assert {path: str(p.perforation.rung) for path, p in parts_of(ours).items()} == {"inner": "op"}
+    torch.manual_seed(0)
+    again = Branch(normed(nn.Conv1d(2, 3, 3)))
+    for _ in range(2):
+        assert torch.equal(ours.inner(x), again.inner(x))
+    pbfx.grow(ours)
+    assert torch.equal(ours.inner(x), again.inner(x))
+    randomise(ours)
+    out = ours.inner(x)
+    assert not torch.equal(out, again.inner(x))
+    out.sum().backward()
+    learning = {name for name, p in ours.named_parameters() if p.grad is not None}
+    assert any("original" in name or name.endswith(("_orig", "_v")) for name in learning)
+    assert "inner.dendrites.to_soma" in learning
+
+
+def test_parameters_of_a_kept_forward_are_reported():
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.w, self.scale = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return self.fc(x @ self.w * self.scale) if len(x) else x
+
+    explanation = pbfx.explain(pbfx.transform(Own()))
+    assert ("w", "parameter", "a forward that is no graph reads it") in explanation.skipped
