@@ -125,9 +125,9 @@ class SiteLearner:
         if is_capturing(self._turns):
             due = scaling_batches(self.config)
             raise RestructureError(
-                f"the dendrite phase cannot be captured in a CUDA graph yet: candidates that join "
-                f"after a norm are scaled after {due} batches, and this is batch {spread.batches + 1}; run "
-                f"{due} training steps first"
+                "the dendrite phase cannot be captured in a CUDA graph yet: candidates that join "
+                f"after a norm are scaled after {due} batches, and this is batch "
+                f"{spread.batches + 1}; run {due} training steps first"
             )
         scale_candidates(self.candidates, self.config)
 
