@@ -29,8 +29,9 @@ def columns(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     table = [tuple(headings), *map(tuple, cells)]
     widths = [max(len(line[i]) for line in table) for i in range(len(headings))]
     rest = sum(widths[1:]) + len(_GAP) * (len(widths) - 1)
+    least = min(widths[0], 8)
     widths[0] = min(widths[0], WIDTH - rest)
-    assert widths[0] >= 8, f"the columns {headings[1:]} leave no room for {headings[0]!r}"
+    assert widths[0] >= least, f"the columns {headings[1:]} leave no room for {headings[0]!r}"
 
     def line(row: Sequence[str]) -> str:
         first = row[0] if len(row[0]) <= widths[0] else row[0][: widths[0] - 1] + "…"

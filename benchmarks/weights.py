@@ -7,7 +7,7 @@ knows nothing of graphs and serves as the measure of what a capture has found.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from pbfx.parts import parts_of
+from pbfx.paths import join
 
 # Where their weight stands, and under which name.
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -97,6 +100,29 @@ def weights_read(model: nn.Module, run: Callable[[], object]) -> list[Read]:
     with _running(model, listener), listener:
         run()
     return list(listener.reads.values())
+
+
+def left_out(reads: Sequence[Read], model: nn.Module) -> list[Read]:
+    """Return those weights that no site of the transformed `model` reads too.
+
+    A computed weight is known by the module that reads it, and by the parameter that its dendrites
+    live beside.
+    """
+    weights, modules = set(), set()
+    for path, part in parts_of(model).items():
+        own = dict(part.named_parameters(remove_duplicate=False))
+        for site in part.perforation.sites:
+            weights.add(id(own.get(site.weight)))
+            modules |= {join(path, site.name), join(path, site.home.rpartition(".")[0])}
+    return [
+        read
+        for read in reads
+        if (
+            read.name not in modules
+            if read.parameter is None
+            else id(read.parameter) not in weights
+        )
+    ]
 
 
 def nearest_owner(name: str, known: Mapping[str, str]) -> str | None:

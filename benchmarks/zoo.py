@@ -23,7 +23,7 @@ from benchmarks.options import count, positive
 from benchmarks.records import as_text, results_path
 from benchmarks.sweep.check import BUILD, PLAIN, Finding, check
 from benchmarks.sweep.choice import choose, interleave, names_of
-from benchmarks.sweep.pool import Ended, run_each
+from benchmarks.sweep.pool import STARTING, Ended, run_each
 from benchmarks.sweep.subject import LIBRARIES, Name
 from benchmarks.sweep.summary import NOT_BUILT, summarise
 
@@ -32,7 +32,6 @@ COLUMNS = ("library", "version", "model", "family", *_FINDINGS, "seconds")
 _PRELOAD = ("benchmarks.sweep.check", *LIBRARIES, "transformers.modeling_utils")
 # Rows are written and shown together that come within this many seconds.
 _BATCH_SECONDS = 5.0
-_STARTING = "start"
 
 
 def run(args: argparse.Namespace) -> Iterator[Case]:
@@ -68,10 +67,14 @@ def run(args: argparse.Namespace) -> Iterator[Case]:
         args.budget,
         _PRELOAD,
     )
+    done = 0
     for batch in _batches(ends):
+        done += len(batch)
         new = [row_of(end, versions[end.task.library]) for end in batch]
         rows += [as_text(row) for row in new]
-        yield _progress(new, len(rows) - len(known), len(left))
+        yield _progress(new, done, len(left))
+    if done < len(left):
+        notes.append(f"{len(left) - done} models not reached in time; another run takes them up")
     yield summarise(rows, notes)
 
 
@@ -84,14 +87,13 @@ def row_of(end: Ended[Name], version: str) -> dict[str, object]:
     finding = end.result
     if finding is None:
         # The plain model's own fault, unless pbfx had begun.
-        own = end.stage in (_STARTING, BUILD, PLAIN)
-        late = "within" in (end.fault or "") or "budget" in (end.fault or "")
+        own = end.stage in (STARTING, BUILD, PLAIN)
+        late = (end.fault or "").startswith("no end")
         outcome = NOT_BUILT if own else "timed out" if late else "crashed"
         finding = Finding(outcome=outcome, reason=f"{end.stage}: {end.fault}")
     name = {"library": end.task.library, "version": version, "model": end.task.model}
-    return (
-        name | {"family": end.task.family} | dataclasses.asdict(finding) | {"seconds": end.seconds}
-    )
+    row: dict[str, object] = {**name, "family": end.task.family}
+    return row | dataclasses.asdict(finding) | {"seconds": end.seconds}
 
 
 def _known(path: Path | None) -> dict[tuple[str, str], dict[str, str]]:

@@ -62,6 +62,14 @@ class Absorbed(nn.Module):
         else:
             setattr(successor, name, value)
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        # A replica lives for one forward, in which nobody hooks it; it is the user's module.
+        own = own_class(self)
+        replica = object.__new__(own)
+        state = {key: value for key, value in self.__dict__.items() if key != _BY}
+        object.__setattr__(replica, "__dict__", state)
+        return own._replicate_for_data_parallel(replica)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Whoever unpickles the graph absorbs again; by itself this is the user's module.
         state = self.__getstate__()

@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 
 from pbfx.absorbed import absorb, lead, release
-from pbfx.capture import Capture, capture_clone, redirect
+from pbfx.capture import Capture, Rung, capture_clone, redirect
 from pbfx.config import Config
 from pbfx.errors import CaptureError
 from pbfx.kept import ATTRIBUTE, Kept
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, hides
 from pbfx.perforation import Perforation
-from pbfx.sites import Site, Skipped, describe_sites, is_site_module
+from pbfx.sites import Site, Skipped, describe_sites, is_op, why_no_layer
 from pbfx.undo import drop_compiled_code
 
 # For the path of each part: the module that its graph runs over, and its sites.
@@ -94,7 +94,7 @@ def recapture(part: PerforatedModule, apart: frozenset[str], reason: str) -> Non
         with _without_dendrites(part):
             captured = capture_clone(
                 part.original(),
-                is_site_module,
+                is_op,
                 hides,
                 apart,
                 done=lambda module: isinstance(module, PerforatedModule),
@@ -191,12 +191,13 @@ def _places(
 def _note_kept(plan: Plan) -> None:
     """Leave the reasons on the modules that keep their own forward."""
     captured = plan.captured
-    for path, reason in captured.kept.items():
+    for path, left in plan.outside.items():
         module = captured.root.get_submodule(path)
-        module.__dict__[ATTRIBUTE] = Kept(reason, plan.outside.get(path, ()))
+        module.__dict__[ATTRIBUTE] = Kept(captured.kept.get(path, ""), left)
     for path, part in captured.parts.items():
         if not plan.chosen[path]:
-            part.root.__dict__[ATTRIBUTE] = Kept("no op in it can grow", plan.skipped[path])
+            reason = "" if part.rung is Rung.OP else "no op in it can grow"
+            part.root.__dict__[ATTRIBUTE] = Kept(reason, plan.skipped[path])
 
 
 def _owner(root: nn.Module, site: Site) -> nn.Module:
@@ -212,17 +213,32 @@ def _outside(captured: Capture) -> dict[str, tuple[Skipped, ...]]:
     """Return the layers that forwards of their own call and that cannot grow, by their owner."""
     climbed = captured.parts.keys() | captured.kept.keys()
     found: dict[str, tuple[Skipped, ...]] = {}
-    for path in captured.kept:
+    for path in (*captured.kept, *_holders(captured)):
         layers = {
             name: child
             for name, child in captured.root.get_submodule(path).named_children()
             if next(child.parameters(), None) is not None
         }
         found[path] = tuple(
-            _left_for(
-                captured, path, Skipped(name, type(m).__name__, "not a linear or conv operation")
-            )
+            _left_for(captured, path, Skipped(name, type(m).__name__, why_no_layer(m)))
             for name, m in layers.items()
             if not any(f"{known}.".startswith(f"{join(path, name)}.") for known in climbed)
         )
     return found
+
+
+def _holders(captured: Capture) -> list[str]:
+    """Return the containers between what keeps its forward and what was captured inside it."""
+    climbed = captured.parts.keys() | captured.kept.keys()
+    found: set[str] = set()
+    for path in (*climbed, *captured.left):
+        passed = []
+        while path:
+            path = path.rpartition(".")[0]
+            if path in climbed:
+                break
+            passed.append(path)
+        # Above those in a graph stands the graph's own module.
+        if path not in captured.parts:
+            found.update(passed)
+    return sorted(found)

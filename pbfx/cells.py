@@ -33,6 +33,14 @@ def cell_input(input: Tensor) -> Tensor:
     return input if input.dim() == 2 else input[None]
 
 
+def lstm_state(
+    input: Tensor, state: tuple[Tensor, Tensor] | None, size: int
+) -> tuple[Tensor, Tensor]:
+    """Return the hidden and the cell state of an LSTM, as `cell_state` does for each."""
+    hidden, cell = (None, None) if state is None else state
+    return cell_state(input, hidden, size), cell_state(input, cell, size)
+
+
 def cell_state(input: Tensor, state: Tensor | None, size: int) -> Tensor:
     """Return a cell's state (B, N), zeros where the caller gave none.
 

@@ -50,6 +50,10 @@ class CheckpointError(PbfxError, RuntimeError):
     """A file cannot be read as a pbfx checkpoint, or does not fit the model."""
 
 
+class DependencyError(PbfxError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return a hint that names the valid choices, the closest to `name` first.
 

@@ -13,7 +13,10 @@ ATTRIBUTE = "pbfx_kept"
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Why no graph took the place of a module's forward, and its layers without dendrites."""
+    """Why no graph took the place of a module's forward, and its layers without dendrites.
+
+    `reason` is empty for what has no forward to keep: a container, or a layer that cannot grow.
+    """
 
     reason: str
     skipped: tuple[Skipped, ...] = ()

@@ -150,13 +150,6 @@ class PerforatedModule(fx.GraphModule):
             # Into or out of the eval in which the dendrite phase holds the network.
             self.train(self.training)
 
-    def lead(self) -> None:
-        """Let the averaged copies of this module follow its structure."""
-        for twin in list(self.perforation.followers):
-            # A copy with a tracker of its own goes its own way.
-            if isinstance(twin, PerforatedModule) and twin.perforation.tracker is None:
-                _imitate(twin, self)
-
     def __setattr__(self, name: str, value: Any) -> None:
         if "perforation" not in self.__dict__ or name in _GRAPH_MODULE_STATE:
             super().__setattr__(name, value)
@@ -166,7 +159,7 @@ class PerforatedModule(fx.GraphModule):
     def original(self) -> nn.Module:
         """Return a module of the user's class over the state of this one, without a graph."""
         plain = nn.Module()
-        plain.__dict__.update(self._without_ours(self.__dict__))
+        plain.__dict__.update(_without_ours(self.__dict__))
         plain.__class__ = self.perforation.kind
         return plain
 
@@ -191,7 +184,7 @@ class PerforatedModule(fx.GraphModule):
         described = structure_of_keys(state_dict, prefix, self.perforation.sites)
         if described is not None and described != self.structure():
             self.adopt(described)
-            self.lead()
+            update_followers(self)
         super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PerforatedModule:
@@ -224,7 +217,7 @@ class PerforatedModule(fx.GraphModule):
         kind = type(self)
         twin = memo[id(self)] = kind.__new__(kind)
         perforation = copy.deepcopy(self.perforation, memo)
-        _restore(twin, (kind.__name__, perforation, copy.deepcopy(self._state(), memo)))
+        _restore(twin, (kind.__name__, perforation, copy.deepcopy(_state(self), memo)))
         if _is_averaging():
             self.perforation.followers.add(twin)
         return twin
@@ -241,7 +234,7 @@ class PerforatedModule(fx.GraphModule):
         # All that is ours is checked before the first byte is written.
         for part in perforated_parts(self).values():
             part.perforation.__getstate__()
-        return _blank, (own,), (name, self.perforation, self._state()), None, None, _restore
+        return _blank, (own,), (name, self.perforation, _state(self)), None, None, _restore
 
     def _recompile_submodules(self) -> list[Any]:
         # Parts inside have graphs of their own, which `rebuild` derives when they change.
@@ -258,21 +251,6 @@ class PerforatedModule(fx.GraphModule):
         }
         return replica
 
-    def _state(self) -> dict[str, Any]:
-        """Return what the user's class wants copied, without what is fx's or pbfx's."""
-        state = self.__getstate__()
-        if not isinstance(state, dict):
-            raise CheckpointError(
-                f"a perforated {type(self).__name__} cannot be copied or pickled: its "
-                f"__getstate__ must return a dict of attributes, got {type(state).__name__}"
-            )
-        return self._without_ours(state)
-
-    @staticmethod
-    def _without_ours(state: dict[str, Any]) -> dict[str, Any]:
-        ours = _GRAPH_MODULE_STATE | {"perforation"}
-        return {name: value for name, value in state.items() if name not in ours}
-
 
 def _kind(own: type[nn.Module]) -> type[PerforatedModule]:
     """Return a class of perforated modules, instances of `own` too where that can be."""
@@ -281,6 +259,22 @@ def _kind(own: type[nn.Module]) -> type[PerforatedModule]:
     # Methods of our own first; everything else is the user's.
     bases = (PerforatedModule, _Start, own)
     return type(own.__name__, bases, {"__module__": own.__module__})
+
+
+def _state(module: PerforatedModule) -> dict[str, Any]:
+    """Return what the user's class wants copied, without what is fx's or pbfx's."""
+    state = module.__getstate__()
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"a perforated {type(module).__name__} cannot be copied or pickled: its __getstate__ "
+            f"must return a dict of attributes, got {type(state).__name__}"
+        )
+    return _without_ours(state)
+
+
+def _without_ours(state: dict[str, Any]) -> dict[str, Any]:
+    ours = _GRAPH_MODULE_STATE | {"perforation"}
+    return {name: value for name, value in state.items() if name not in ours}
 
 
 def _blank(own: type[nn.Module]) -> PerforatedModule:
@@ -296,6 +290,14 @@ def _restore(module: PerforatedModule, state: tuple[str, Any, dict[str, Any]]) -
     shell = nn.Module()
     shell.__dict__.update(module.__dict__)
     module.__init__(shell, perforation, name)
+
+
+def update_followers(model: PerforatedModule) -> None:
+    """Let the averaged copies of `model` follow its structure."""
+    for twin in list(model.perforation.followers):
+        # A copy with a tracker of its own goes its own way.
+        if isinstance(twin, PerforatedModule) and twin.perforation.tracker is None:
+            _imitate(twin, model)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ class Spread(nn.Module):
         super().__init__()
         # Told by the host, so that a graph has the measurement or has it not.
         self.open = True
+        self.batches = 0
         for name, shape in {
             "count": (),
             "mean": (candidates, neurons),

@@ -6,12 +6,12 @@ import logging
 
 from torch import nn
 
-from pbfx.assembly import assemble, make_plan
+from pbfx.assembly import Plan, assemble, make_plan
 from pbfx.capture import capture
 from pbfx.config import Config
 from pbfx.errors import CaptureError, ConfigError
 from pbfx.perforated import hides, perforated_parts
-from pbfx.sites import choose_sites, folded_weights, is_site_module
+from pbfx.sites import choose_sites, folded_weights, is_op
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,7 @@ def transform(model: nn.Module, config: Config | None = None) -> nn.Module:
         CaptureError: if no op can carry dendrites, or the model cannot be cloned; says why.
         ConfigError: if an argument is not what it should be, or a pattern matches nothing.
     """
-    config = Config() if config is None else config
-    _check_arguments(model, config)
-    captured = capture(model, is_site_module, hides)
-    folded = folded_weights(captured.root)
-    plan = make_plan(captured, lambda parts: choose_sites(parts, config, folded))
+    plan, config = _plan(model, config)
     if not any(plan.chosen.values()):
         reasons = [f"{path} ({op}): {reason}" for path, op, reason in plan.left_out()]
         raise CaptureError(
@@ -61,6 +57,28 @@ def transform(model: nn.Module, config: Config | None = None) -> nn.Module:
     for path, op, reason in plan.left_out():
         logger.info("no dendrites at %s (%s): %s", path, op, reason)
     return assemble(plan, config)
+
+
+def look_alike(model: nn.Module, config: Config | None = None) -> nn.Module:
+    """Return what `transform` returns, also where that has nothing to grow on.
+
+    Args:
+        model: see transform.
+        config: see transform.
+
+    Raises:
+        CaptureError: if the model cannot be cloned.
+        ConfigError: see transform.
+    """
+    return assemble(*_plan(model, config))
+
+
+def _plan(model: nn.Module, config: Config | None) -> tuple[Plan, Config]:
+    config = Config() if config is None else config
+    _check_arguments(model, config)
+    captured = capture(model, is_op, hides)
+    folded = folded_weights(captured.root)
+    return make_plan(captured, lambda parts: choose_sites(parts, config, folded)), config
 
 
 def _check_arguments(model: nn.Module, config: Config) -> None:

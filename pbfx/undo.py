@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from pbfx.errors import RestructureError
 from pbfx.optimizers import Schedule
-from pbfx.perforated import perforated_parts
+from pbfx.perforated import perforated_parts, update_followers
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def undoing(
     try:
         yield
         for part in perforated_parts(model).values():
-            part.lead()
+            update_followers(part)
     # Whatever went wrong, user's code or ours or Ctrl-C, must not leave half a model behind.
     except BaseException as error:
         undo()

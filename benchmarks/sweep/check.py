@@ -18,7 +18,7 @@ from benchmarks.gate import same_bits
 from benchmarks.sweep.language import build_transformers
 from benchmarks.sweep.subject import Name, NotBuilt, Subject
 from benchmarks.sweep.vision import build_timm, build_torchvision
-from benchmarks.weights import nearest_owner, weights_read
+from benchmarks.weights import left_out, nearest_owner, weights_read
 from pbfx.errors import PbfxError
 from pbfx.parts import parts_of
 
@@ -31,6 +31,9 @@ BUILDERS: dict[str, Callable[[str], Subject]] = {
 BUILD, PLAIN, TRANSFORM, COMPARE = "build", "plain", "transform", "compare"
 # Answers to "are the outputs the same?".
 YES, NO, VARIES = "yes", "no", "the plain model varies"
+# Comparing takes as long as running the plain model does; a model that is slow by itself must not
+# look as if pbfx had made it so.
+MAX_PLAIN_SECONDS = 20.0
 # A loss that pbfx.explain does not mention.
 UNSAID = "NO REASON GIVEN"
 _REASON = 300
@@ -84,7 +87,9 @@ def check(name: Name, seed: int, reached: Callable[[str], None]) -> Finding:
         finding.settings = subject.settings
         stage = PLAIN
         reached(stage)
+        started = time.perf_counter()
         plain = _Plain(subject, seed)
+        _check_pace(time.perf_counter() - started)
         finding.parameters = sum(p.numel() for p in subject.model.parameters())
         finding.linear_conv = plain.linear_conv
         stage = TRANSFORM
@@ -107,6 +112,14 @@ def check(name: Name, seed: int, reached: Callable[[str], None]) -> Finding:
         else:
             finding.outcome = "crashed"
     return finding
+
+
+def _check_pace(seconds: float) -> None:
+    if seconds > MAX_PLAIN_SECONDS:
+        raise NotBuilt(
+            f"too slow for the sweep: the plain model's runs took {seconds:.0f} s, limit "
+            f"{MAX_PLAIN_SECONDS:.0f} s"
+        )
 
 
 class _Plain:
@@ -139,20 +152,15 @@ def _describe(finding: Finding, model: nn.Module, plain: _Plain) -> None:
     parts = parts_of(model)
     rungs = collections.Counter(part.perforation.rung for part in parts.values())
     finding.rungs = ", ".join(f"{count} {rung}" for rung, count in rungs.most_common())
-    covered: set[int] = set()
-    reasons: collections.Counter[str] = collections.Counter()
-    for part in parts.values():
-        for site in part.perforation.sites:
-            covered.add(id(part.get_parameter(site.weight)))
     explanation = pbfx.explain(model)
     finding.sites = len(explanation.sites)
     said = {name: f"{op}: {reason}" for name, op, reason in explanation.skipped}
-    for read in plain.reads:
-        if id(read.parameter) not in covered:
-            reasons[nearest_owner(read.name, said) or UNSAID] += 1
+    missed = left_out(plain.reads, model)
+    reasons = collections.Counter(nearest_owner(read.name, said) or UNSAID for read in missed)
     finding.left_out = "; ".join(f"{n} x {why}" for why, n in reasons.most_common(6)) or None
-    read = sum(r.numel for r in plain.reads if id(r.parameter) in covered)
-    finding.covered_percent = 100.0 * read / plain.linear_conv if plain.linear_conv else None
+    if plain.linear_conv:
+        missing = sum(read.numel for read in missed)
+        finding.covered_percent = 100.0 * (1 - missing / plain.linear_conv)
     known = {
         t.data_ptr() for t in [*plain.subject.model.parameters(), *plain.subject.model.buffers()]
     }

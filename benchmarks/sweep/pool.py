@@ -15,6 +15,17 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
 Task = TypeVar("Task")
+# Inherited by the server and all that it forks: one core per process, no downloads, no chatter.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+# The stage of a process that has not reported any.
+STARTING = "start"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +37,7 @@ class Ended(Generic[Task]):
         result: what the function returned; None if it did not come to that.
         stage: the last stage that it reported.
         fault: why there is no result; None if there is one.
-        seconds: from start to end.
+        seconds: from its first report to the end.
     """
 
     task: Task
@@ -42,7 +53,7 @@ class _Running:
     connection: Connection
     task: Any
     started: float
-    stage: str = "start"
+    stage: str = STARTING
 
 
 def run_each(
@@ -53,43 +64,38 @@ def run_each(
     budget: float | None,
     preload: Sequence[str],
 ) -> Iterator[Ended[Task]]:
-    """Yield the end of every task as it comes.
+    """Yield the ends of tasks as they come.
 
     Args:
         function: a module-level `function(task, report)`; it may report stages by name.
         tasks: picklable; started in this order.
         jobs: how many run at a time.
-        time_limit: seconds after which a task is ended.
-        budget: seconds after which all running tasks are ended and no more are started, or None.
+        time_limit: seconds after its first report, or before it, after which a task is ended.
+        budget: seconds after which the rest is given up, what is running too, or None. What was
+            given up has no end.
         preload: modules that the server imports once for all.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    # Inherited by the server and all that it forks: one core per process, no downloads, no chatter.
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    outside = dict(os.environ)
+    os.environ |= _ENVIRONMENT
     begun, waiting, running = time.monotonic(), list(tasks), []
     try:
         while waiting or running:
-            over = budget is not None and time.monotonic() - begun > budget
-            while waiting and len(running) < jobs and not over:
+            if budget is not None and time.monotonic() - begun > budget:
+                return
+            while waiting and len(running) < jobs:
                 running.append(_start(context, function, waiting.pop(0)))
-            if over:
-                waiting.clear()
             wait([item for r in running for item in (r.connection, r.process.sentinel)], 0.5)
             for one in list(running):
-                late = over or time.monotonic() - one.started > time_limit
-                ended = _poll(
-                    one, late, f"no end within {time_limit:g} s" if not over else "budget spent"
-                )
+                late = time.monotonic() - one.started > time_limit
+                ended = _poll(one, f"no end within {time_limit:g} s" if late else None)
                 if ended is not None:
                     running.remove(one)
                     yield ended
     finally:
+        os.environ.clear()
+        os.environ.update(outside)
         for one in running:
             one.process.kill()
             one.process.join()
@@ -103,13 +109,15 @@ def _start(context: Any, function: Callable[..., Any], task: Any) -> _Running:
     return _Running(process, ours, task, time.monotonic())
 
 
-def _poll(one: _Running, late: bool, limit: str) -> Ended | None:
-    """Take in what a process has said; return its end if it has ended or must."""
+def _poll(one: _Running, late: str | None) -> Ended | None:
+    """Take in what a process has said; return its end if it has ended, or must because `late`."""
     result, said, alive = None, False, one.process.is_alive()
     try:
         while one.connection.poll():
             kind, value = one.connection.recv()
             if kind == "stage":
+                if one.stage == STARTING:
+                    one.started = time.monotonic()
                 one.stage = value
             else:
                 result, said = value, True
@@ -119,7 +127,7 @@ def _poll(one: _Running, late: bool, limit: str) -> Ended | None:
         return None
     fault = None
     if not said:
-        fault = limit if alive else None
+        fault = late if alive else None
         if alive:
             one.process.kill()
     one.process.join()

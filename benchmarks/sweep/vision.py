@@ -59,9 +59,7 @@ def build_torchvision(name: str) -> Subject:
     kind = module.partition(".")[0]
     if kind in ("detection", "segmentation"):
         extra["weights_backbone"] = None
-    if module.startswith(
-        ("detection.faster", "detection.mask", "detection.key", "detection.ret")
-    ) or module.startswith("detection.fcos"):
+    if kind == "detection" and not module.startswith("detection.ssd"):
         extra |= {"min_size": 64, "max_size": 96}
     if name in ("googlenet", "inception_v3"):
         extra["init_weights"] = False
@@ -170,7 +168,8 @@ def _pictures(size: int, count: int = 1, channels: int = 3) -> tuple[Tensor, ...
 
 
 def _clip(frames: int, size: int) -> tuple[Tensor]:
-    return (_normal(_BATCH, 3, frames, size, size),)
+    # A large clip is work enough by itself.
+    return (_normal(_BATCH if size <= _SIZES[0] else 1, 3, frames, size, size),)
 
 
 def _detection(size: int, keypoints: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -26,6 +26,7 @@ from pbfx.capture.guards import check_modules
 from pbfx.capture.trace import is_torch_layer, trace
 from pbfx.errors import CaptureError
 from pbfx.paths import join
+from pbfx.sites import graph_of_cell, is_cell
 
 # Torch's own classes that call their children as modules.
 _TORCH_CALLERS = (
@@ -198,6 +199,8 @@ class _Ladder:
 
     def _trace(self, module: nn.Module) -> fx.Graph:
         """Trace `module` around those inside that cannot be traced."""
+        if is_cell(module):
+            return graph_of_cell(module)
         while True:
             try:
                 return trace(

@@ -178,8 +178,8 @@ def trace(
             )
     _register_constants(root, name)
     for node in graph.nodes:
-        # fx names a value after the module that gives it. One called `self`, as in pretrained BERTs,
-        # would hide the module itself from the generated code.
+        # fx names a value after the module that gives it. One called `self`, as in pretrained
+        # BERTs, would hide the module itself from the generated code.
         if node.name == "self":
             node._rename("self_value")
     return graph

@@ -57,7 +57,7 @@ class SiteLearner:
         self.candidates, self.config = candidates, config
         self.rules = Rules(config.measure_every, config.priming_batches, config.moment_decay)
         self._cohort = new_cohort() if cohort is None else cohort
-        self._turns, self._seen = candidates.moments.new_zeros((), dtype=torch.int64), 0
+        self._turns = candidates.moments.new_zeros((), dtype=torch.int64)
         self._parameters = list(candidates.parameters())
         self._learnt = candidates.learnt()
         # It holds state and settings only: `_step` calls its kernel, for all that is wrapped around
@@ -108,29 +108,27 @@ class SiteLearner:
         self._step(verdict)
         for parameter in self._parameters:
             parameter.grad = None
-        self._scale()
+        self._refuse_early_capture()
+        scale_candidates(self.candidates, self.config)
         self.candidates.moments.grad = verdict.overflow
 
-    def _scale(self) -> None:
-        """Scale candidates that join after a norm, once enough batches have shown how.
+    def _refuse_early_capture(self) -> None:
+        """Stop a CUDA graph from being captured while candidates still wait to be scaled.
+
+        Scaling is once, and counted on the host: a graph that holds the measurement for it would
+        go on measuring for ever.
 
         Raises:
-            RestructureError: if a CUDA graph is being captured before that; it would go on
-                measuring the scale for ever.
+            RestructureError: saying how many steps to run first.
         """
-        # Counted on the host: scaling is once, and a graph captured after it holds none of it.
-        self._seen += 1
         spread = self.candidates.spread
-        if spread is None or not spread.open:
-            return
-        if is_capturing(self._turns):
+        if spread is not None and spread.open and is_capturing(self._turns):
             due = scaling_batches(self.config)
             raise RestructureError(
                 f"the dendrite phase cannot be captured in a CUDA graph yet: candidates that join "
-                f"after a norm are scaled after {due} batches, and this is batch {self._seen}; run "
-                f"{due} training steps first"
+                f"after a norm are scaled after {due} batches, and this is batch "
+                f"{spread.batches + 1}; run {due} training steps first"
             )
-        scale_candidates(self.candidates, self._seen, self.config)
 
     def _step(self, verdict: Verdict) -> None:
         """Do a step of Adam with gradients divided by `share`, or none at all, on the device."""
@@ -241,10 +239,9 @@ class SiteLearner:
         """Take up where `state` left off."""
         self._turns.fill_(int(state["batches"]))
         self._adam.load_state_dict(state["adam"])
+        resume_scaling(self.candidates, int(state["batches"]), self.config)
         # A state that was saved before the first step holds none.
         self._prepare()
-        self._seen = int(state["batches"])
-        resume_scaling(self.candidates, self._seen, self.config)
 
 
 # The kernel of `torch.optim.Adam(fused=True)`, which has no public name of its own.

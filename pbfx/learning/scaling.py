@@ -26,18 +26,23 @@ def scaling_batches(config: Config) -> int:
 def resume_scaling(pool: Candidates, batches: int, config: Config) -> None:
     """Take up where a pool that has seen so many batches left off."""
     if pool.spread is not None:
+        pool.spread.batches = batches
         pool.spread.open = batches < scaling_batches(config)
 
 
 @torch.no_grad()
-def scale_candidates(pool: Candidates, batches: int, config: Config) -> None:
+def scale_candidates(pool: Candidates, config: Config) -> None:
     """Fold mean and spread of the preactivations into the weights when enough batches have passed.
 
-    What was measured of the candidates as they were is forgotten. A candidate whose preactivation
-    does not vary stays as it is.
+    To be called once after each backward pass; the passes are counted here, on the host. What was
+    measured of the candidates as they were is forgotten. A candidate whose preactivation does not
+    vary stays as it is.
     """
     spread = pool.spread
-    if spread is None or not spread.open or batches < scaling_batches(config):
+    if spread is None or not spread.open:
+        return
+    spread.batches += 1
+    if spread.batches < scaling_batches(config):
         return
     spread.open = False
     variance = spread.variance

@@ -6,14 +6,22 @@ of dendrites. A norm that alone reads the op's output belongs to the site. Descr
 and nothing else; choosing applies the user's patterns to the sites of all parts of a model at once.
 """
 
+from torch import nn
+
 from pbfx.sites.adapters import folded_weights
 from pbfx.sites.choose import choose_sites
 from pbfx.sites.describe import describe_sites
 from pbfx.sites.functions import read_input, soma_weight
-from pbfx.sites.layers import is_site_module
+from pbfx.sites.layers import is_site_module, why_no_layer
 from pbfx.sites.norms import Join, find_join, is_permutation
 from pbfx.sites.site import Padding, Site, Skipped, convolution_form, leaves
-from pbfx.sites.unfold import UNFOLDABLE, unfold
+from pbfx.sites.unfold import UNFOLDABLE, graph_of_cell, is_cell, unfold
+
+
+def is_op(module: nn.Module) -> bool:
+    """Return whether `module` by itself can carry dendrites: a linear or conv layer, or a cell."""
+    return is_site_module(module) or is_cell(module)
+
 
 __all__ = [
     "UNFOLDABLE",
@@ -26,10 +34,14 @@ __all__ = [
     "describe_sites",
     "find_join",
     "folded_weights",
+    "graph_of_cell",
+    "is_cell",
+    "is_op",
     "is_permutation",
     "is_site_module",
     "leaves",
     "read_input",
     "soma_weight",
     "unfold",
+    "why_no_layer",
 ]

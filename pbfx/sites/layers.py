@@ -55,7 +55,7 @@ def describe_module(module: nn.Module, path: str, node: fx.Node) -> Site | Skipp
     if not is_site_module(module):
         quantised = type(module).__module__.startswith("torch.ao.nn.")
         owns = quantised or next(module.parameters(), None) is not None
-        return Skipped(path, kind, _why_no_layer(module, node)) if owns else None
+        return Skipped(path, kind, why_no_layer(module, node)) if owns else None
     assert isinstance(module, tuple(MODULES))
     home, reason = find_home(module)
     # A transposed convolution may also be given the size of its output.
@@ -136,9 +136,16 @@ def why_ineligible(weight: Any) -> str | None:
     return None
 
 
-def _why_no_layer(module: nn.Module, node: fx.Node) -> str:
+def why_no_layer(module: nn.Module, node: fx.Node | None = None) -> str:
+    """Return why a layer that is neither linear nor conv carries no dendrites.
+
+    Args:
+        module: the layer.
+        node: its call, or None where a forward that is not captured calls it.
+    """
     if isinstance(module, UNFOLDABLE):
-        return why_folded(module, node) or "it is taken apart where it stands"
+        outside = "its linear maps run inside one call, and what calls it is not captured"
+        return (None if node is None else why_folded(module, node)) or outside
     if isinstance(module, _TRANSFORMERS):
         return (
             "its forward branches on values, so that it stays one call; the layers inside it can "

@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from pbfx.attention import attend, project_apart, sequence_back, sequence_first, split_projection
-from pbfx.cells import cell_input, cell_map, cell_state, gru_step, lstm_step, rnn_step
+from pbfx.cells import (
+    cell_input,
+    cell_map,
+    cell_state,
+    gru_step,
+    lstm_state,
+    lstm_step,
+    rnn_step,
+)
+from pbfx.paths import join
 
 CELLS = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 UNFOLDABLE = (*CELLS, nn.MultiheadAttention)
@@ -87,10 +96,37 @@ def unfolded(root: nn.Module, graph: fx.Graph) -> fx.Graph:
     return copied
 
 
+def is_cell(module: nn.Module) -> bool:
+    """Return whether `module` computes what a recurrent cell of torch's does, with parameters."""
+    parameters = module._parameters
+    return (
+        "forward" not in module.__dict__
+        and any(isinstance(module, base) and type(module).forward is base.forward for base in CELLS)
+        and parameters.get("weight_ih") is not None
+        and parameters.get("weight_hh") is not None
+    )
+
+
+def graph_of_cell(cell: nn.Module) -> fx.Graph:
+    """Return the graph of a recurrent cell by itself, taken apart, over the cell as its root.
+
+    Its forward asks for the number of axes, which no tracing follows.
+    """
+    graph = fx.Graph()
+    names = inspect.signature(type(cell).forward).parameters
+    given = {
+        name: graph.placeholder(name, default_value=names[name].default)
+        for name in names
+        if name != "self"
+    }
+    graph.output(_cell(graph, "", cell, given))
+    return graph
+
+
 def _read(graph: fx.Graph, path: str, module: nn.Module, name: str) -> fx.Node | None:
     owner, _, attribute = name.rpartition(".")
     value = getattr(module.get_submodule(owner), attribute)
-    return None if value is None else graph.create_node("get_attr", f"{path}.{name}", (), {})
+    return None if value is None else graph.create_node("get_attr", join(path, name), (), {})
 
 
 def _cell(graph: fx.Graph, path: str, module: Any, given: dict[str, Any]) -> fx.Node:
@@ -99,13 +135,10 @@ def _cell(graph: fx.Graph, path: str, module: Any, given: dict[str, Any]) -> fx.
     w_i, b_i, w_h, b_h = (_read(graph, path, module, name) for name in names)
     second = None
     if isinstance(module, nn.LSTMCell):
-        if isinstance(state, fx.Node):
-            state = [graph.call_function(operator.getitem, (state, index)) for index in (0, 1)]
-        first, second = (None, None) if state is None else state
-        second = graph.call_function(cell_state, (x, second, size))
+        pair = graph.call_function(lstm_state, (x, state, size))
+        hidden, second = (graph.call_function(operator.getitem, (pair, i)) for i in (0, 1))
     else:
-        first = state
-    hidden = graph.call_function(cell_state, (x, first, size))
+        hidden = graph.call_function(cell_state, (x, state, size))
     rows = graph.call_function(cell_input, (x,))
     plain = isinstance(module, nn.RNNCell)
     op = F.linear if plain else cell_map
@@ -126,7 +159,7 @@ def _attention(graph: fx.Graph, path: str, module: Any, given: dict[str, Any]) -
     }
     bias = _read(graph, path, module, "in_proj_bias")
     heads = _project(graph, path, module, [turned[x] for x in inputs], bias)
-    training = graph.create_node("get_attr", f"{path}.training", (), {})
+    training = graph.create_node("get_attr", join(path, "training"), (), {})
     mixed = graph.call_function(
         attend,
         (*heads, given["key_padding_mask"], given["attn_mask"], inputs[0], training),

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 import pbfx
 from models import Case, assert_equal, run
 from pbfx.parts import parts_of
+from pbfx.perforated import update_followers
 from pbfx.restructure import restructuring
 from subjects import SUBJECTS, each_subject, gradients, loss_of, make
 
@@ -171,7 +172,7 @@ def test_a_failed_restructure_leaves_the_average_as_it_was():
                 for site in part.perforation.sites:
                     part.ensure_dendrites(site).resize(5)
                 part.rebuild()
-                part.lead()
+                update_followers(part)
             raise ValueError("no")
 
     with pytest.raises(pbfx.RestructureError, match="undone"):

@@ -52,33 +52,67 @@ def test_data_parallel_without_devices_calls_the_model():
     assert_equal(run(DataParallel(model), x), run(model, x))
 
 
+def doubled_replica(model: nn.Module) -> nn.Module:
+    """Make a replica as torch's `replicate` does, which knows GPUs only; its tensors are double."""
+    replicas = {m: m._replicate_for_data_parallel() for m in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            if child is None:
+                replica._modules[name] = None
+            else:
+                setattr(replica, name, replicas[child])
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, parameter * 2)
+    return replicas[model]
+
+
+class Blocks(nn.Module):
+    """Containers inside a graph, with a parameter of their own."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.fc(x)) * self.scale
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(self.Block(), self.Block())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+REPLICATED = {name: SUBJECTS[name] for name in ("functional", "parts", "nested")} | {
+    "blocks": Case(Blocks, (5, 4), ())
+}
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_replica_runs_the_same_graph_over_other_tensors(stage: str):
-    """As torch's `replicate` makes it: a shallow twin, whose tensors it then exchanges."""
-    case = SUBJECTS["functional"]
+@pytest.mark.parametrize("case", REPLICATED.values(), ids=REPLICATED.keys())
+def test_a_replica_runs_the_same_graph_over_other_tensors(case: Case, stage: str):
     model, x = make(case, stage).eval(), case.input()
-    twin = model._replicate_for_data_parallel()
-    for name, parameter in model._parameters.items():
-        setattr(twin, name, parameter * 2)
-    assert twin._is_replica
-    assert_equal(run(twin, x), run(scaled(case, stage), x))
-    assert not any(name in twin._parameters for name in model._parameters)
-    assert_equal(run(model, x), run(make(case, stage).eval(), x))
-
-
-def scaled(case: Case, stage: str) -> nn.Module:
-    model = make(case, stage).eval()
+    before, modules = run(model, x), dict(model.named_modules())
+    twin = doubled_replica(model)
+    double = make(case, stage).eval()
     with torch.no_grad():
-        for parameter in model._parameters.values():
+        for parameter in double.parameters():
             parameter.mul_(2)
-    return model
+    assert_equal(run(twin, x), run(double, x))
+    # The model is as it was, and its containers still answer for themselves.
+    assert_equal(run(model, x), before)
+    assert dict(model.named_modules()) == modules
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", ["functional", "parts", "nested"])
-def test_replicas_on_a_gpu(name: str, stage: str):
-    case = SUBJECTS[name]
+@pytest.mark.parametrize("case", REPLICATED.values(), ids=REPLICATED.keys())
+def test_replicas_on_a_gpu(case: Case, stage: str):
     model, x = make(case, stage).cuda().eval(), case.input().cuda()
     (replica,) = replicate(model, [0])
     found: list[Tensor] = run(replica, x)

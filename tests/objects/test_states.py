@@ -31,12 +31,11 @@ def alike(model: nn.Module, other: nn.Module, case: Case) -> None:
 
 @each_subject
 @each_stage
-@pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("assign", [True, False])
-def test_a_perforated_state_into_a_fresh_model(case: Case, stage: str, strict: bool, assign: bool):
+def test_a_perforated_state_into_a_fresh_model(case: Case, stage: str, assign: bool):
     source, model = make(case, stage), make(case, "plain", seed=4)
     state = {name: value.clone() for name, value in source.state_dict().items()}
-    assert PLAIN_KEYS in str(model.load_state_dict(state, strict=strict, assign=assign))
+    assert PLAIN_KEYS in str(model.load_state_dict(state, strict=not assign, assign=assign))
     assert structure_of(model) == structure_of(source)
     alike(model, source, case)
 

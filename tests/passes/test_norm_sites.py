@@ -348,7 +348,7 @@ def test_scaling_happens_once_and_forgets_what_was_measured_before():
     assert torch.equal(pool.best_to_dendrite, pool.to_dendrite)
     before, seen = copy.deepcopy(pool.state_dict()), pool.spread.count.clone()
     ours(torch.randn(shape) * 3).square().mean().backward()
-    scale_candidates(pool, 5, learner.config)
+    scale_candidates(pool, learner.config)
     assert torch.equal(pool.weight, before["weight"])
     assert torch.equal(pool.spread.count, seen), "it goes on measuring"
     assert pool.running_batches == 1

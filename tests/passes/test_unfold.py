@@ -388,3 +388,57 @@ def test_cells_on_the_gpu(kind: str, bias: bool):
         assert_equal(flat(ours(x, y, x)), expected)
         ours(x, y, x)[0].sum().backward()
         assert x.grad is not None
+
+
+class Loop(nn.Module):
+    """Cells in a loop that no trace follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LSTMCell(4, 6), nn.GRUCell(6, 5)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, hidden = None, None
+        for step in x.unbind(1):
+            if step.isnan().any():
+                break
+            state = self.first(step, state)
+            hidden = self.second(state[0], hidden)
+        return self.head(hidden)
+
+
+def test_cells_that_a_forward_of_its_own_calls():
+    torch.manual_seed(0)
+    model, x = Loop(), torch.randn(3, 4, 4)
+    expected = model(x)
+    ours = pbfx.transform(model)
+    names = {site.name for site in pbfx.explain(ours).sites}
+    cells = {f"{c}.weight_{k}" for c in ("first", "second") for k in ("ih", "hh")}
+    assert names == cells | {"head"}
+    assert isinstance(ours.first, nn.LSTMCell)
+    assert torch.equal(ours(x), expected)
+    assert torch.equal(pbfx.grow(ours, 2)(x), expected)
+    randomise(ours)
+    assert not torch.equal(ours(x), expected)
+    ours(x).square().sum().backward()
+    links = {n: p for n, p in ours.named_parameters() if n.endswith("to_soma")}
+    assert len(links) == 5
+    assert all(p.grad.abs().sum() > 0 for p in links.values())
+    fresh = pbfx.transform(Loop())
+    fresh.load_state_dict(ours.state_dict())
+    assert torch.equal(fresh(x), ours(x))
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_cell_that_is_the_whole_model(kind: str):
+    torch.manual_seed(0)
+    cell = CELLS[kind](True)
+    ours = pbfx.transform(cell)
+    x, h = torch.randn(3, 4), torch.randn(3, 5)
+    for state in (None, (h, h * 2) if isinstance(cell, nn.LSTMCell) else h):
+        assert_equal(flat(ours(x, state)), flat(cell(x, state)))
+        assert_equal(flat(ours(x, hx=state)), flat(cell(x, hx=state)))
+    pbfx.grow(ours)
+    assert_equal(flat(ours(x)), flat(cell(x)))
+    assert [site.name for site in pbfx.explain(ours).sites] == ["weight_ih", "weight_hh"]

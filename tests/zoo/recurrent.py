@@ -108,7 +108,6 @@ MEMBERS = [
         images(3, 4, 3),
         5,
         rungs="op",
-        left_out={f"lstm{i}.weight_{kind}": "LSTMCell" for i in (1, 2) for kind in ("ih", "hh")},
     ),
     Member("gated tagger", GatedTagger, _tokens, 3),
     Member(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import pbfx
-from benchmarks.weights import Read, nearest_owner, weights_read
+from benchmarks.weights import Read, left_out, nearest_owner, weights_read
 from models import assert_equal, randomise
 from pbfx.parts import parts_of
 from zoo.member import Member, tensors_of
@@ -34,7 +34,7 @@ def loss_of(outputs: list[Tensor]) -> Tensor:
 
 
 def sites_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the soma's weight of every site, by the site's path."""
+    """Return the parameter beside which each site's dendrites live, by the site's path."""
     return {
         f"{path}.{site.name}".lstrip("."): part.get_parameter(site.home)
         for path, part in parts_of(model).items()
@@ -85,18 +85,13 @@ def test_capture(member):
     own = {id(t) for t in [*plain.parameters(), *plain.buffers()]}
     assert {id(t) for t in [*model.parameters(), *model.buffers()]} == own
 
-    weights = {id(p) for p in sites_of(model).values()}
     explanation = pbfx.explain(model)
     said = {name: f"{op}: {reason}" for name, op, reason in explanation.skipped}
-    left_out = {
-        r.name: nearest_owner(r.name, said)
-        for r in reads(plain, member)
-        if id(r.parameter) not in weights
-    }
-    assert {
-        name: words in (left_out.get(name) or "") for name, words in member.left_out.items()
-    } == (dict.fromkeys(left_out, True)), str(explanation)
-    assert len(weights) == len(explanation.sites) == member.possible - len(left_out)
+    missed = [read.name for read in left_out(reads(plain, member), model)]
+    assert sorted(missed) == sorted(member.left_out), str(explanation)
+    for name, words in member.left_out.items():
+        assert words in (nearest_owner(name, said) or "nothing"), str(explanation)
+    assert len(explanation.sites) == member.possible - len(missed)
     assert all(words in said[name] for name, words in member.reported.items())
     assert {part.perforation.rung for part in parts_of(model).values()} == set(member.rungs.split())
 

@@ -265,13 +265,7 @@ def _labelled(generator: torch.Generator) -> Arguments:
 
 MEMBERS = [
     Member("unet", UNet, images(2, 1, 9, 11), 13),
-    Member(
-        "tcn",
-        TCN,
-        images(3, 3, 7),
-        6,
-        left_out={"tcn.0.net.4": "parametri", "tcn.1.net.4": "parametri"},
-    ),
+    Member("tcn", TCN, images(3, 3, 7), 6),
     Member("pointnet", PointNet, images(3, 3, 9), 11),
     Member(
         "detector",

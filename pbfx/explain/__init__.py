@@ -1,0 +1,17 @@
+"""Say where a model can grow dendrites, where it cannot, and what each site costs.
+
+`explain` reads a model and returns an `Explanation`: plain data, a table, JSON, a picture.
+"""
+
+from pbfx.explain.explanation import Explanation
+from pbfx.explain.read import explain
+from pbfx.explain.records import KeptReport, PartReport, SiteReport, SkippedReport
+
+__all__ = [
+    "Explanation",
+    "KeptReport",
+    "PartReport",
+    "SiteReport",
+    "SkippedReport",
+    "explain",
+]
