@@ -99,6 +99,7 @@ def recapture(part: PerforatedModule, apart: frozenset[str], reason: str) -> Non
                 apart,
                 done=lambda module: isinstance(module, PerforatedModule),
                 reason=reason,
+                example=perforation.example,
             )
             if "" not in captured.parts:
                 where = perforation.path or type(part).__name__
@@ -179,6 +180,7 @@ def _places(
                 kind=type(part.root),
                 absorbed=part.absorbed,
                 recapture=recapture,
+                example=part.example,
                 **state,
             ),
         )

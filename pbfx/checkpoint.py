@@ -253,6 +253,11 @@ def _transform_as(model: nn.Module, header: dict[str, Any], path: Any) -> nn.Mod
             f"{path} holds a model of which parts were transformed ({', '.join(parts)}); "
             "transform the same parts of yours before pbfx.load"
         )
+    if any(saved["config"].get("capture") == "export" for saved in parts.values()):
+        raise CheckpointError(
+            f"{path} holds a model that was exported, which takes example_inputs; pass yours "
+            'through pbfx.transform with capture="export" first, and load into that'
+        )
     # The sites by name stand for a filter function, which is code and is not in the file.
     names = [join(part, name) for part, saved in parts.items() for name in saved["sites"]]
     settings = next(iter(parts.values()))["config"]

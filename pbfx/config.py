@@ -12,8 +12,10 @@ from torch import nn
 from pbfx.errors import ConfigError, nearest
 
 Learning = Literal["perforated", "gradient", "sham"]
+Capture = Literal["trace", "export"]
 
 LEARNING = ("perforated", "gradient", "sham")
+CAPTURE = ("trace", "export")
 # The kernels' table, repeated here so that importing the configuration imports no kernels; a test
 # compares the two.
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "gelu", "silu")
@@ -42,6 +44,9 @@ class Config:
             [0, 1).
         seed: seeds the private generator that draws candidates; torch's global streams are never
             touched.
+        capture: `"trace"` (symbolic tracing, of the whole model or of the largest modules that
+            allow it) or `"export"` (torch.export of the whole model, for calls like the
+            `example_inputs` of `pbfx.transform`).
 
     Raises:
         ConfigError: naming every setting that is out of range, at construction.
@@ -61,6 +66,7 @@ class Config:
     priming_batches: int = 8
     moment_decay: float = 0.95
     seed: int = 0
+    capture: Capture = "trace"
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -120,6 +126,7 @@ class Config:
             whole("priming_batches", 0),
             between("moment_decay", 0.0, 1.0, includes_low=True),
             whole("seed", 0),
+            one_of("capture", CAPTURE),
         ]
 
     def to_json(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from pbfx.capture import Rung
+from pbfx.capture import Example, Rung
 from pbfx.config import Config
 from pbfx.phase import Phase
 from pbfx.pipeline import PassRecord
@@ -34,6 +34,7 @@ class Perforation:
         kind: the user's class.
         absorbed: paths of the modules whose forwards run in the graph.
         recapture: captures this module anew, with some modules inside as graphs of their own.
+        example: what it was exported with, and would be again; None for other rungs.
         phase: which graph runs now.
         draws: how many pools of weights have been drawn, so that a new pool differs from the last.
         records: what the passes did at the last rebuild.
@@ -51,6 +52,7 @@ class Perforation:
     kind: type[nn.Module] = nn.Module
     absorbed: tuple[str, ...] = ()
     recapture: Callable[[Any, frozenset[str], str], None] | None = None
+    example: Example | None = None
     phase: Phase = Phase.NEURON
     draws: int = 0
     records: tuple[PassRecord, ...] = ()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import networkx as nx
+import torch
 from torch import fx, nn
 
 _ASSIGNMENTS = frozenset(
@@ -25,8 +27,8 @@ def dataflow(graph: fx.Graph) -> nx.DiGraph:
     for node in graph.nodes:
         flow.add_node(node)
         flow.add_edges_from((source, node) for source in node.all_input_nodes)
-        if _is_in_place(node):
-            later = [user for user in node.all_input_nodes[0].users if node < user]
+        for written in _written(node):
+            later = [user for user in written.users if node < user]
             flow.add_edges_from((node, user) for user in later)
     return flow
 
@@ -62,6 +64,23 @@ def may_write(root: nn.Module, node: fx.Node) -> bool:
     flagged = functional and any(value is True for value in node.args)
     written = bool(node.kwargs.get("inplace")) or "out" in node.kwargs
     return flagged or written or (name.endswith("_") and not name.endswith("__"))
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """Return the values that `node` writes to, and those that they are views of."""
+    written: list[Any] = [node.all_input_nodes[0]] if _is_in_place(node) else []
+    if isinstance(node.target, torch._ops.OpOverload):
+        written = [
+            value
+            for value, argument in zip(node.args, node.target._schema.arguments, strict=False)
+            if argument.is_write and isinstance(value, fx.Node)
+        ]
+    for value in written:
+        if isinstance(value.target, torch._ops.OpOverload) and value.args:
+            returns = value.target._schema.returns
+            if returns and returns[0].alias_info is not None and isinstance(value.args[0], fx.Node):
+                written.append(value.args[0])
+    return written
 
 
 def _is_in_place(node: fx.Node) -> bool:

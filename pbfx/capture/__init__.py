@@ -14,10 +14,12 @@ here, by recording it or by refusing:
   rest (`guards`);
 - so is a `forward` that asks whether an optional argument is None, because no stand-in ever is.
 
-What refuses keeps its own forward, and the modules inside are captured instead (`ladder`).
+What refuses keeps its own forward, and the modules inside are captured instead (`ladder`). On
+request torch.export captures the whole model instead, for calls like an example (`exported`).
 """
 
 from pbfx.capture.clone import REGISTRIES, redirect, shared_clone
+from pbfx.capture.exported import Example
 from pbfx.capture.guards import CONSTANT
 from pbfx.capture.ladder import Capture, Captured, Rung, capture, capture_clone
 
@@ -26,6 +28,7 @@ __all__ = [
     "REGISTRIES",
     "Capture",
     "Captured",
+    "Example",
     "Rung",
     "capture",
     "capture_clone",

@@ -8,16 +8,18 @@ back first.
 from __future__ import annotations
 
 import collections
+import operator
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from pbfx.capture.clone import python_modules
 from pbfx.errors import CaptureError
@@ -111,14 +113,25 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 @contextmanager
-def attributes_kept(clone: nn.Module, name: str) -> Iterator[None]:
-    """Refuse a forward that writes to `self`, be it an attribute, a buffer, a list or a dict."""
-    before = {path: _snapshot(module) for path, module in python_modules(clone).items()}
+def attributes_kept(
+    clone: nn.Module, name: str, besides: frozenset[str] = frozenset()
+) -> Iterator[None]:
+    """Refuse a forward that writes to `self`, be it an attribute, a buffer, a list or a dict.
+
+    Args:
+        clone: the model.
+        name: what to call it.
+        besides: paths of modules that may write to themselves; they are put back all the same.
+    """
+    modules = python_modules(clone)
+    before = {path: _snapshot(module) for path, module in modules.items()}
     try:
         yield
     finally:
-        changed = _restore(clone, before)
+        changed = _restore(modules, before)
     for path, key in changed:
+        if path in besides:
+            continue
         where = f"{name}.{path}".rstrip(".")
         error = CaptureError(
             f"cannot capture {where}: forward writes to self.{key}, which the graph would not do "
@@ -145,7 +158,9 @@ def _entries(value: Any) -> dict[Any, Any]:
     return dict(value) if isinstance(value, dict) else dict(enumerate(value))
 
 
-def _restore(clone: nn.Module, before: dict[str, dict[str, _Attribute]]) -> list[tuple[str, str]]:
+def _restore(
+    modules: dict[str, nn.Module], before: dict[str, dict[str, _Attribute]]
+) -> list[tuple[str, str]]:
     """Put back what was assigned or changed; containers are those of the user's module.
 
     Returns:
@@ -153,15 +168,20 @@ def _restore(clone: nn.Module, before: dict[str, dict[str, _Attribute]]) -> list
     """
     written: list[tuple[str, str]] = []
     replaced: list[tuple[nn.Module, str, Any]] = []
-    for path, module in python_modules(clone).items():
+    for path, module in modules.items():
         known = before.get(path, {})
         for key, value in module.__dict__.items():
             old, entries = known.get(key, (_ABSENT, None))
             if CONSTANT.fullmatch(key):
                 continue
+            if key in known and old is not value and _is_copy(value, old):
+                replaced.append((module, key, old))
+                value = old
             if key not in known or old is not value:
                 written.append((path, key))
                 replaced.append((module, key, old))
+                if entries is not None:
+                    _refill(old, entries)
             elif entries is not None:
                 now = _entries(value)
                 changed = [
@@ -185,6 +205,18 @@ def _restore(clone: nn.Module, before: dict[str, dict[str, _Attribute]]) -> list
     return written
 
 
+def _is_copy(value: Any, old: Any) -> bool:
+    """Return whether `value` is a container of its own over the very entries of `old`.
+
+    torch.export leaves such copies behind.
+    """
+    if type(value) is not type(old) or not isinstance(old, (dict, list, tuple)):
+        return False
+    leaves, structure = pytree.tree_flatten(value)
+    before, expected = pytree.tree_flatten(old)
+    return structure == expected and all(map(operator.is_, leaves, before))
+
+
 def _refill(container: Any, entries: dict[Any, Any]) -> None:
     container.clear()
     if isinstance(container, dict):
@@ -195,14 +227,23 @@ def _refill(container: Any, entries: dict[Any, Any]) -> None:
         container.extend(entries.values())
 
 
+def _is_proxy(value: Any) -> bool:
+    return isinstance(value, fx.Proxy)
+
+
 @contextmanager
-def functions_refused(name: str) -> Iterator[None]:
-    """Refuse `autograd.Function`s: tracing goes into them, and their backward would be lost."""
+def functions_refused(name: str, traced: Callable[[Any], bool] = _is_proxy) -> Iterator[None]:
+    """Refuse `autograd.Function`s: tracing goes into them, and their backward would be lost.
+
+    Args:
+        name: of the model.
+        traced: whether an argument of theirs stands for a value that depends on the input.
+    """
     function = torch.autograd.Function
     original = function.__dict__["apply"]
 
     def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+        if not any(map(traced, (*args, *kwargs.values()))):
             return original.__get__(None, cls)(*args, **kwargs)
         raise CaptureError(
             f"cannot capture {name}: forward calls the autograd.Function {cls.__name__}, whose "
@@ -242,15 +283,15 @@ _BULK = ("parameters", "named_parameters", "buffers", "named_buffers")
 
 
 @contextmanager
-def questions_refused(name: str) -> Iterator[None]:
-    """Refuse a forward that asks for torch's modes, or reads its parameters in bulk."""
+def questions_refused(name: str, bulk: bool = True) -> Iterator[None]:
+    """Refuse a forward that asks for torch's modes, or if `bulk`, reads its parameters in bulk."""
     faults: dict[tuple[Any, str], str] = {
         (torch, key): f"asks torch.{key}(), and a graph has only one of the answers"
         for key in _MODES
     } | {
         (nn.Module, key): f"computes with tensors that it reads in bulk (self.{key}()), which the "
         "graph would hold on to as they are now; read them as attributes (self.weight)"
-        for key in _BULK
+        for key in (_BULK if bulk else ())
     }
     originals = {(owner, key): getattr(owner, key) for owner, key in faults}
 

@@ -3,6 +3,7 @@
     whole        the model's own forward is one graph
     submodule    it is not, but that of a module inside is
     op           a linear or conv that code outside of any graph calls
+    export       on request: the whole model is one graph, as torch.export sees it
 
 A module keeps its own forward when tracing refuses it, or when a graph could not take its class's
 place: then methods such as `generate` go on to call its children, and the children carry the
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import logging
 from collections.abc import Callable, Iterator
 from types import FunctionType
 
@@ -22,11 +24,15 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from pbfx.capture.clone import shared_clone
+from pbfx.capture.exported import Example, export
 from pbfx.capture.guards import check_modules
-from pbfx.capture.trace import is_torch_layer, trace
+from pbfx.capture.trace import is_torch_layer
+from pbfx.capture.trace import trace as symbolic_trace
 from pbfx.errors import CaptureError
 from pbfx.paths import join
 from pbfx.sites import graph_of_cell, is_cell
+
+logger = logging.getLogger(__name__)
 
 # Torch's own classes that call their children as modules.
 _TORCH_CALLERS = (
@@ -52,13 +58,15 @@ class Rung(enum.StrEnum):
 class Captured:
     """One graph of a model: the module whose forward it is (a clone), and how it came about.
 
-    `reason` says why no graph around it could be had; it is empty for the whole model.
+    `reason` says why no graph around it could be had; it is empty for the whole model. `example` is
+    what it was exported with, None for others.
     """
 
     root: nn.Module
     graph: fx.Graph
     rung: Rung
     reason: str
+    example: Example | None = None
 
     @property
     def absorbed(self) -> tuple[str, ...]:
@@ -92,6 +100,7 @@ def capture(
     model: nn.Module,
     is_op: Callable[[nn.Module], bool] = lambda _: False,
     hides: Callable[[nn.Module], str | None] = lambda _: None,
+    example: Example | None = None,
 ) -> Capture:
     """Capture `model` as the largest graphs that it allows.
 
@@ -99,14 +108,16 @@ def capture(
         model: the user's model; it is read and not changed.
         is_op: whether a module is an op that can carry dendrites; it stays one node.
         hides: why a graph module could not take a module's place, or None.
+        example: given to have the whole model exported, whatever methods its classes offer.
 
     Raises:
-        CaptureError: if the model holds what no clone can stand for, such as lazy modules.
+        CaptureError: if the model holds what no clone can stand for, such as lazy modules, or
+            cannot be exported as asked.
     """
     check_modules(model, type(model).__name__)
     apart: frozenset[str] = frozenset()
     while True:
-        captured = capture_clone(shared_clone(model), is_op, hides, apart)
+        captured = capture_clone(shared_clone(model), is_op, hides, apart, example=example)
         shared = _shared_ops(captured, is_op) - apart
         if not shared:
             return captured
@@ -120,6 +131,7 @@ def capture_clone(
     apart: frozenset[str],
     done: Callable[[nn.Module], bool] = lambda _: False,
     reason: str = "",
+    example: Example | None = None,
 ) -> Capture:
     """Capture a clone.
 
@@ -130,8 +142,10 @@ def capture_clone(
         apart: paths of modules that graphs have to call as modules.
         done: modules that have been captured before; they stay one node and are not entered.
         reason: why the modules of `apart` are called as modules.
+        example: as for `capture`.
     """
-    ladder = _Ladder(root, is_op, hides, apart, done, reason or "several graphs call it")
+    reason = reason or "several graphs call it"
+    ladder = _Ladder(root, is_op, hides, apart, done, reason, example)
     ladder.climb(root, "", "")
     return Capture(root, ladder.parts, ladder.kept, ladder.left)
 
@@ -145,8 +159,9 @@ class _Ladder:
         apart: frozenset[str],
         done: Callable[[nn.Module], bool],
         reason: str,
+        example: Example | None,
     ) -> None:
-        self._is_op, self._hides, self._done = is_op, hides, done
+        self._is_op, self._hides, self._done, self._example = is_op, hides, done, example
         self._apart = dict.fromkeys((id(root.get_submodule(path)) for path in apart), reason)
         self.parts: dict[str, Captured] = {}
         self.kept: dict[str, str] = {}
@@ -158,7 +173,13 @@ class _Ladder:
             for m in root.modules()
             if m is not root
             and not is_op(m)
-            and (done(m) or _left(m) or _hooked(m) or _keeps_forward(m) or hides(m))
+            and (
+                done(m)
+                or _left(m)
+                or _hooked(m)
+                # An export goes through modules that keep their forward.
+                or (example is None and (_keeps_forward(m) or hides(m)))
+            )
         }
 
     def climb(self, module: nn.Module, path: str, above: str) -> None:
@@ -169,6 +190,9 @@ class _Ladder:
         why_left = _left(module)
         if why_left:
             self.left[path] = why_left
+            return
+        if self._example and not path:
+            self._export(module, self._example)
             return
         why = _keeps_forward(module) or self._hides(module)
         if not why and not _only_holds(module):
@@ -190,6 +214,27 @@ class _Ladder:
             if self._is_op(child) or _left(child) or _may_hold_ops(child):
                 self.climb(child, join(path, name), why or above)
 
+    def _export(self, root: nn.Module, example: Example) -> None:
+        name, why = type(root).__name__, self._hides(root)
+        if type(root).__call__ is not nn.Module.__call__ and not isinstance(root, fx.GraphModule):
+            why = "its class has a __call__ of its own"
+        if why:
+            raise CaptureError(f"cannot capture {name} as one graph: {why}")
+        offered = sorted(_methods(type(root)))
+        if offered:
+            logger.warning(
+                "%s is one graph: layers that %s calls by itself compute without dendrites",
+                name,
+                ", ".join(offered),
+            )
+        # Torch's own layers that call others are taken apart below.
+        callers = {id(m) for m in root.modules() if isinstance(m, _TORCH_CALLERS)}
+        self._boundaries |= callers - {id(root)}
+        self._climb_inside(root, "")
+        graph = self._trace(root, lambda module, whole: export(module, whole, example))
+        self.parts[""] = Captured(root, graph, Rung.EXPORT, "", example)
+        self._climb_inside(root, "")
+
     def _climb_inside(self, module: nn.Module, path: str) -> None:
         """Climb to what a graph of `module` has to call as a module."""
         for name, inner in module.named_modules():
@@ -197,16 +242,23 @@ class _Ladder:
                 why = "hooks wait for its call" if _hooked(inner) else ""
                 self.climb(inner, join(path, name), self._apart.get(id(inner), why))
 
-    def _trace(self, module: nn.Module) -> fx.Graph:
+    def _trace(
+        self,
+        module: nn.Module,
+        trace: Callable[[nn.Module, Callable[[nn.Module], bool]], fx.Graph] | None = None,
+    ) -> fx.Graph:
         """Trace `module` around those inside that cannot be traced."""
-        if is_cell(module):
+        if trace is None and is_cell(module):
             return graph_of_cell(module)
+
+        def symbolically(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.Graph:
+            return symbolic_trace(module, is_leaf, self._may_return_none)
+
         while True:
             try:
-                return trace(
+                return (trace or symbolically)(
                     module,
                     lambda m: m is not module and (self._is_op(m) or id(m) in self._boundaries),
-                    self._may_return_none,
                 )
             except CaptureError as error:
                 culprit = error.culprit

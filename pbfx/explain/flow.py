@@ -13,7 +13,7 @@ from pbfx.capture import Rung
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule
 from pbfx.sites import Site, find_join, soma_weight
-from pbfx.topology import dataflow
+from pbfx.topology import dataflow, reaches_output
 
 SITE, LEFT_OUT, APART, OTHER, EDGE = "site", "left out", "apart", "other", "edge"
 
@@ -54,7 +54,9 @@ def flow_of(
     left_out: Container[str],
     apart: Container[str],
 ) -> Flow:
-    """Return the data flow of `part`: a site with its norm is one step, reads of parameters none.
+    """Return the data flow of `part`: a site with its norm is one step.
+
+    Reads of parameters are left out, and ops without any that no output needs.
 
     Args:
         path: of the part.
@@ -66,11 +68,20 @@ def flow_of(
     flow = dataflow(part.perforation.source)
     flow.remove_nodes_from([node for node in flow if node.op == "get_attr"])
     home = _norms(part, flow)
-    nodes = [node for node in flow if node not in home]
-    steps = [_step(node, path, part, dendrites, left_out, apart) for node in nodes]
-    place = {node: number for number, node in enumerate(nodes)}
+    useful = reaches_output(part.perforation.source)
+    steps: list[Step] = []
+    place: dict[fx.Node, int] = {}
+    for node in flow:
+        if node in home:
+            continue
+        step = _step(node, path, part, dendrites, left_out, apart)
+        # Assertions and what else comes to nothing would only be in the way.
+        if step.kind != OTHER or node in useful:
+            place[node] = len(steps)
+            steps.append(step)
     place |= {node: place[soma] for node, soma in home.items()}
-    edges = {(place[a], place[b]) for a, b in flow.edges if place[a] != place[b]}
+    shown = [(place[a], place[b]) for a, b in flow.edges if a in place and b in place]
+    edges = {(a, b) for a, b in shown if a != b}
     rung = part.perforation.rung
     return Flow(path, type(part).__name__, rung, tuple(steps), tuple(sorted(edges)))
 

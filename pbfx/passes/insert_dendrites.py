@@ -76,7 +76,9 @@ def _undo(graph: fx.Graph, view: fx.Node, value: fx.Node) -> fx.Node:
     if not is_permutation(view):
         return graph.call_method("reshape_as", (value, view.args[0]))
     dims = [dim for given in (*view.args[1:], *view.kwargs.values()) for dim in leaves(given)]
-    if str(getattr(view.target, "__name__", view.target)) != "permute":
+    # An op of torch.export's has its overload in its name.
+    name = str(getattr(view.target, "__name__", view.target)).partition(".")[0]
+    if name != "permute":
         # Two axes that change places do so again.
         return graph.call_function(torch.transpose, (value, *dims))
     forward = [dim % len(dims) for dim in dims]

@@ -17,6 +17,8 @@ from pbfx.sites.layers import MODULES, is_site_module, why_ineligible
 from pbfx.sites.site import Site, Skipped, convolution_form, leaves
 from pbfx_kernels import LINEAR
 
+aten = torch.ops.aten
+
 FUNCTIONS: dict[Callable[..., Any], str] = {
     F.linear: "linear",
     # The linear maps of a recurrent cell that is taken apart.
@@ -27,6 +29,17 @@ FUNCTIONS: dict[Callable[..., Any], str] = {
     F.conv_transpose1d: "conv_transpose1d",
     F.conv_transpose2d: "conv_transpose2d",
     F.conv_transpose3d: "conv_transpose3d",
+    # What torch.export makes of them; places and names of the arguments are the same.
+    aten.linear.default: "linear",
+    aten.conv1d.default: "conv1d",
+    aten.conv1d.padding: "conv1d",
+    aten.conv2d.default: "conv2d",
+    aten.conv2d.padding: "conv2d",
+    aten.conv3d.default: "conv3d",
+    aten.conv3d.padding: "conv3d",
+    aten.conv_transpose1d.default: "conv_transpose1d",
+    aten.conv_transpose2d.input: "conv_transpose2d",
+    aten.conv_transpose3d.input: "conv_transpose3d",
 }
 # Positional arguments of torch's, in order; what is left out has the value of `_DEFAULTS`.
 _LINEAR = ("input", "weight", "bias")
@@ -52,8 +65,12 @@ _PRODUCTS: dict[Any, tuple[int, int, int | None]] = {
     "mm": (0, 1, None),
     "__matmul__": (0, 1, None),
     "addmm": (1, 2, 0),
+    aten.matmul.default: (0, 1, None),
+    aten.mm.default: (0, 1, None),
+    aten.addmm.default: (1, 2, 0),
 }
 _KEYWORDS = ("mat1", "input"), ("mat2", "other", "tensor"), ("input",)
+_TRANSPOSES = frozenset({"t", torch.t, aten.t.default, aten.mT.default, aten.numpy_T.default})
 _SWAPPED = frozenset({(0, 1), (1, 0), (-1, -2), (-2, -1), (0, -1), (-1, 0), (-2, 1), (1, -2)})
 
 
@@ -122,9 +139,10 @@ def _is_transpose(node: fx.Node) -> bool:
     rest = node.args[1:]
     if node.target is getattr:
         return rest[0] in ("T", "mT")
-    if node.target in ("t", torch.t):
+    if node.target in _TRANSPOSES:
         return not rest
-    return node.target in ("transpose", torch.transpose) and tuple(rest) in _SWAPPED
+    transposes = "transpose", torch.transpose, aten.transpose.int
+    return node.target in transposes and tuple(rest) in _SWAPPED
 
 
 def read_input(node: fx.Node) -> fx.Node:

@@ -42,6 +42,12 @@ FUNCTIONS: dict[Callable[..., Any], str] = {
     F.layer_norm: "layer_norm",
     F.instance_norm: "instance_norm",
     F.rms_norm: "rms_norm",
+    # As torch.export writes them.
+    torch.ops.aten.batch_norm.default: "batch_norm",
+    torch.ops.aten.group_norm.default: "group_norm",
+    torch.ops.aten.layer_norm.default: "layer_norm",
+    torch.ops.aten.instance_norm.default: "instance_norm",
+    torch.ops.aten.rms_norm.default: "rms_norm",
 }
 # Views by the name of the method or function, which is the same in torch.
 _PERMUTES = frozenset({"transpose", "swapaxes", "swapdims", "permute"})
@@ -111,6 +117,8 @@ def _is_reshape(root: nn.Module, node: fx.Node) -> bool:
 def _name(node: fx.Node) -> str | None:
     if node.op == "call_method":
         return str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.overloadpacket.__name__ if node.target.namespace == "aten" else None
     if node.op == "call_function" and callable(node.target):
         name = getattr(node.target, "__name__", "")
         return name if getattr(torch, name, None) is node.target else None
@@ -137,7 +145,7 @@ def _features(root: nn.Module, norm: fx.Node) -> int | None:
         module = root.get_submodule(str(norm.target))
         named = getattr(module, "num_features", getattr(module, "num_channels", None))
         shape = getattr(module, "normalized_shape", named)
-    elif norm.target in (F.layer_norm, F.rms_norm):
+    elif FUNCTIONS[norm.target] in ("layer_norm", "rms_norm"):  # pyright: ignore[reportArgumentType]
         shape = norm.args[1] if len(norm.args) > 1 else norm.kwargs.get("normalized_shape")
     else:
         # Statistics or weight: the first of its arguments that the model owns.
@@ -170,6 +178,8 @@ def _reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
         if user.target in ("reshape_as", "view_as"):
             return user.args[0] is not node
         return user.target in ("size", "dim")
+    if user.target is torch.ops.aten.sym_size.int:
+        return True
     return user.target is getattr and user.args[1:] in (("shape",), ("ndim",))
 
 

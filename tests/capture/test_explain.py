@@ -224,7 +224,7 @@ class Keeping(Recurrent):
     ("model", "skipped", "reason"),
     [
         (Recurrent(), (("rnn", "LSTM", LSTM),), "no op in it can grow"),
-        (Keeping(), (("rnn", "LSTM", "not a linear or conv operation"),), "its class offers more"),
+        (Keeping(), (("rnn", "LSTM", LSTM),), "its class offers more"),
         (nn.ReLU(), (), "no op in it can grow"),
     ],
     ids=["recurrent", "keeping", "relu"],

@@ -118,6 +118,21 @@ def test_a_layer_with_several_sites_says_how_many_dendrites_they_have():
     assert steps["mix"].dendrites == 0
 
 
+def test_what_comes_to_nothing_is_not_drawn():
+    class Wasteful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.lost = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.lost(x.tanh()).sum()
+            return self.fc(x)
+
+    (flow,) = pbfx.explain(Wasteful()).flows
+    assert [step.label for step in flow.steps] == ["x", "lost", "fc", "output"]
+    assert flow.edges == ((0, 2), (2, 3))
+
+
 def test_names_are_no_formulas(tmp_path: Path):
     model = nn.Sequential()
     model.add_module("a$b_$<&", nn.Linear(2, 2))
