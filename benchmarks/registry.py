@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks import dendrite_step, restructure, step, zoo
+from benchmarks import dendrite_step, kernels, restructure, step, zoo
 from benchmarks.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         step.BENCHMARK,
+        kernels.BENCHMARK,
         dendrite_step.BENCHMARK,
         restructure.BENCHMARK,
         zoo.BENCHMARK,

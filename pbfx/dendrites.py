@@ -15,6 +15,7 @@ remembers the shape of a leaf for as long as anyone holds an old loss.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -264,7 +265,7 @@ class Dendrites(nn.Module):
         self.set_trainable()
 
     def forward(self, soma: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the neuron's output, and the dendrites' activations (D, *soma.shape).
+        """Return the neuron's output, and the dendrites' activations for the candidates.
 
         Args:
             soma: what the soma gave, (..., N) for linear, (B, N, *space) for conv.
@@ -272,7 +273,9 @@ class Dendrites(nn.Module):
         """
         if not self.count:
             return soma, soma.new_empty((0, *soma.shape))
-        x, evaluate = pad(x, self.site), pbfx_kernels.dendrites
+        # Only candidates read the activations, and only where gradients are wanted.
+        keep = self.candidates is not None and torch.is_grad_enabled()
+        x, evaluate = pad(x, self.site), functools.partial(pbfx_kernels.dendrites, keep=keep)
         weight, bias, to_dendrite = self.site.op_weight(self.weight), self.bias, self.to_dendrite
         if self.learning == "gradient":
             evaluate = pbfx_kernels.reference.dendrites

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import pbfx_kernels.ops  # noqa: F401  registers the ops
 from pbfx_kernels import candidate_autograd
 from pbfx_kernels.geometry import LINEAR, Geometry
+from pbfx_kernels.strategy import recomputes
 
 
 def dendrites(
@@ -20,6 +21,7 @@ def dendrites(
     to_dendrite: Tensor,
     activation: str = "tanh",
     geometry: Geometry = LINEAR,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Add the D dendrites of a site to its soma's output, in one op.
 
@@ -40,10 +42,12 @@ def dendrites(
         to_dendrite: U, `(D, D, N)`; only the strictly lower triangle `e < d` is read.
         activation: f, one of `ACTIVATIONS`.
         geometry: the form of the soma; linear if left out.
+        keep: whether the caller wants the activations. Without them nothing is written but the
+            output, and the backward computes them again where that is the cheaper way.
 
     Returns:
         out: shape, dtype and layout of `soma`.
-        activations: a, `(D, *soma)`, dtype of `soma`, without gradient.
+        activations: a, `(D, *soma)`, dtype of `soma`, without gradient. Without `keep` unspecified.
 
     Raises:
         ArgumentError: shapes, dtypes, devices or names do not fit; when the op runs, not when it is
@@ -65,6 +69,7 @@ def dendrites(
         geometry.groups,
         geometry.transposed,
         geometry.output_padding,
+        keep or _backward_wants_activations(soma, weight, to_soma, geometry),
     )
 
 
@@ -172,7 +177,7 @@ def perforated_linear(
     """
     soma = F.linear(x, weight, bias)
     return dendrites(
-        soma, x, dendrite_weight, dendrite_bias, to_soma, to_dendrite, activation, LINEAR
+        soma, x, dendrite_weight, dendrite_bias, to_soma, to_dendrite, activation, LINEAR, False
     )[0]
 
 
@@ -219,5 +224,14 @@ def perforated_conv2d(
         x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     )
     return dendrites(
-        soma, x, dendrite_weight, dendrite_bias, to_soma, to_dendrite, activation, geometry
+        soma, x, dendrite_weight, dendrite_bias, to_soma, to_dendrite, activation, geometry, False
     )[0]
+
+
+def _backward_wants_activations(
+    soma: Tensor, weight: Tensor, to_soma: Tensor, geometry: Geometry
+) -> bool:
+    """Return whether a backward follows that had better not compute the activations again."""
+    return (
+        torch.is_grad_enabled() and to_soma.requires_grad and not recomputes(soma, weight, geometry)
+    )

@@ -1,14 +1,15 @@
 """The custom ops: what a graph holds, and what a kernel replaces.
 
     pbfx::dendrites              out, a = soma + Σ_d T_d ⊙ a_d, (D, *soma)
-    pbfx::dendrites_backward     dT
+    pbfx::dendrites_backward     dT, from a
+    pbfx::dendrites_recompute    dT, from the inputs of the forward
     pbfx::candidates             out, z = neuron, (C, *neuron)
     pbfx::candidates_backward    dV, dc, dU, the batch moments
 
 They are custom ops and not `autograd.Function`s, since a symbolic trace goes *into* a Function and
 loses its backward; an op stays one node through symbolic_trace, Dynamo, AOTAutograd and inductor.
-Backwards are ops of their own, for the same reason. The default implementation, for every device,
-is the reference; candidates run Triton kernels on a GPU (`candidate_autograd`).
+Backwards are ops of their own, for the same reason. Which kernels run inside is for
+`pbfx_kernels.strategy` to say, and for `candidate_autograd` where candidates are concerned.
 
 The backwards are deliberately not the derivatives of the forwards: no error reaches the input of a
 dendrite (perforated backpropagation), and a candidate, which feeds nothing, learns from the error
@@ -27,6 +28,11 @@ from torch.library import custom_op
 
 from pbfx_kernels import candidate_autograd, reference
 from pbfx_kernels.candidate_autograd import no_autocast as _no_autocast
+from pbfx_kernels.dispatch import (
+    evaluate_dendrites,
+    recompute_to_soma_gradient,
+    sum_to_soma_gradient,
+)
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.validation import check_candidates, check_dendrites
 
@@ -46,13 +52,17 @@ def dendrites_op(
     groups: int,
     transposed: bool,
     output_padding: Sequence[int],
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Run `reference.dendrites`; arguments and errors are those of `pbfx_kernels.dendrites`."""
+    """Match `reference.dendrites`; arguments and errors are those of `pbfx_kernels.dendrites`.
+
+    Without `keep`, the activations that come back are `(0, *soma)`.
+    """
     geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     check_dendrites(soma, x, weight, bias, to_soma, to_dendrite, activation, geometry)
     with _no_autocast(soma):
-        out, activations = reference.dendrites(
-            soma, x, weight, bias, to_soma, to_dendrite, activation, geometry
+        out, activations = evaluate_dendrites(
+            soma, x, weight, bias, to_soma, to_dendrite, activation, geometry, keep
         )
     return _laid_out(out, _strides(soma)), _laid_out(activations, _stack_strides(soma))
 
@@ -72,18 +82,20 @@ def _(
     groups: int,
     transposed: bool,
     output_padding: Sequence[int],
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     check_dendrites(soma, x, weight, bias, to_soma, to_dendrite, activation, geometry)
-    activations = soma.new_empty_strided((weight.shape[0], *soma.shape), _stack_strides(soma))
+    count = weight.shape[0] if keep else 0
+    activations = soma.new_empty_strided((count, *soma.shape), _stack_strides(soma))
     return torch.empty_like(soma), activations
 
 
 @custom_op("pbfx::dendrites_backward", mutates_args=())
 def dendrites_backward_op(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:
-    """Run `reference.dendrites_backward`."""
+    """Match `reference.dendrites_backward`."""
     with _no_autocast(grad):
-        return reference.dendrites_backward(grad, activations, channel_axis)
+        return sum_to_soma_gradient(grad, activations, channel_axis)
 
 
 @dendrites_backward_op.register_fake
@@ -92,25 +104,75 @@ def _(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:
     return grad.new_empty(shape, dtype=reference.accumulation_dtype(grad.dtype))
 
 
+@custom_op("pbfx::dendrites_recompute", mutates_args=())
+def dendrites_recompute_op(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor,
+    activation: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
+) -> Tensor:
+    """Match `reference.dendrites_backward` on the activations of `reference.dendrites`."""
+    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
+    with _no_autocast(grad):
+        return recompute_to_soma_gradient(grad, x, weight, bias, to_dendrite, activation, geometry)
+
+
+@dendrites_recompute_op.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor,
+    activation: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
+) -> Tensor:
+    return grad.new_empty(to_dendrite.shape[1:], dtype=reference.accumulation_dtype(grad.dtype))
+
+
 def _dendrites_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    to_soma, stride = inputs[4], inputs[7]
+    _, x, weight, bias, to_soma, to_dendrite, activation, *form, keep = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.learns = to_soma.requires_grad
-    if ctx.learns:
+    if not ctx.learns:
+        return
+    ctx.kept, ctx.to_soma_dtype = keep, to_soma.dtype
+    if keep:
         ctx.save_for_backward(output[1])
-        ctx.to_soma_dtype = to_soma.dtype
-        ctx.channel_axis = -(len(stride) + 1)
+        ctx.channel_axis = -(len(form[0]) + 1)
+    else:
+        ctx.save_for_backward(x, weight, bias, to_dendrite)
+        ctx.form = activation, *form
 
 
 def _dendrites_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     grad_to_soma = None
     if ctx.learns and grad is not None:
-        (activations,) = ctx.saved_tensors
-        grad_to_soma = torch.ops.pbfx.dendrites_backward.default(
-            grad, activations, ctx.channel_axis
-        ).to(ctx.to_soma_dtype)
-    return grad, None, None, None, grad_to_soma, *(None,) * 8
+        if ctx.kept:
+            (activations,) = ctx.saved_tensors
+            grad_to_soma = torch.ops.pbfx.dendrites_backward.default(
+                grad, activations, ctx.channel_axis
+            )
+        else:
+            grad_to_soma = torch.ops.pbfx.dendrites_recompute.default(
+                grad, *ctx.saved_tensors, *ctx.form
+            )
+        grad_to_soma = grad_to_soma.to(ctx.to_soma_dtype)
+    return grad, None, None, None, grad_to_soma, *(None,) * 9
 
 
 dendrites_op.register_autograd(_dendrites_gradients, setup_context=_dendrites_setup)

@@ -108,27 +108,28 @@ class SiteLearner:
         self._step(verdict)
         for parameter in self._parameters:
             parameter.grad = None
-        self._refuse_early_capture()
-        scale_candidates(self.candidates, self.config)
+        self._scale()
         self.candidates.moments.grad = verdict.overflow
 
-    def _refuse_early_capture(self) -> None:
-        """Stop a CUDA graph from being captured while candidates still wait to be scaled.
-
-        Scaling is once, and counted on the host: a graph that holds the measurement for it would
-        go on measuring for ever.
+    def _scale(self) -> None:
+        """Scale candidates that join after a norm, once enough batches have shown how.
 
         Raises:
-            RestructureError: saying how many steps to run first.
+            RestructureError: if a CUDA graph is being captured before that; it would go on
+                measuring the scale for ever.
         """
+        # It counts on the host: scaling is once, and a graph captured after it holds none of it.
         spread = self.candidates.spread
-        if spread is not None and spread.open and is_capturing(self._turns):
+        if spread is None or not spread.open:
+            return
+        if is_capturing(self._turns):
             due = scaling_batches(self.config)
             raise RestructureError(
-                f"the dendrite phase cannot be captured in a CUDA graph yet: candidates that join "
+                "the dendrite phase cannot be captured in a CUDA graph yet: candidates that join "
                 f"after a norm are scaled after {due} batches, and this is batch "
                 f"{spread.batches + 1}; run {due} training steps first"
             )
+        scale_candidates(self.candidates, self.config)
 
     def _step(self, verdict: Verdict) -> None:
         """Do a step of Adam with gradients divided by `share`, or none at all, on the device."""
@@ -239,9 +240,9 @@ class SiteLearner:
         """Take up where `state` left off."""
         self._turns.fill_(int(state["batches"]))
         self._adam.load_state_dict(state["adam"])
-        resume_scaling(self.candidates, int(state["batches"]), self.config)
         # A state that was saved before the first step holds none.
         self._prepare()
+        resume_scaling(self.candidates, int(state["batches"]), self.config)
 
 
 # The kernel of `torch.optim.Adam(fused=True)`, which has no public name of its own.

@@ -1,0 +1,82 @@
+"""FLOP formulas of the ops, for `torch.utils.flop_counter`.
+
+They are registered by importing this module, which is not part of `import pbfx_kernels`: torch's
+counter imports triton. As torch's own formulas, they count the multiply-adds of GEMMs and
+convolutions, two each, and nothing element-wise.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+import pbfx_kernels.ops  # noqa: F401  registers the ops
+
+
+def stacked_flops(
+    soma: Sequence[int], x: Sequence[int], weight: Sequence[int], transposed: bool = False
+) -> int:
+    """Count `V_d x` for all d.
+
+    Args:
+        soma: shape of the soma's output.
+        x: shape of the soma's input.
+        weight: `(D, N, K)`, `(D, N, channels / groups, *kernel)` or, transposed, `(D, channels,
+            N / groups, *kernel)`.
+        transposed: of the soma's geometry.
+    """
+    dendrites, _, *inputs = weight
+    # Each output has so many inputs, or, transposed, each input so many outputs.
+    return 2 * dendrites * math.prod(x if transposed else soma) * math.prod(inputs)
+
+
+@register_flop_formula(torch.ops.pbfx.dendrites)
+def dendrites_flops(
+    soma: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, **_: Any
+) -> int:
+    """Count `pbfx::dendrites`; its backward by saved activations has no GEMM."""
+    # bias, to_soma, to_dendrite, activation, stride, padding, dilation, groups, transposed
+    return stacked_flops(soma, x, weight, rest[8])
+
+
+@register_flop_formula(torch.ops.pbfx.dendrites_recompute)
+def dendrites_recompute_flops(
+    grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, **_: Any
+) -> int:
+    """Count `pbfx::dendrites_recompute`."""
+    # bias, to_dendrite, activation, stride, padding, dilation, groups, transposed
+    return stacked_flops(grad, x, weight, rest[7])
+
+
+@register_flop_formula(torch.ops.pbfx.candidates)
+def candidates_flops(
+    neuron: Sequence[int],
+    x: Sequence[int],
+    activations: Sequence[int],
+    weight: Sequence[int],
+    *rest: Any,
+    **_: Any,
+) -> int:
+    """Count `pbfx::candidates`."""
+    # bias, to_dendrite, moments, direction, error_mean, activation, stride, padding, dilation,
+    # groups, transposed
+    return stacked_flops(neuron, x, weight, rest[10])
+
+
+@register_flop_formula(torch.ops.pbfx.candidates_backward)
+def candidates_backward_flops(
+    grad: Sequence[int],
+    z: Sequence[int],
+    x: Sequence[int],
+    activations: Sequence[int],
+    direction: Sequence[int],
+    error_mean: Sequence[int],
+    weight_shape: Sequence[int],
+    *rest: Any,
+    **_: Any,
+) -> int:
+    """Count `pbfx::candidates_backward`: one weight gradient for all candidates."""
+    # activation, stride, padding, dilation, groups, transposed
+    return stacked_flops(grad, x, weight_shape, rest[5])

@@ -1,0 +1,116 @@
+"""Positions and neurons: every site's tensors as one grid, whatever their shape and strides.
+
+    element (p, n) of a tensor lies at (p // S) * outer + (p % S) * inner + n * neuron
+
+S is the number of positions per image for a convolution in NCHW, and 1 wherever the positions of
+all tensors can be walked with a single stride: linear ops, NHWC, unbatched inputs. Kernels see
+nothing else of a site's geometry.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How some tensors of equal shape `(*soma)` are walked together.
+
+    Attributes:
+        positions: P.
+        neurons: N.
+        inner: S, positions that share one `outer` step; 1 if all positions have one stride.
+        strides: `(outer, inner, neuron)` per tensor, in elements.
+    """
+
+    positions: int
+    neurons: int
+    inner: int
+    strides: tuple[tuple[int, int, int], ...]
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the first tensor's neurons are neighbours in memory."""
+        return self.strides[0][2] == 1
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the neurons are neighbours in some tensors and not in others."""
+        return len({neuron == 1 for _, _, neuron in self.strides}) > 1
+
+
+def grid_of(channel_axis: int, *tensors: Tensor) -> Grid:
+    """Find the strides with which `tensors` are walked.
+
+    Args:
+        channel_axis: axis of the neurons, negative (`Geometry.channel_axis`).
+        tensors: of one shape, not empty, each `regular`.
+
+    Returns:
+        The grid, with strides in the order of `tensors`.
+    """
+    shape = tensors[0].shape
+    axis = len(shape) + channel_axis
+    positions, inner = math.prod(shape) // shape[axis], math.prod(shape[axis + 1 :])
+    singles = [_merged(tensor, axis, 0, len(shape)) for tensor in tensors]
+    found = []
+    for tensor, single in zip(tensors, singles, strict=True):
+        outer, within = _merged(tensor, axis, 0, axis), _merged(tensor, axis, axis, len(shape))
+        assert outer is not None, "not regular"
+        assert within is not None, "not regular"
+        if None not in singles:
+            outer, within = single, 0
+        found.append((outer, within, tensor.stride(axis)))
+    return Grid(positions, shape[axis], 1 if None not in singles else inner, tuple(found))
+
+
+def is_regular(tensor: Tensor, channel_axis: int) -> bool:
+    """Return whether the axes before the channels merge into one, and likewise those after them."""
+    axis = tensor.dim() + channel_axis
+    halves = _merged(tensor, axis, 0, axis), _merged(tensor, axis, axis, tensor.dim())
+    return None not in halves
+
+
+def regular(tensor: Tensor, channel_axis: int) -> Tensor:
+    """Return `tensor`, or a contiguous copy where it cannot be walked as a grid."""
+    return tensor if is_regular(tensor, channel_axis) else tensor.contiguous()
+
+
+def merged_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """Return the stride that walks all of these axes as if they were one, or None.
+
+    Args:
+        shape: sizes; axes of size 1 do not matter.
+        strides: of the same axes.
+
+    Returns:
+        The stride in elements, 0 if there is one position only.
+    """
+    real = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
+    for (_, wide), (size, narrow) in itertools.pairwise(real):
+        if wide != size * narrow:
+            return None
+    return real[-1][1] if real else 0
+
+
+def _merged(tensor: Tensor, axis: int, start: int, stop: int) -> int | None:
+    """Merge the axes from `start` to `stop`, without the neurons' own."""
+    kept = [i for i in range(start, stop) if i != axis]
+    return merged_stride([tensor.shape[i] for i in kept], [tensor.stride(i) for i in kept])
+
+
+def writable(like: Tensor, channel_axis: int) -> Tensor:
+    """Return memory laid out as `like` where a kernel can walk that, else contiguous."""
+    out = torch.empty_like(like)
+    if is_regular(out, channel_axis):
+        return out
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def stack_like(out: Tensor, count: int) -> Tensor:
+    """Return memory for `(count, *out.shape)`, each slice laid out as `out`, which is dense."""
+    return out.new_empty_strided((count, *out.shape), (out.numel(), *out.stride()))

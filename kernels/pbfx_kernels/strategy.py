@@ -1,0 +1,194 @@
+"""Which kernels compute a site: a pure function over shape, dtype and device.
+
+    reference   plain torch; right everywhere
+    packed      one library GEMM or convolution over stacked weights, one epilogue kernel
+    split       one kernel for all dendrites, which adds to the soma that the library computed
+
+The thresholds are measured; docs/kernels.md has the table. Nothing is tuned at run time.
+"""
+
+import functools
+import importlib.util
+import logging
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from pbfx_kernels.geometry import Geometry
+
+_LOG = logging.getLogger(__name__)
+
+# The oldest architecture with bfloat16, TF32 and asynchronous copies: Ampere.
+_LEAST_CAPABILITY = (8, 0)
+# Unrolled cascades; beyond, their code and registers grow out of hand.
+_MOST_PACKED, _MOST_SPLIT = 8, 5
+# Neurons per group of a convolution: a narrower tile is mostly empty.
+_LEAST_GROUP = 10
+# Where one kernel beats a library GEMM and an epilogue: where the preactivations would be most of
+# the traffic, and where there is so little to do that a second launch is.
+_SPLIT_INPUTS = 128
+_FEW_POSITIONS, _FEW_INPUTS = 512, 2048
+# Convolutions of images (1 or 3 channels), for which libraries have no good algorithm; and NHWC
+# ones with this many inputs and no more, which they do not stack well.
+_IMAGE_CHANNELS = 3
+_SPLIT_NHWC_INPUTS = 576
+# Inputs per neuron of a convolution up to which a backward computes activations again.
+RECOMPUTED_INPUTS = 512
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Strategy(Enum):
+    """How the dendrites of a site are evaluated."""
+
+    REFERENCE = "reference"
+    PACKED = "packed"
+    SPLIT = "split"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a choice depends on.
+
+    Attributes:
+        device: its type, such as `cuda`.
+        capability: of a CUDA device with a Triton backend, else None.
+        dtype: of the soma.
+        tf32: whether float32 products may round their factors to TF32.
+        geometry: the form of the soma.
+        positions: P.
+        neurons: N.
+        channels: K of a linear op, channels per group of a convolution.
+        taps: of the kernel, 1 for a linear op.
+        dendrites: D.
+        channels_last: whether the neurons are neighbours in memory.
+    """
+
+    device: str
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    tf32: bool
+    geometry: Geometry
+    positions: int
+    neurons: int
+    channels: int
+    taps: int
+    dendrites: int
+    channels_last: bool = True
+
+    @property
+    def inputs(self) -> int:
+        """K, the weights per neuron."""
+        return self.channels * self.taps
+
+
+def problem_of(soma: Tensor, weight: Tensor, geometry: Geometry) -> Problem:
+    """Describe a site by its tensors."""
+    dendrites, _, channels, *taps = weight.shape
+    neurons = geometry.neurons(weight.shape[1:])
+    cuda = soma.device.type == "cuda" and torch.version.hip is None
+    if geometry.spatial:
+        tf32 = torch.backends.cudnn.allow_tf32
+    else:
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+    return Problem(
+        soma.device.type,
+        torch.cuda.get_device_capability(soma.device) if cuda and _has_triton() else None,
+        soma.dtype,
+        tf32,
+        geometry,
+        soma.numel() // neurons if neurons else 0,
+        neurons,
+        channels,
+        math.prod(taps),
+        dendrites,
+        soma.stride(geometry.channel_axis) == 1,
+    )
+
+
+def choose(problem: Problem) -> Strategy:
+    """Choose the strategy for a forward, and for a backward that recomputes."""
+    fallback = fallback_reason(problem)
+    if fallback is not None:
+        _say_once(fallback)
+        return Strategy.REFERENCE
+    if problem.dendrites == 0 or problem.positions == 0 or problem.neurons == 0:
+        return Strategy.REFERENCE
+    return Strategy.SPLIT if can_split(problem) and _split_wins(problem) else Strategy.PACKED
+
+
+def fallback_reason(problem: Problem) -> str | None:
+    """Say why the kernels cannot compute a site, or return None."""
+    if problem.device != "cuda":
+        return f"there are no kernels for devices of type {problem.device!r}"
+    if problem.capability is None:
+        return "Triton for CUDA is missing here"
+    if problem.capability < _LEAST_CAPABILITY:
+        return f"the kernels need compute capability 8.0, got {problem.capability}"
+    if problem.dtype not in _DTYPES:
+        return f"there are no kernels for {problem.dtype}"
+    if problem.dendrites > _MOST_PACKED:
+        return f"the kernels hold up to {_MOST_PACKED} dendrites per neuron"
+    if problem.geometry.transposed:
+        return "there are no kernels for transposed convolutions"
+    return None
+
+
+def can_split(problem: Problem) -> bool:
+    """Return whether the *split* kernels know this problem."""
+    # A float32 product without TF32 runs on no matrix unit; libraries are better at that.
+    exact = problem.dtype == torch.float32 and not problem.tf32
+    geometry = problem.geometry
+    # A tile of neurons lies within one group.
+    known = geometry.spatial == 0 or (
+        geometry.spatial == 2 and problem.neurons // geometry.groups >= _LEAST_GROUP
+    )
+    return known and problem.inputs > 0 and problem.dendrites <= _MOST_SPLIT and not exact
+
+
+def _split_wins(problem: Problem) -> bool:
+    # Gathered or not, float32 operands are twice the bytes, and libraries keep their lead.
+    small = problem.dtype.itemsize == 2
+    geometry = problem.geometry
+    if geometry.spatial == 0:
+        few = 1 < problem.positions <= _FEW_POSITIONS and problem.inputs <= _FEW_INPUTS
+        return few or (small and problem.inputs <= _SPLIT_INPUTS)
+    if problem.channels <= _IMAGE_CHANNELS:
+        return small or problem.taps > 9
+    # Pointwise convolutions are GEMMs.
+    gathered = problem.taps > 1 and problem.inputs <= _SPLIT_NHWC_INPUTS
+    return small and gathered and problem.channels_last and problem.channels > 32
+
+
+def recomputes(soma: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Return whether a backward should compute activations again rather than find them saved.
+
+    Saved activations take less time wherever it was measured, and D times the memory of the
+    output. So it is done where that memory is what fills a GPU and where a step stays below 2.5
+    times the plain one: at convolutions with few inputs and several dendrites. Pointwise ones are
+    left out, because for them it does not. It depends on nothing that changes from batch to batch,
+    so compiled graphs hold for all batch sizes.
+
+    Args:
+        soma: its output, for device and dtype.
+        weight: V, `(D, N, K)` or `(D, N, channels / groups, *kernel)`.
+        geometry: the form of the soma.
+    """
+    dendrites, _, channels, *taps = weight.shape
+    known = soma.device.type == "cuda" and soma.dtype in _DTYPES
+    if not known or geometry.transposed or math.prod(taps) == 1:
+        return False
+    return dendrites > 1 and channels * math.prod(taps) <= RECOMPUTED_INPUTS
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    """Log a fallback the first time that it happens."""
+    _LOG.info("sites run the reference, in plain torch: %s", reason)

@@ -1,0 +1,224 @@
+"""The kernels under Triton's interpreter, on the CPU, against the float64 oracle.
+
+pytest collects this file only if it is named, with `TRITON_INTERPRET=1` set. Triton reads the
+variable once, when it is first imported, so the suite runs this file in a process of its own:
+`test_kernel_interpreter.py`.
+"""
+
+import pytest
+import torch
+from kernel_cases import BY_NAME, SITES, Site, Tensors, make_dendrites, oracle_dendrites
+from tolerances import assert_close, relative_error
+from torch import Tensor
+
+from pbfx_kernels import ACTIVATIONS, Geometry, packed, reference
+from pbfx_kernels.dispatch import evaluate_dendrites, recompute_to_soma_gradient
+from pbfx_kernels.strategy import Strategy
+from pbfx_kernels.to_soma_gradient import to_soma_gradient
+
+# exp(-z) of a very negative z is infinite, and 0 * inf is NaN, which numpy reports.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)
+
+FULL = [site for site in SITES if not ("empty" in site.name or site.geometry.transposed)]
+SPLIT = [site for site in FULL if site.geometry.spatial in (0, 2)]
+PAIRS = [(Strategy.PACKED, site) for site in FULL] + [(Strategy.SPLIT, site) for site in SPLIT]
+pairs = pytest.mark.parametrize(
+    ("strategy", "site"), PAIRS, ids=[f"{strategy.value}-{site.name}" for strategy, site in PAIRS]
+)
+# The interpreter multiplies bfloat16 matrices by their bit patterns; the `gpu` tests cover those.
+LOW = [
+    (strategy, site, torch.bfloat16 if strategy is Strategy.PACKED else torch.float16)
+    for strategy, site in PAIRS
+]
+low = pytest.mark.parametrize(
+    ("strategy", "site", "dtype"), LOW, ids=[f"{s.value}-{site.name}-{t}" for s, site, t in LOW]
+)
+_CONV = Geometry.convolution(2, padding=1)
+ORDER = ("soma", "x", "weight", "bias", "to_soma", "to_dendrite")
+
+
+def evaluate(
+    args: Tensors, site: Site, strategy: Strategy, activation: str = "tanh", keep: bool = True
+) -> tuple[Tensor, Tensor]:
+    tensors = [None if args[name] is None else args[name].detach() for name in ORDER]
+    return evaluate_dendrites(*tensors, activation, site.geometry, keep, strategy)
+
+
+def recompute(args: Tensors, grad: Tensor, site: Site, strategy: Strategy) -> Tensor:
+    names = ("x", "weight", "bias", "to_dendrite")
+    tensors = [None if args[name] is None else args[name].detach() for name in names]
+    return recompute_to_soma_gradient(grad, *tensors, "tanh", site.geometry, strategy)
+
+
+@pytest.mark.parametrize("d", [1, 3])
+@pairs
+def test_matches_oracle(strategy: Strategy, site: Site, d: int) -> None:
+    case = make_dendrites(site, d, bias=d != 1)
+    args, expected = case.args(torch.float32), case.args()
+    out, activations = evaluate(args, site, strategy)
+    ref, ref_activations = oracle_dendrites(site, expected, "tanh")
+    assert_close(out, ref)
+    assert_close(activations, torch.stack(ref_activations))
+    assert torch.equal(evaluate(args, site, strategy, keep=False)[0], out)
+
+    grad = torch.randn_like(ref)
+    ref.backward(grad)
+    wanted = expected["to_soma"].grad
+    given = to_soma_gradient(grad.float(), activations, site.geometry.channel_axis)
+    assert_close(given, wanted, torch.float32)
+    assert_close(recompute(args, grad.float(), site, strategy), wanted, torch.float32)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("strategy", [Strategy.PACKED, Strategy.SPLIT], ids=lambda s: s.value)
+def test_every_activation(strategy: Strategy, activation: str) -> None:
+    site = BY_NAME["linear-63-127"]
+    case = make_dendrites(site, 2)
+    out, _ = evaluate(case.args(torch.float32), site, strategy, activation)
+    assert_close(out, oracle_dendrites(site, case.args(), activation)[0])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_is_close_everywhere(activation: str) -> None:
+    """Element by element: a norm over all would hide the small ones."""
+    site = Site("pass-through", (401, 1), (1, 1))
+    z = torch.cat([torch.linspace(-30, 30, 301), torch.logspace(-6, 0, 100)])[:, None]
+    z = torch.cat([z, torch.tensor([[torch.inf], [-torch.inf], [torch.nan]])])
+    args = {
+        "soma": torch.zeros_like(z),
+        "x": z,
+        "weight": torch.ones(1, 1, 1),
+        "bias": None,
+        "to_soma": torch.ones(1, 1),
+        "to_dendrite": torch.zeros(1, 1, 1),
+    }
+    _, activations = evaluate(args, site, Strategy.PACKED, activation)
+    wanted = reference.activate(activation, z.double())
+    # 1 + erf(z) cancels for a negative z, in torch's float32 too.
+    smallest = 1e-6 if activation == "gelu" else 1e-30
+    torch.testing.assert_close(
+        activations[0].double(), wanted, rtol=2e-6, atol=smallest, equal_nan=True
+    )
+
+
+@low
+def test_low_precision(strategy: Strategy, site: Site, dtype: torch.dtype) -> None:
+    args = make_dendrites(site, 2).args(dtype)
+    upcast: Tensors = {name: t.detach().double() for name, t in args.items()}
+    out, activations = evaluate(args, site, strategy)
+    assert out.dtype == activations.dtype == dtype
+    assert_close(out, oracle_dendrites(site, upcast, "tanh")[0])
+
+
+@low
+def test_untrained_dendrites_leave_every_bit(
+    strategy: Strategy, site: Site, dtype: torch.dtype
+) -> None:
+    args = make_dendrites(site, 3).args(dtype)
+    soma = args["soma"].detach().clone()
+    special = torch.tensor([-0.0, 0.0, torch.inf, -torch.inf], dtype=dtype)
+    flat = soma.view(-1)
+    flat[: len(special)] = special[: len(flat)]
+    for sign in (1, -1):
+        args |= {"soma": soma, "to_soma": sign * torch.zeros_like(args["to_soma"])}
+        out, _ = evaluate(args, site, strategy)
+        assert torch.equal(out.view(torch.uint8), soma.view(torch.uint8))
+
+
+@pytest.mark.parametrize("strategy", [Strategy.PACKED, Strategy.SPLIT], ids=lambda s: s.value)
+def test_reads_strictly_lower_triangle(strategy: Strategy) -> None:
+    site = BY_NAME["conv2d-form"]
+    args = make_dendrites(site, 3).args(torch.float32)
+    out, _ = evaluate(args, site, strategy)
+    upper = torch.ones(3, 3, dtype=torch.bool).triu()
+    args["to_dendrite"] = args["to_dendrite"].detach().clone()
+    args["to_dendrite"][upper] = torch.nan
+    assert torch.equal(evaluate(args, site, strategy)[0], out)
+
+
+@pairs
+def test_strided_inputs(strategy: Strategy, site: Site) -> None:
+    args = make_dendrites(site, 2).args(torch.float32)
+    out, activations = evaluate(args, site, strategy)
+    strided: Tensors = {name: _strided(t.detach()) for name, t in args.items()}
+    out_strided, activations_strided = evaluate(strided, site, strategy)
+    assert relative_error(out_strided, out) < 1e-6
+    assert relative_error(activations_strided, activations) < 1e-6
+    grad = torch.randn_like(out)
+    axis = site.geometry.channel_axis
+    wanted = to_soma_gradient(grad, activations, axis)
+    assert (
+        relative_error(to_soma_gradient(_strided(grad), _strided(activations), axis), wanted) < 1e-6
+    )
+    assert relative_error(recompute(strided, _strided(grad), site, strategy), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("strategy", [Strategy.PACKED, Strategy.SPLIT], ids=lambda s: s.value)
+@pytest.mark.parametrize("name", ["conv2d-form", "conv2d-depthwise", "conv2d"])
+def test_channels_last(name: str, strategy: Strategy) -> None:
+    site = BY_NAME[name]
+    args = make_dendrites(site, 2).args(torch.float32)
+    out, _ = evaluate(args, site, strategy)
+    last = {name: t.detach() for name, t in args.items()}
+    for name in ("soma", "x"):
+        last[name] = last[name].to(memory_format=torch.channels_last)
+    out_last, activations = evaluate(last, site, strategy)
+    assert out_last.is_contiguous(memory_format=torch.channels_last)
+    assert activations[1].is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(out_last, out) < 1e-6
+
+
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("conv2d", "linear-63-127"):
+        site = BY_NAME[name]
+        args = make_dendrites(site, 2).args(torch.float32)
+        out, activations = evaluate(args, site, Strategy.PACKED)
+        grad = torch.randn_like(out)
+        whole = recompute(args, grad, site, Strategy.PACKED)
+        with monkeypatch.context() as patch:
+            patch.setattr(packed, "CHUNK_BYTES", 64)
+            assert len(packed.chunks(out, 2, site.geometry)) == len(out)
+            parts, kept = evaluate(args, site, Strategy.PACKED)
+            assert relative_error(recompute(args, grad, site, Strategy.PACKED), whole) < 1e-6
+        assert relative_error(parts, out) < 1e-6
+        assert relative_error(kept, activations) < 1e-6
+
+
+def test_padding_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 16-bit products are padded to 16 bytes, and 16-bit convolutions run in NHWC."""
+    monkeypatch.setattr(packed, "_WORTH_COPYING", 1)
+    for site in (BY_NAME["linear-63-127"], Site("wide", (2, 8, 5, 5), (5, 8, 3, 3), _CONV)):
+        args = make_dendrites(site, 3).args(torch.float16)
+        x, weight = args["x"].detach(), args["weight"].detach()
+        prepared, stacked = packed.prepared(x, weight, site.geometry)
+        assert not prepared.is_contiguous() or prepared.shape[-1] % 8 == stacked.shape[0] % 8 == 0
+        upcast: Tensors = {name: t.detach().double().requires_grad_() for name, t in args.items()}
+        out, activations = evaluate(args, site, Strategy.PACKED)
+        ref, ref_activations = oracle_dendrites(site, upcast, "tanh")
+        assert out.is_contiguous()
+        assert_close(out, ref.detach())
+        assert_close(activations, torch.stack(ref_activations))
+        grad = torch.randn_like(out)
+        ref.backward(grad.double())
+        again = recompute(args, grad, site, Strategy.PACKED)
+        assert_close(again, upcast["to_soma"].grad, torch.float16)
+
+
+def test_many_dendrites() -> None:
+    site = BY_NAME["linear"]
+    case = make_dendrites(site, 8)
+    out, activations = evaluate(case.args(torch.float32), site, Strategy.PACKED)
+    ref, _ = oracle_dendrites(site, case.args(), "tanh")
+    assert_close(out, ref)
+    grad = torch.randn_like(out)
+    wanted = reference.dendrites_backward(grad, activations, -1)
+    assert_close(to_soma_gradient(grad, activations, -1), wanted)
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    """Copy into every second element of a larger buffer, axes reversed."""
+    buffer = tensor.new_full((*reversed(tensor.shape), 2), torch.nan)[..., 0]
+    view = buffer.permute(*reversed(range(tensor.dim())))
+    return view.copy_(tensor)

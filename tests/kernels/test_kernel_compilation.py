@@ -1,0 +1,190 @@
+"""Every kernel in every committed configuration, compiled ahead of time for three architectures.
+
+Spilled registers show up as a stack frame. Nothing may spill more than `MOST_STACK` bytes a thread.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from ahead_of_time import CAPABILITIES, compile_kernel
+
+from pbfx_kernels import ACTIVATIONS
+from pbfx_kernels.fused_configs import Blocks, conv2d_blocks, linear_blocks
+
+# A sixteenth of a thread's registers.
+MOST_STACK = 64
+# Dynamic shared memory of a program, in bytes: CUDA's limits for these capabilities.
+MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+capabilities = pytest.mark.parametrize("capability", CAPABILITIES)
+DTYPES = {"bf16": 2, "fp32": 4}
+Configuration = tuple[int, Blocks, str]
+
+
+def linear_configurations() -> list[Configuration]:
+    """Return what `linear_blocks` can choose, but for narrower tiles, which need less."""
+    shapes = [(p, n, d) for p in (64, 65536) for n in (10, 256) for d in _counts(n)]
+    return _distinct(
+        (d, linear_blocks(p, n, 1024, d, size), dtype)
+        for p, n, d in shapes
+        for dtype, size in DTYPES.items()
+    )
+
+
+def conv2d_configurations() -> list[Configuration]:
+    """Return what `conv2d_blocks` can choose, likewise."""
+    shapes = [(n, k, d) for n, k in ((10, 9), (256, 576)) for d in _counts(n)]
+    return _distinct(
+        (d, conv2d_blocks(65536, n, k, d, size), dtype)
+        for n, k, d in shapes
+        for dtype, size in DTYPES.items()
+    )
+
+
+def _counts(neurons: int) -> tuple[int, ...]:
+    return (3,) if neurons < 16 else (1, 2, 3, 4, 5)
+
+
+def _distinct(configurations: Iterable[Configuration]) -> list[Configuration]:
+    return list(dict.fromkeys(configurations))
+
+
+@capabilities
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(capability: int, activation: str, tmp_path: Path) -> None:
+    _epilogue(capability, "bf16", 3, True, activation, tmp_path)
+
+
+@capabilities
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("d", [1, 8])
+def test_epilogue(capability: int, d: int, channels_last: bool, tmp_path: Path) -> None:
+    _epilogue(capability, "fp32", d, channels_last, "tanh", tmp_path)
+
+
+def _epilogue(
+    capability: int, dtype: str, d: int, channels_last: bool, activation: str, folder: Path
+) -> None:
+    from pbfx_kernels.epilogue import _dendrites_epilogue_kernel, tile_of
+
+    tile = tile_of(65536, 256, d, channels_last)
+    constants = {
+        "D": d,
+        "ACTIVATION": activation,
+        "FAST": dtype == "bf16",
+        "HAS_BIAS": True,
+        "KEEP": True,
+        "ROWS": channels_last,
+        "GROUPED": not channels_last,
+        "BLOCK_P": tile.positions,
+        "BLOCK_N": tile.neurons,
+    }
+    axis = "n" if channels_last else "s"
+    constants |= {f"{name}_{axis}": 1 for name in ("out", "soma", "z")}
+    compiled = compile_kernel(
+        _dendrites_epilogue_kernel, capability, dtype, constants, folder, tile.warps
+    )
+    assert compiled.stack <= MOST_STACK
+    if channels_last:
+        assert ".v4." in compiled.ptx, "loads are not 16 bytes wide"
+
+
+@capabilities
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("d", [1, 8])
+def test_to_soma_gradient(capability: int, d: int, channels_last: bool, tmp_path: Path) -> None:
+    from pbfx_kernels.epilogue import tile_of
+    from pbfx_kernels.to_soma_gradient import _to_soma_gradient_kernel
+
+    tile = tile_of(65536, 256, d, channels_last)
+    constants = {
+        "D": d,
+        "FROM_Z": d > 1,
+        "ACTIVATION": "tanh",
+        "FAST": True,
+        "HAS_BIAS": True,
+        "GROUPED": not channels_last,
+        "ROWS": channels_last,
+        "BLOCK_P": tile.positions,
+        "BLOCK_N": tile.neurons,
+        **({"grad_n": 1, "a_n": 1} if channels_last else {"grad_s": 1, "a_s": 1}),
+    }
+    compiled = compile_kernel(
+        _to_soma_gradient_kernel, capability, "bf16", constants, tmp_path, tile.warps
+    )
+    assert compiled.stack <= MOST_STACK
+
+
+@capabilities
+@pytest.mark.parametrize(("d", "blocks", "dtype"), linear_configurations(), ids=str)
+def test_fused_linear(capability: int, d: int, blocks: Blocks, dtype: str, tmp_path: Path) -> None:
+    from pbfx_kernels.fused_linear import _linear_dendrites_kernel
+
+    constants = {
+        "out_n": 1,
+        "soma_n": 1,
+        "x_k": 1,
+        "D": d,
+        "MODE": "keep",
+        "ACTIVATION": "tanh",
+        "FAST": dtype == "bf16",
+        "HAS_BIAS": True,
+        "EVEN_K": True,
+        "PRECISION": "tf32",
+        "GROUP_P": 8,
+        **_tile(blocks),
+    }
+    compiled = compile_kernel(
+        _linear_dendrites_kernel,
+        capability,
+        dtype,
+        constants,
+        tmp_path,
+        blocks.warps,
+        blocks.stages,
+    )
+    assert compiled.stack <= MOST_STACK
+    assert compiled.shared <= MOST_SHARED[capability]
+    assert capability != 90 or blocks.positions < 64 or "wgmma" in compiled.ptx
+
+
+@capabilities
+@pytest.mark.parametrize(("d", "blocks", "dtype"), conv2d_configurations(), ids=str)
+def test_fused_conv2d(capability: int, d: int, blocks: Blocks, dtype: str, tmp_path: Path) -> None:
+    from pbfx_kernels.fused_conv2d import _conv2d_dendrites_kernel
+
+    constants = {
+        "x_c": 1,
+        "out_n": 1,
+        "soma_n": 1,
+        **dict.fromkeys(("STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "DILATION_H", "DILATION_W"), 1),
+        "TAPS_H": 3,
+        "TAPS_W": 3,
+        "CHANNELS_INNER": True,
+        "D": d,
+        "MODE": "gradient",
+        "ACTIVATION": "tanh",
+        "FAST": dtype == "bf16",
+        "HAS_BIAS": True,
+        "PRECISION": "tf32",
+        **_tile(blocks),
+    }
+    compiled = compile_kernel(
+        _conv2d_dendrites_kernel,
+        capability,
+        dtype,
+        constants,
+        tmp_path,
+        blocks.warps,
+        blocks.stages,
+    )
+    assert compiled.stack <= MOST_STACK
+    assert compiled.shared <= MOST_SHARED[capability]
+
+
+def _tile(blocks: Blocks) -> dict[str, int]:
+    return {
+        "BLOCK_P": blocks.positions,
+        "BLOCK_N": blocks.neurons,
+        "BLOCK_K": blocks.inputs,
+    }

@@ -1,0 +1,170 @@
+"""Which strategy for which site, and what the choice promises."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from kernel_cases import BY_NAME, make_dendrites
+from torch.utils.flop_counter import FlopCounterMode
+
+import pbfx_kernels.flops
+from pbfx_kernels import LINEAR, Geometry, dendrites, strategy
+from pbfx_kernels.layout import Grid, grid_of, is_regular, merged_stride
+from pbfx_kernels.strategy import Problem, Strategy, choose
+
+H200 = Problem("cuda", (9, 0), torch.bfloat16, False, LINEAR, 65536, 256, 64, 1, 3)
+
+
+def but(**changes: object) -> Problem:
+    return dataclasses.replace(H200, **changes)
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        (H200, Strategy.SPLIT),
+        (but(channels=4096), Strategy.PACKED),
+        (but(channels=2048, positions=256), Strategy.SPLIT),
+        (but(channels=2048, positions=1), Strategy.PACKED),
+        (but(dtype=torch.float32), Strategy.PACKED),
+        (but(dtype=torch.float32, tf32=True), Strategy.PACKED),
+        (but(dtype=torch.float32, tf32=True, positions=99), Strategy.SPLIT),
+        (but(geometry=Geometry.convolution(2), taps=9), Strategy.SPLIT),
+        (but(geometry=Geometry.convolution(2), taps=9, channels_last=False), Strategy.PACKED),
+        (but(geometry=Geometry.convolution(2)), Strategy.PACKED),
+        (but(geometry=Geometry.convolution(2), channels=3, taps=49), Strategy.SPLIT),
+        (but(dendrites=6), Strategy.PACKED),
+        (but(dendrites=9), Strategy.REFERENCE),
+        (but(dendrites=0), Strategy.REFERENCE),
+        (but(positions=0), Strategy.REFERENCE),
+        (but(dtype=torch.float64), Strategy.REFERENCE),
+        (but(capability=(7, 5)), Strategy.REFERENCE),
+        (but(capability=None), Strategy.REFERENCE),
+        (but(capability=(12, 0)), Strategy.SPLIT),
+        (but(device="cpu", capability=None), Strategy.REFERENCE),
+        (but(geometry=Geometry.convolution(3)), Strategy.PACKED),
+        (but(geometry=Geometry.convolution(1)), Strategy.PACKED),
+        (but(geometry=Geometry.convolution(2, groups=256)), Strategy.PACKED),
+    ],
+    ids=str,
+)
+def test_choice(problem: Problem, expected: Strategy) -> None:
+    assert choose(problem) is expected
+
+
+def test_what_is_chosen_can_be_run() -> None:
+    for inputs in (1, 64, 1024, 9216):
+        for positions in (1, 128, 65536):
+            for d in range(1, 9):
+                for geometry in (
+                    LINEAR,
+                    Geometry.convolution(2),
+                    Geometry.convolution(2, groups=8),
+                ):
+                    problem = but(
+                        channels=inputs, positions=positions, dendrites=d, geometry=geometry
+                    )
+                    if choose(problem) is Strategy.SPLIT:
+                        assert strategy.can_split(problem)
+
+
+def test_a_fallback_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    strategy._say_once.cache_clear()
+    args = make_dendrites(BY_NAME["linear"], 2).args()
+    with caplog.at_level(logging.INFO, "pbfx_kernels"):
+        dendrites(**args)
+        dendrites(**args)
+    assert [record.message for record in caplog.records] == [
+        "sites run the reference, in plain torch: there are no kernels for devices of type 'cpu'"
+    ]
+
+
+def test_kept_activations_are_the_callers_choice() -> None:
+    site = BY_NAME["conv2d-form"]
+    args = make_dendrites(site, 2).args()
+    out, activations = dendrites(**args, geometry=site.geometry)
+    with torch.no_grad():
+        lean, none = dendrites(**args, geometry=site.geometry, keep=False)
+    assert torch.equal(lean, out)
+    assert activations.shape == (2, *out.shape)
+    assert none.shape == (0, *out.shape)
+
+
+@pytest.mark.parametrize("name", ["linear-63-127", "conv2d-form", "conv2d-unbatched", "conv1d"])
+def test_recomputing_backward(name: str) -> None:
+    site = BY_NAME[name]
+    args = make_dendrites(site, 3).args()
+    form = ("tanh", *site.op_geometry)
+    tensors = list(args.values())
+    kept, _ = torch.ops.pbfx.dendrites.default(*tensors, *form, True)
+    grad = torch.randn_like(kept)
+    (wanted,) = torch.autograd.grad(kept, args["to_soma"], grad)
+    lean, none = torch.ops.pbfx.dendrites.default(*tensors, *form, False)
+    assert none.shape == (0, *lean.shape)
+    found = torch.autograd.grad(lean, (args["soma"], args["to_soma"]), grad)
+    assert torch.equal(found[0], grad)
+    assert torch.equal(found[1], wanted)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear-unbatched", "conv2d-form", "conv2d-unbatched"])
+@pytest.mark.parametrize("d", [0, 2])
+def test_opcheck_without_activations(name: str, d: int) -> None:
+    site = BY_NAME[name]
+    args = make_dendrites(site, d, bias=d != 0).args(torch.float32)
+    ops = torch.ops.pbfx
+    form = ("silu", *site.op_geometry)
+    torch.library.opcheck(ops.dendrites.default, (*args.values(), *form, False))
+    plain = {name: None if t is None else t.detach() for name, t in args.items()}
+    tensors = (plain[name] for name in ("soma", "x", "weight", "bias", "to_dendrite"))
+    torch.library.opcheck(ops.dendrites_recompute.default, (*tensors, *form))
+
+
+class _OnGpu(torch.Tensor):
+    """What `recomputes` asks a tensor for, on a machine without a GPU."""
+
+    device = torch.device("cuda")
+
+
+def test_what_is_saved() -> None:
+    """Convolutions with few inputs save what the soma saves anyway; the others activations."""
+    soma = torch.empty(0).as_subclass(_OnGpu)
+    conv = Geometry.convolution(2)
+
+    def recomputes(*weight: int, geometry: Geometry = conv) -> bool:
+        return strategy.recomputes(soma, torch.empty(weight, device="meta"), geometry)
+
+    assert recomputes(2, 64, 32, 3, 3)
+    assert not recomputes(1, 64, 32, 3, 3)
+    assert not recomputes(2, 64, 32, 1, 1)
+    assert not recomputes(2, 64, 256, 3, 3)
+    assert not recomputes(2, 64, 32, geometry=LINEAR)
+    assert not strategy.recomputes(torch.empty(0), torch.empty(2, 4, 3, 3, 3), conv)
+    soma = soma.double().as_subclass(_OnGpu)
+    assert not recomputes(2, 64, 32, 3, 3)
+
+
+def test_flops() -> None:
+    assert pbfx_kernels.flops.stacked_flops((5, 6), (5, 4), (3, 6, 4)) == 2 * 3 * 5 * 6 * 4
+    site = BY_NAME["conv2d-form"]
+    args = make_dendrites(site, 3).args(torch.float32)
+    with FlopCounterMode(display=False) as stacked:
+        out, _ = dendrites(**args, geometry=site.geometry)
+    with FlopCounterMode(display=False) as soma:
+        site.soma(args["x"], args["weight"][0], None)
+    assert stacked.get_total_flops() == 3 * soma.get_total_flops()
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert backward.get_total_flops() == 0
+
+
+def test_grids() -> None:
+    nchw = torch.empty(2, 5, 3, 4)
+    nhwc = nchw.to(memory_format=torch.channels_last)
+    assert grid_of(-3, nchw) == Grid(24, 5, 12, ((60, 1, 12),))
+    assert grid_of(-3, nhwc) == Grid(24, 5, 1, ((5, 0, 1),))
+    assert grid_of(-3, nhwc, nchw) == Grid(24, 5, 12, ((60, 5, 1), (60, 1, 12)))
+    assert grid_of(-1, torch.empty(7, 3).t()) == Grid(3, 7, 1, ((1, 0, 3),))
+    assert grid_of(-1, torch.empty(7)) == Grid(1, 7, 1, ((0, 0, 1),))
+    assert not is_regular(torch.empty(3, 2, 5).transpose(0, 1), -1)
+    assert merged_stride((2, 1, 3), (6, 99, 2)) == 2
