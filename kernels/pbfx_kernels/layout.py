@@ -7,13 +7,13 @@ all tensors can be walked with a single stride: linear ops, NHWC, unbatched inpu
 nothing else of a site's geometry.
 """
 
-import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from pbfx_kernels.walking import merged_stride
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,27 +80,11 @@ def regular(tensor: Tensor, channel_axis: int) -> Tensor:
     return tensor if is_regular(tensor, channel_axis) else tensor.contiguous()
 
 
-def merged_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """Return the stride that walks all of these axes as if they were one, or None.
-
-    Args:
-        shape: sizes; axes of size 1 do not matter.
-        strides: of the same axes.
-
-    Returns:
-        The stride in elements, 0 if there is one position only.
-    """
-    real = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
-    for (_, wide), (size, narrow) in itertools.pairwise(real):
-        if wide != size * narrow:
-            return None
-    return real[-1][1] if real else 0
-
-
 def _merged(tensor: Tensor, axis: int, start: int, stop: int) -> int | None:
     """Merge the axes from `start` to `stop`, without the neurons' own."""
     kept = [i for i in range(start, stop) if i != axis]
-    return merged_stride([tensor.shape[i] for i in kept], [tensor.stride(i) for i in kept])
+    shape, strides = tensor.shape, tensor.stride()
+    return merged_stride(tuple(shape[i] for i in kept), tuple(strides[i] for i in kept))
 
 
 def writable(like: Tensor, channel_axis: int) -> Tensor:
