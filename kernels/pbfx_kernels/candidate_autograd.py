@@ -156,7 +156,7 @@ def apply(
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Hold autocast off inside an op: the dtype of the soma's output, already autocast, decides."""
     device = tensor.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
