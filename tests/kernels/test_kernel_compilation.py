@@ -4,10 +4,9 @@ Spilled registers show up as a stack frame. Nothing may spill more than `MOST_ST
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
-from ahead_of_time import CAPABILITIES, compile_kernel
+from ahead_of_time import CAPABILITIES, compile_for_dtype
 
 from pbfx_kernels import ACTIVATIONS
 from pbfx_kernels.fused_configs import Blocks, conv2d_blocks, linear_blocks
@@ -51,20 +50,18 @@ def _distinct(configurations: Iterable[Configuration]) -> list[Configuration]:
 
 @capabilities
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(capability: int, activation: str, tmp_path: Path) -> None:
-    _epilogue(capability, "bf16", 3, True, activation, tmp_path)
+def test_activations(capability: int, activation: str) -> None:
+    _epilogue(capability, "bf16", 3, True, activation)
 
 
 @capabilities
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("d", [1, 8])
-def test_epilogue(capability: int, d: int, channels_last: bool, tmp_path: Path) -> None:
-    _epilogue(capability, "fp32", d, channels_last, "tanh", tmp_path)
+def test_epilogue(capability: int, d: int, channels_last: bool) -> None:
+    _epilogue(capability, "fp32", d, channels_last, "tanh")
 
 
-def _epilogue(
-    capability: int, dtype: str, d: int, channels_last: bool, activation: str, folder: Path
-) -> None:
+def _epilogue(capability: int, dtype: str, d: int, channels_last: bool, activation: str) -> None:
     from pbfx_kernels.epilogue import _dendrites_epilogue_kernel, tile_of
 
     tile = tile_of(65536, 256, d, channels_last)
@@ -81,8 +78,8 @@ def _epilogue(
     }
     axis = "n" if channels_last else "s"
     constants |= {f"{name}_{axis}": 1 for name in ("out", "soma", "z")}
-    compiled = compile_kernel(
-        _dendrites_epilogue_kernel, capability, dtype, constants, folder, tile.warps
+    compiled = compile_for_dtype(
+        _dendrites_epilogue_kernel, capability, dtype, constants, tile.warps
     )
     assert compiled.stack <= MOST_STACK
     if channels_last:
@@ -92,7 +89,7 @@ def _epilogue(
 @capabilities
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("d", [1, 8])
-def test_to_soma_gradient(capability: int, d: int, channels_last: bool, tmp_path: Path) -> None:
+def test_to_soma_gradient(capability: int, d: int, channels_last: bool) -> None:
     from pbfx_kernels.epilogue import tile_of
     from pbfx_kernels.to_soma_gradient import _to_soma_gradient_kernel
 
@@ -109,15 +106,15 @@ def test_to_soma_gradient(capability: int, d: int, channels_last: bool, tmp_path
         "BLOCK_N": tile.neurons,
         **({"grad_n": 1, "a_n": 1} if channels_last else {"grad_s": 1, "a_s": 1}),
     }
-    compiled = compile_kernel(
-        _to_soma_gradient_kernel, capability, "bf16", constants, tmp_path, tile.warps
+    compiled = compile_for_dtype(
+        _to_soma_gradient_kernel, capability, "bf16", constants, tile.warps
     )
     assert compiled.stack <= MOST_STACK
 
 
 @capabilities
 @pytest.mark.parametrize(("d", "blocks", "dtype"), linear_configurations(), ids=str)
-def test_fused_linear(capability: int, d: int, blocks: Blocks, dtype: str, tmp_path: Path) -> None:
+def test_fused_linear(capability: int, d: int, blocks: Blocks, dtype: str) -> None:
     from pbfx_kernels.fused_linear import _linear_dendrites_kernel
 
     constants = {
@@ -134,12 +131,11 @@ def test_fused_linear(capability: int, d: int, blocks: Blocks, dtype: str, tmp_p
         "GROUP_P": 8,
         **_tile(blocks),
     }
-    compiled = compile_kernel(
+    compiled = compile_for_dtype(
         _linear_dendrites_kernel,
         capability,
         dtype,
         constants,
-        tmp_path,
         blocks.warps,
         blocks.stages,
     )
@@ -150,7 +146,7 @@ def test_fused_linear(capability: int, d: int, blocks: Blocks, dtype: str, tmp_p
 
 @capabilities
 @pytest.mark.parametrize(("d", "blocks", "dtype"), conv2d_configurations(), ids=str)
-def test_fused_conv2d(capability: int, d: int, blocks: Blocks, dtype: str, tmp_path: Path) -> None:
+def test_fused_conv2d(capability: int, d: int, blocks: Blocks, dtype: str) -> None:
     from pbfx_kernels.fused_conv2d import _conv2d_dendrites_kernel
 
     constants = {
@@ -169,12 +165,11 @@ def test_fused_conv2d(capability: int, d: int, blocks: Blocks, dtype: str, tmp_p
         "PRECISION": "tf32",
         **_tile(blocks),
     }
-    compiled = compile_kernel(
+    compiled = compile_for_dtype(
         _conv2d_dendrites_kernel,
         capability,
         dtype,
         constants,
-        tmp_path,
         blocks.warps,
         blocks.stages,
     )
