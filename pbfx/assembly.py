@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from pbfx.absorbed import absorb, lead, release
-from pbfx.capture import Capture, Rung, capture_clone, redirect
+from pbfx.capture import Capture, Rung, capture_clone, is_torch_layer, redirect
 from pbfx.config import Config
 from pbfx.errors import CaptureError
 from pbfx.kept import ATTRIBUTE, Kept
@@ -20,6 +20,8 @@ from pbfx.perforation import Perforation
 from pbfx.sites import Site, Skipped, describe_sites, is_op, why_no_layer
 from pbfx.undo import drop_compiled_code
 
+# What a parameter counts as that no known op reads.
+OWN_PARAMETER = "parameter"
 # For the path of each part: the module that its graph runs over, and its sites.
 Parts = dict[str, tuple[nn.Module, Sequence[Site]]]
 # For the path of each part: its chosen sites, and the others with the reason.
@@ -231,9 +233,11 @@ def _outside(captured: Capture) -> dict[str, tuple[Skipped, ...]]:
 
 def _own_parameters(module: nn.Module) -> tuple[Skipped, ...]:
     """Return the matrices and kernels that a kept forward may use in an op of any kind."""
+    if is_torch_layer(module):
+        return ()
     why = "a forward that is no graph reads it"
     return tuple(
-        Skipped(name, "parameter", why)
+        Skipped(name, OWN_PARAMETER, why)
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.dim() > 1
     )

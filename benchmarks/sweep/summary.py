@@ -9,7 +9,7 @@ from benchmarks.benchmark import Case
 from benchmarks.sweep.check import NO, VARIES
 
 Row = Mapping[str, str]
-# What issue 3 asks of a sweep.
+# What a sweep has to show.
 MODELS, TRANSFORMED_PERCENT, COVERED_PERCENT = 300, 95.0, 90.0
 NOT_BUILT, TRANSFORMED, REFUSED = "not built", "transformed", "refused"
 _COMPARED = ("identical_eval", "identical_train", "unchanged_grown")

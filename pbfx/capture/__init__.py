@@ -22,6 +22,7 @@ from pbfx.capture.clone import REGISTRIES, redirect, shared_clone
 from pbfx.capture.exported import Example
 from pbfx.capture.guards import CONSTANT
 from pbfx.capture.ladder import Capture, Captured, Rung, capture, capture_clone
+from pbfx.capture.trace import is_torch_layer
 
 __all__ = [
     "CONSTANT",
@@ -32,6 +33,7 @@ __all__ = [
     "Rung",
     "capture",
     "capture_clone",
+    "is_torch_layer",
     "redirect",
     "shared_clone",
 ]

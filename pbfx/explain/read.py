@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from pbfx.assembly import OWN_PARAMETER
 from pbfx.config import Config
 from pbfx.errors import ConfigError
 from pbfx.explain.explanation import Explanation
@@ -83,7 +84,8 @@ class _Reader:
             if self._is_ours(path)
             for key, parameter in own.items()
         }
-        every |= self._functional({s.name for s in skipped})
+        # What a kept forward does with a parameter of its own is not known.
+        every |= self._functional({s.name for s in skipped if s.op != OWN_PARAMETER})
         return Explanation(
             class_name=type(self._model).__name__,
             parts=tuple(
