@@ -16,6 +16,8 @@ _ASSIGNMENTS = frozenset(
         *("imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor"),
     )
 )
+# Methods by which a list or a dict that was given as an input is filled.
+_FILLS = frozenset({"append", "extend", "insert", "update", "setdefault"})
 
 
 def dataflow(graph: fx.Graph) -> nx.DiGraph:
@@ -36,11 +38,16 @@ def dataflow(graph: fx.Graph) -> nx.DiGraph:
 def reaches_output(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes whose value can influence what the graph returns.
 
-    Only these can receive an error, so only these can teach a dendrite anything.
+    Only these can receive an error, so only these can teach a dendrite anything. What is written
+    into an input is returned too: the caller has it.
     """
     flow = dataflow(graph)
-    outputs = [node for node in graph.nodes if node.op == "output"]
-    return {node for output in outputs for node in nx.ancestors(flow, output)}
+    outputs = [
+        node
+        for node in graph.nodes
+        if node.op == "output" or any(value.op == "placeholder" for value in _written(node))
+    ]
+    return {node for output in outputs for node in (output, *nx.ancestors(flow, output))}
 
 
 def may_write(root: nn.Module, node: fx.Node) -> bool:
@@ -85,4 +92,5 @@ def _written(node: fx.Node) -> list[fx.Node]:
 
 def _is_in_place(node: fx.Node) -> bool:
     name = str(node.target)
-    return node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return node.op == "call_method" and (in_place or name in _FILLS)

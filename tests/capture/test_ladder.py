@@ -375,3 +375,36 @@ def test_parameters_of_a_kept_forward_are_reported():
 
     explanation = pbfx.explain(pbfx.transform(Own()))
     assert ("w", "parameter", "a forward that is no graph reads it") in explanation.skipped
+
+
+def test_a_list_that_was_given_is_filled():
+    """What goes into the caller's list reaches the output, though no node of the graph says so."""
+
+    class Append(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, found: list[Tensor]) -> Tensor:
+            found.append(self.fc(found[-1]))
+            return found[0]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Append(), Append()
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = [x] if len(x) else []
+            self.first(found)
+            self.second(found)
+            return torch.cat(found)
+
+    model, x = Net(), torch.randn(3, 4)
+    ours = pbfx.transform(model)
+    assert rungs(ours) == {"first": "submodule", "second": "submodule"}
+    same(model, ours, x)
+    randomise(pbfx.grow(ours))
+    before, after = model(x), ours(x)
+    assert torch.equal(after[:3], before[:3])
+    assert not torch.equal(after[3:6], before[3:6])
