@@ -261,12 +261,15 @@ class _Ladder:
                     lambda m: m is not module and (self._is_op(m) or id(m) in self._boundaries),
                 )
             except CaptureError as error:
-                culprit = error.culprit
-                if culprit is None or culprit is module or id(culprit) in self._boundaries:
+                if error.culprit is None or error.culprit is module:
                     raise
-                # What one layer of a class does, the others will.
-                alike = [m for m in module.modules() if type(m) is type(culprit)]
-                self._boundaries |= {id(m) for m in alike if m is not module}
+                # What one layer of a class does, the others will. The culprit itself may be one of
+                # a clone's.
+                alike = {id(m) for m in module.modules() if type(m) is type(error.culprit)}
+                alike -= {id(module), *self._boundaries}
+                if not alike:
+                    raise
+                self._boundaries |= alike
 
     def _may_return_none(self, module: nn.Module) -> bool:
         """Return whether something in what `module` returns may be None, as in attention's."""

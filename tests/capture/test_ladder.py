@@ -408,3 +408,31 @@ def test_a_list_that_was_given_is_filled():
     before, after = model(x), ours(x)
     assert torch.equal(after[:3], before[:3])
     assert not torch.equal(after[3:6], before[3:6])
+
+
+def test_a_fault_that_only_an_absent_input_shows_ends_the_search():
+    """The fault lies in a clone that is traced a second time, without the optional input."""
+
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.seen = nn.Linear(4, 4), 0
+
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+            if scale is None:
+                self.seen = 1
+                return self.fc(x)
+            return self.fc(x) * scale
+
+    class Net(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+            return self.inner(x, scale)
+
+    for model in (Picky(), Net(Picky()), nn.Sequential(Net(Net(Picky())))):
+        ours = pbfx.transform(model)
+        same(model, ours, torch.randn(3, 4))
+        assert [str(p.perforation.rung) for p in parts_of(ours).values()][-1] == "op"
