@@ -8,6 +8,7 @@ they were, down to the last tensor.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,8 @@ from pbfx.perforated import PerforatedModule
 from pbfx.perforation import Perforation
 from pbfx.phase import Phase
 from pbfx.undo import undoing
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,13 +150,25 @@ def thaw(model: nn.Module, frozen: Frozen) -> None:
 
 
 def promote(model: nn.Module, learners: dict[str, SiteLearner]) -> None:
-    """Turn the best candidate of each neuron into a dendrite; drop the rest of the pools."""
+    """Turn the best candidate of each neuron into a dendrite; drop the rest of the pools.
+
+    A site that no error has reached while others learnt grows nothing: no forward calls its op, as
+    where one reads a layer's weight around the layer.
+    """
+    heard = {name for name, learner in learners.items() if learner.batches}
     for path, part in parts_of(model).items():
         for name, dendrites in part.grown().items():
-            learner = learners.get(join(path, name))
-            if learner is not None:
-                dendrites.candidates = None
-                dendrites.append(*learner.chosen())
+            full = join(path, name)
+            if full not in learners:
+                continue
+            dendrites.candidates = None
+            if full in heard or not heard:
+                dendrites.append(*learners[full].chosen())
+            else:
+                logger.info("no dendrite at %s: no error has reached it in this phase", full)
+        for site in part.perforation.sites:
+            if (dendrites := part.grown().get(site.name)) is not None and not dendrites.count:
+                part.drop_dendrites(site)
         part.perforation.phase = Phase.NEURON
         part.rebuild()
 

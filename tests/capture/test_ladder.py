@@ -436,3 +436,29 @@ def test_a_fault_that_only_an_absent_input_shows_ends_the_search():
         ours = pbfx.transform(model)
         same(model, ours, torch.randn(3, 4))
         assert [str(p.perforation.rung) for p in parts_of(ours).values()][-1] == "op"
+
+
+def test_a_layer_that_nobody_calls_grows_nothing():
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.called = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.called(F.linear(x, self.read.weight)) if len(x) else x
+
+    torch.manual_seed(0)
+    model = pbfx.transform(Around())
+    assert parts_of(model).keys() == {"read", "called"}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = pbfx.Tracker(model, optimizer, policy=pbfx.Interval(1, 2), max_dendrites=1)
+    x, y = torch.randn(32, 4), torch.randint(2, (32,))
+    while not tracker.complete:
+        for _ in range(6):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        tracker.step(float(len(tracker.history)))
+    keys = [key for key in model.state_dict() if "dendrites" in key]
+    assert keys
+    assert all(key.startswith("called.") for key in keys)

@@ -27,6 +27,7 @@ class Member:
         reported: further layers that `explain` must mention, with words of what it says.
         methods: what the user's class offers beside `forward`, as calls on a model.
         eval_inputs: those of evaluation, where they differ.
+        silent: sites that only training calls, so that none grows while the base is held in eval.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Member:
     reported: Mapping[str, str] = dataclasses.field(default_factory=dict)
     methods: Mapping[str, Callable[[nn.Module], Any]] = dataclasses.field(default_factory=dict)
     eval_inputs: Callable[[torch.Generator], Arguments] | None = None
+    silent: frozenset[str] = frozenset()
 
     def fresh(self, seed: int = 0) -> nn.Module:
         """Return a new model; the same seed gives the same weights."""

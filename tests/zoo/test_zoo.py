@@ -195,7 +195,9 @@ def test_dendrite_phase(member):
     assert any(not torch.equal(model.state_dict()[n], t) for n, t in candidates.items())
     step = tracker.step(0.0)
     assert (step.phase, step.dendrites) == (pbfx.Phase.NEURON, 1)
-    assert {site.dendrites for site in pbfx.explain(model).sites} == {1}
+    assert {site.name: site.dendrites for site in pbfx.explain(model).sites} == {
+        name: 0 if name in member.silent else 1 for name in sites_of(model)
+    }
     assert_equal(call(model, member, training=False), wanted)
     train()
     links = [t for name, t in model.state_dict().items() if name.endswith("to_soma")]
