@@ -10,6 +10,7 @@ import pbfx
 from benchmarks.weights import Read, left_out, nearest_owner, weights_read
 from models import assert_equal, randomise
 from pbfx.parts import parts_of
+from pbfx.paths import join
 from zoo.member import Member, tensors_of
 from zoo.registry import ZOO
 
@@ -36,7 +37,7 @@ def loss_of(outputs: list[Tensor]) -> Tensor:
 def sites_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameter beside which each site's dendrites live, by the site's path."""
     return {
-        f"{path}.{site.name}".lstrip("."): part.get_parameter(site.home)
+        join(path, site.name): part.get_parameter(site.home)
         for path, part in parts_of(model).items()
         for site in part.perforation.sites
     }
