@@ -162,7 +162,7 @@ def test_dendrites_matter_and_learn(member):
     )
     loss_of(outputs).backward()
     learning = {
-        f"{path}.{name}".lstrip("."): module.to_soma.grad
+        join(path, name): module.to_soma.grad
         for path, part in parts_of(model).items()
         for name, module in part.grown().items()
     }
