@@ -30,7 +30,8 @@ from pbfx.structure import Structure, structure_of_keys
 from pbfx.transform import transform
 from pbfx.undo import undoing
 
-FORMAT = 1
+# 2: sites by full paths, and whether the whole model was transformed.
+FORMAT = 2
 
 
 class Resumable(Protocol):
@@ -241,7 +242,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path} is a safetensors file, but pbfx.save did not write it")
     if header["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has format {header['format']}, this pbfx reads {FORMAT}; update pbfx"
+            f"{path} has format {header['format']}, this pbfx reads {FORMAT}; update pbfx, or read "
+            "an older file with the pbfx that wrote it"
         )
     return header, tensors
 
@@ -282,15 +284,14 @@ def _check_fit(model: nn.Module, header: dict[str, Any], path: Any) -> None:
         for site in saved["sites"]
     }
     grown = [join(n, s) for n, saved in header["parts"].items() for s in saved["dendrites"]]
-    faults = []
-    if parts.keys() != header["parts"].keys() and not ours.keys() & theirs.keys():
+    both, faults = ours.keys() & theirs.keys(), []
+    if parts.keys() != header["parts"].keys() and not both:
         faults.append(
             f"its perforated parts are {sorted(header['parts'])}, the model's {sorted(parts)}"
         )
     elif missing := sorted(set(grown) - ours.keys()):
         faults.append(f"it has dendrites at {missing}, where the model has no site")
     for setting in ("activation", "learning"):
-        both = ours.keys() & theirs.keys()
         pairs = {(theirs[name][setting], getattr(ours[name], setting)) for name in both}
         faults += [
             f"its {setting} is {their!r}, the model's {our!r}"

@@ -290,6 +290,10 @@ def write_newer(path: Path) -> None:
     save_file({"a": torch.zeros(1)}, path, {"pbfx": json.dumps({"format": 99})})
 
 
+def write_older(path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, path, {"pbfx": json.dumps({"format": 1, "parts": {}})})
+
+
 def write_broken_header(path: Path) -> None:
     save_file({"a": torch.zeros(1)}, path, {"pbfx": "{"})
 
@@ -306,7 +310,8 @@ def write_broken_header(path: Path) -> None:
         (Path.mkdir, "is not a pbfx checkpoint"),
         (write_foreign, "is a safetensors file, but pbfx.save did not write it"),
         (write_foreign_header, "is a safetensors file, but pbfx.save did not write it"),
-        (write_newer, "has format 99, this pbfx reads 1; update pbfx"),
+        (write_newer, "has format 99, this pbfx reads 2; update pbfx"),
+        (write_older, "has format 1, this pbfx reads 2; .* an older file with the pbfx that wrote"),
         (write_broken_header, "is not a pbfx checkpoint"),
         (lambda path: None, "there is no file"),
     ],
