@@ -157,17 +157,18 @@ def promote(model: nn.Module, learners: dict[str, SiteLearner]) -> None:
     """
     heard = {name for name, learner in learners.items() if learner.batches}
     for path, part in parts_of(model).items():
-        for name, dendrites in part.grown().items():
-            full = join(path, name)
+        grown = part.grown()
+        for site in part.perforation.sites:
+            full = join(path, site.name)
             if full not in learners:
                 continue
+            dendrites = grown[site.name]
             dendrites.candidates = None
             if full in heard or not heard:
                 dendrites.append(*learners[full].chosen())
-            else:
-                logger.info("no dendrite at %s: no error has reached it in this phase", full)
-        for site in part.perforation.sites:
-            if (dendrites := part.grown().get(site.name)) is not None and not dendrites.count:
+                continue
+            logger.info("no dendrite at %s: no error has reached it in this phase", full)
+            if not dendrites.count:
                 part.drop_dendrites(site)
         part.perforation.phase = Phase.NEURON
         part.rebuild()

@@ -215,9 +215,7 @@ class _Ladder:
                 self.climb(child, join(path, name), why or above)
 
     def _export(self, root: nn.Module, example: Example) -> None:
-        name, why = type(root).__name__, self._hides(root)
-        if type(root).__call__ is not nn.Module.__call__ and not isinstance(root, fx.GraphModule):
-            why = "its class has a __call__ of its own"
+        name, why = type(root).__name__, _own_call(root) or self._hides(root)
         if why:
             raise CaptureError(f"cannot capture {name} as one graph: {why}")
         offered = sorted(_methods(type(root)))
@@ -329,13 +327,22 @@ def _keeps_forward(module: nn.Module) -> str | None:
         return "torch's own forward chooses its way by its arguments"
     if is_torch_layer(module) or _only_holds(module):
         return None
-    if type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule):
-        return "its class has a __call__ of its own"
+    why = _own_call(module)
+    if why:
+        return why
     offered = sorted(_methods(type(module)))
     if offered:
         return f"its class offers more than forward ({', '.join(offered[:3])}" + (
             ", ...)" if len(offered) > 3 else ")"
         )
+    return None
+
+
+def _own_call(module: nn.Module) -> str | None:
+    """Return that the class of `module` changes what a call does, which no graph would, or None."""
+    own = type(module).__call__ is not nn.Module.__call__
+    if own and not isinstance(module, fx.GraphModule):
+        return "its class has a __call__ of its own"
     return None
 
 
