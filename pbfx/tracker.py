@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import warnings
@@ -18,7 +19,7 @@ from pbfx.errors import TrackerError
 from pbfx.history import Epoch, Step, finite_score, write_csv
 from pbfx.learning import SiteLearner
 from pbfx.optimizers import Schedule, Stepping
-from pbfx.parts import parameter_count, parts_of
+from pbfx.parts import Survey, parts_of, survey
 from pbfx.phase import Phase
 from pbfx.policy import Action, Decision, Plateau, PolicyLike, Situation, asked, fault_of, possible
 from pbfx.restructure import Frozen
@@ -86,6 +87,7 @@ class Tracker:
         self.complete = False
         self.history: tuple[Epoch, ...] = ()
         self._cycle = self._attempt = 0
+        self._best_score: float | None = None
         self._best: Snapshot | None = None
         self._current: Snapshot | None = None
         self._frozen: Frozen | None = None
@@ -131,14 +133,12 @@ class Tracker:
     @property
     def dendrites(self) -> int:
         """Dendrites per neuron of the most grown site."""
-        parts = parts_of(self.model).values()
-        return max(part.structure().dendrites for part in parts)
+        return survey(self.model).dendrites
 
     @property
     def best_score(self) -> float | None:
         """Best validation score of a neuron phase so far."""
-        scores = [epoch.score for epoch in self.history if epoch.phase is Phase.NEURON]
-        return None if not scores else max(scores) if self.maximize else min(scores)
+        return self._best_score
 
     # What is made here must outlive a caller's inference mode, whose tensors autograd refuses.
     @torch.inference_mode(False)
@@ -160,21 +160,20 @@ class Tracker:
         """
         value = finite_score(score)
         if self.complete:
-            return self._result(False, False, "training is already complete")
-        for part in parts_of(self.model).values():
-            if part.perforation.tracker is not self._token:
-                raise TrackerError("another tracker has been made for this model; use that one")
+            done = "training is already complete"
+            return Step(False, True, self.phase, self.dendrites, False, done)
+        found = survey(self.model)
+        if any(part.perforation.tracker is not self._token for part in found.parts.values()):
+            raise TrackerError("another tracker has been made for this model; use that one")
         self._schedule.observe()
         phase, best = self.phase, self.best_score
         improved = phase is Phase.NEURON and (best is None or self._better(value, best))
-        if phase is Phase.NEURON and (
-            self._current is None or self._better(value, self._current.score)
-        ):
-            self._current = Snapshot.take(self.model, value)
+        if phase is Phase.NEURON:
+            self._keep(value)
         candidate_score = self._measure()
-        situation = self._situation(value, candidate_score)
+        situation = self._situation(value, candidate_score, found)
         decision = possible(asked(self.policy, situation), situation)
-        self._record(value, improved, candidate_score, decision)
+        self._record(value, improved, candidate_score, decision, found)
         if improved:
             # Before growing: the file is to hold the network that scored.
             self._write_best()
@@ -183,17 +182,29 @@ class Tracker:
                 self._schedule.step(value)
         else:
             self._restructure(decision)
+            found = survey(self.model)
             logger.info("%s", decision.reason)
         if self.complete:
             self._write_best()
         self._write_last()
-        return self._result(decision.action is not Action.CONTINUE, improved, decision.reason)
+        return Step(
+            restructured=decision.action is not Action.CONTINUE,
+            complete=self.complete,
+            phase=self.phase,
+            dendrites=found.dendrites,
+            improved=improved,
+            reason=decision.reason,
+        )
+
+    def _keep(self, score: float) -> None:
+        """Copy the network if it is the best of its phase."""
+        if self._current is None:
+            self._current = Snapshot.take(self.model, score)
+        elif self._better(score, self._current.score):
+            self._current = self._current.renewed(self.model, score)
 
     def _better(self, new: float, old: float) -> bool:
         return new > old if self.maximize else new < old
-
-    def _result(self, restructured: bool, improved: bool, reason: str) -> Step:
-        return Step(restructured, self.complete, self.phase, self.dendrites, improved, reason)
 
     def _measure(self) -> float | None:
         """Close the epoch of every learner; return the mean score over sites."""
@@ -209,13 +220,14 @@ class Tracker:
         known = [score for score in measured if score is not None]
         return sum(known) / len(known) if known else None
 
-    def _situation(self, score: float, candidate_score: float | None) -> Situation:
-        now = [epoch for epoch in self.history if epoch.cycle == self._cycle]
+    def _situation(self, score: float, candidate_score: float | None, found: Survey) -> Situation:
+        same = itertools.takewhile(lambda e: e.cycle == self._cycle, reversed(self.history))
+        now = list(same)[::-1]
         return Situation(
             phase=self.phase,
             scores=(*(epoch.score for epoch in now), score),
             candidate_scores=(*(epoch.candidate_score for epoch in now), candidate_score),
-            dendrites=self.dendrites,
+            dendrites=found.dendrites,
             max_dendrites=self.max_dendrites,
             attempt=self._attempt,
             accepted=None if self._best is None else self._best.score,
@@ -223,13 +235,20 @@ class Tracker:
         )
 
     def _record(
-        self, score: float, improved: bool, candidate_score: float | None, decision: Decision
+        self,
+        score: float,
+        improved: bool,
+        candidate_score: float | None,
+        decision: Decision,
+        found: Survey,
     ) -> None:
+        if improved:
+            self._best_score = score
         self.history += (
             Epoch(
                 number=len(self.history) + 1,
                 phase=self.phase,
-                dendrites=self.dendrites,
+                dendrites=found.dendrites,
                 cycle=self._cycle,
                 attempt=self._attempt,
                 score=score,
@@ -237,7 +256,7 @@ class Tracker:
                 action=decision.action,
                 reason=decision.reason,
                 candidate_score=candidate_score,
-                parameters=parameter_count(self.model),
+                parameters=found.parameters,
                 learning_rates=tuple(float(group["lr"]) for group in self.optimizer.param_groups),
             ),
         )
@@ -362,6 +381,8 @@ class Tracker:
                     learner.load_state_dict(state["learners"][name])
         self._parameters = parameters
         self.complete, self.history = state["complete"], history
+        scores = [epoch.score for epoch in history if epoch.improved]
+        self._best_score = scores[-1] if scores else None
         self._cycle, self._attempt = state["cycle"], state["attempt"]
         self._best, self._current = best, current
         self._listen(frozen, learners)
