@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from pbfx import checkpoint, restructure
 from pbfx.errors import TrackerError
-from pbfx.history import Epoch, Step, finite_score, write_csv
+from pbfx.figures import SiteFigures
+from pbfx.history import Epoch, Step, finite_score, write_csv, write_sites_csv
 from pbfx.learning import SiteLearner
 from pbfx.optimizers import Schedule, Stepping
 from pbfx.parts import Survey, parts_of, survey
@@ -95,6 +97,7 @@ class Tracker:
         self._holds: list[RemovableHandle] = []
         # The parameters that the optimizer was last brought in line with.
         self._parameters = dict(self.model.named_parameters())
+        self._since = time.perf_counter()
         self._token = object()
         for part in parts_of(self.model).values():
             part.perforation.tracker = self._token
@@ -170,10 +173,10 @@ class Tracker:
         improved = phase is Phase.NEURON and (best is None or self._better(value, best))
         if phase is Phase.NEURON:
             self._keep(value)
-        candidate_score = self._measure()
-        situation = self._situation(value, candidate_score, found)
+        candidate_score, sites = self._measure()
+        situation = self._situation(value, candidate_score, sites, found)
         decision = possible(asked(self.policy, situation), situation)
-        self._record(value, improved, candidate_score, decision, found)
+        self._record(value, improved, candidate_score, sites, decision, found)
         if improved:
             # Before growing: the file is to hold the network that scored.
             self._write_best()
@@ -187,6 +190,7 @@ class Tracker:
         if self.complete:
             self._write_best()
         self._write_last()
+        self._since = time.perf_counter()
         return Step(
             restructured=decision.action is not Action.CONTINUE,
             complete=self.complete,
@@ -206,21 +210,35 @@ class Tracker:
     def _better(self, new: float, old: float) -> bool:
         return new > old if self.maximize else new < old
 
-    def _measure(self) -> float | None:
-        """Close the epoch of every learner; return the mean score over sites."""
+    def _measure(self) -> tuple[float | None, tuple[SiteFigures, ...]]:
+        """Close the epoch of every learner; return the mean score over sites, and the figures."""
         if not self._learners:
-            return None
+            return None, ()
         if not any(learner.batches for learner in self._learners.values()):
             warnings.warn(
                 "pbfx: no error has reached any candidate since the dendrite phase began; the "
                 "training loop must call loss.backward() on the model's output in this phase too",
                 stacklevel=3,
             )
-        measured = [learner.measure() for learner in self._learners.values()]
-        known = [score for score in measured if score is not None]
-        return sum(known) / len(known) if known else None
+        measured = {name: learner.measure() for name, learner in self._learners.items()}
+        known = [score for score in measured.values() if score is not None]
+        figures = tuple(
+            # As `torch.compile` leaves them in peace, paths do not show that it was there.
+            learner.figures(name.replace("_orig_mod.", ""), measured[name])
+            for name, learner in self._learners.items()
+            if learner.batches
+        )
+        for part in parts_of(self.model).values():
+            part.perforation.figures = figures
+        return sum(known) / len(known) if known else None, figures
 
-    def _situation(self, score: float, candidate_score: float | None, found: Survey) -> Situation:
+    def _situation(
+        self,
+        score: float,
+        candidate_score: float | None,
+        sites: tuple[SiteFigures, ...],
+        found: Survey,
+    ) -> Situation:
         same = itertools.takewhile(lambda e: e.cycle == self._cycle, reversed(self.history))
         now = list(same)[::-1]
         return Situation(
@@ -232,6 +250,7 @@ class Tracker:
             attempt=self._attempt,
             accepted=None if self._best is None else self._best.score,
             maximize=self.maximize,
+            sites=sites,
         )
 
     def _record(
@@ -239,6 +258,7 @@ class Tracker:
         score: float,
         improved: bool,
         candidate_score: float | None,
+        sites: tuple[SiteFigures, ...],
         decision: Decision,
         found: Survey,
     ) -> None:
@@ -258,6 +278,8 @@ class Tracker:
                 candidate_score=candidate_score,
                 parameters=found.parameters,
                 learning_rates=tuple(float(group["lr"]) for group in self.optimizer.param_groups),
+                seconds=time.perf_counter() - self._since,
+                sites=sites,
             ),
         )
 
@@ -322,6 +344,8 @@ class Tracker:
         if self.directory is not None:
             checkpoint.save(self.model, self.directory / "last.safetensors", self)
             write_csv(self.history, self.directory / "history.csv")
+            if any(epoch.sites for epoch in self.history):
+                write_sites_csv(self.history, self.directory / "sites.csv")
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later process needs beside the model's own state dict.
@@ -385,7 +409,11 @@ class Tracker:
         self._best_score = scores[-1] if scores else None
         self._cycle, self._attempt = state["cycle"], state["attempt"]
         self._best, self._current = best, current
+        self._since = time.perf_counter()
         self._listen(frozen, learners)
+        figures = next((epoch.sites for epoch in reversed(history) if epoch.sites), ())
+        for part in parts_of(self.model).values():
+            part.perforation.figures = figures
 
     def _hold(self, parameters: dict[str, nn.Parameter], names: list[list[str | None]]) -> None:
         """Fill the optimizer's groups with the parameters that `names` lists.

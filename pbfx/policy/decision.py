@@ -7,6 +7,7 @@ import enum
 from typing import Protocol
 
 from pbfx.errors import TrackerError
+from pbfx.figures import SiteFigures
 from pbfx.phase import Phase
 
 
@@ -38,6 +39,8 @@ class Situation:
         attempt: how many sets of dendrites in a row were dropped before this one.
         accepted: best score of the networks accepted before this phase; None in the first.
         maximize: whether a larger score is better.
+        sites: of a dendrite phase: what the last epoch has measured at each site that an error has
+            reached.
     """
 
     phase: Phase
@@ -48,6 +51,7 @@ class Situation:
     attempt: int = 0
     accepted: float | None = None
     maximize: bool = True
+    sites: tuple[SiteFigures, ...] = ()
 
     def better(self, new: float, old: float, margin: float = 0.0) -> bool:
         """Return whether `new` beats `old` by more than `margin`, in this score's direction."""
