@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class Report:
 
 def work_off(
     tasks: Sequence[Task], placement: Placement, budget: float | None = None
-) -> Iterator[Report]:
+) -> Generator[Report, None, None]:
     """Yield reports as runs end; tasks are begun in the order given.
 
     Args:
