@@ -23,7 +23,17 @@ from pbfx.learning import SiteLearner
 from pbfx.optimizers import Schedule, Stepping
 from pbfx.parts import Survey, parts_of, survey
 from pbfx.phase import Phase
-from pbfx.policy import Action, Decision, Plateau, PolicyLike, Situation, asked, fault_of, possible
+from pbfx.policy import (
+    Action,
+    Decision,
+    Plateau,
+    PolicyLike,
+    Situation,
+    asked,
+    fault_of,
+    finished,
+    possible,
+)
 from pbfx.restructure import Frozen
 from pbfx.settings import PerDendrite, at
 from pbfx.snapshot import Snapshot
@@ -90,6 +100,7 @@ class Tracker:
         self.history: tuple[Epoch, ...] = ()
         self._cycle = self._attempt = 0
         self._best_score: float | None = None
+        self._finishing = False
         self._best: Snapshot | None = None
         self._current: Snapshot | None = None
         self._frozen: Frozen | None = None
@@ -119,6 +130,13 @@ class Tracker:
             raise TrackerError(
                 "the optimizer holds none of the model's parameters; make it from the transformed "
                 "model: optimizer = torch.optim.SGD(model.parameters(), ...)"
+            )
+        configs = [part.perforation.config for part in parts.values()]
+        if isinstance(self.optimizer, torch.optim.Muon) and any(c.trains_stacks for c in configs):
+            raise TrackerError(
+                "Muon steps matrices only, and the weights of dendrites, which tuning='all' and "
+                "finish=True train, are stacks of them; use another optimizer, or tuning='links' "
+                "and finish=False"
             )
         for path, part in parts.items():
             if part.perforation.phase is Phase.DENDRITE:
@@ -175,7 +193,7 @@ class Tracker:
             self._keep(value)
         candidate_score, sites = self._measure()
         situation = self._situation(value, candidate_score, sites, found)
-        decision = possible(asked(self.policy, situation), situation)
+        decision = self._decide(situation, found)
         self._record(value, improved, candidate_score, sites, decision, found)
         if improved:
             # Before growing: the file is to hold the network that scored.
@@ -209,6 +227,19 @@ class Tracker:
 
     def _better(self, new: float, old: float) -> bool:
         return new > old if self.maximize else new < old
+
+    def _decide(self, situation: Situation, found: Survey) -> Decision:
+        decision = asked(self.policy, situation)
+        if isinstance(decision, Decision):
+            wanted = any(p.perforation.config.finish for p in found.parts.values())
+            kept = self._kept(decision)
+            grown = kept is not None and kept.structure.dendrites > 0
+            decision = finished(decision, situation, wanted and grown)
+        return possible(decision, situation)
+
+    def _kept(self, decision: Decision) -> Snapshot | None:
+        """Return the network that is accepted from now on."""
+        return self._current if decision.keep and self._current is not None else self._best
 
     def _measure(self) -> tuple[float | None, tuple[SiteFigures, ...]]:
         """Close the epoch of every learner; return the mean score over sites, and the figures."""
@@ -250,6 +281,7 @@ class Tracker:
             attempt=self._attempt,
             accepted=None if self._best is None else self._best.score,
             maximize=self.maximize,
+            finishing=self._finishing,
             sites=sites,
         )
 
@@ -285,7 +317,7 @@ class Tracker:
 
     def _restructure(self, decision: Decision) -> None:
         """Carry out a decision; the tracker's own state changes only when the model's has."""
-        kept = self._current if decision.keep and self._current is not None else self._best
+        kept = self._kept(decision)
         source = self._current if decision.action is Action.GROW else kept
         frozen, learners = None, {}
         with restructure.restructuring(self.model, self.optimizer, self._schedule):
@@ -298,7 +330,9 @@ class Tracker:
                 source.restore(self.model)
                 if self._frozen is not None:
                     restructure.thaw(self.model, self._frozen)
-                if decision.action is not Action.COMPLETE:
+                if decision.action is Action.FINISH or self._finishing:
+                    restructure.set_finishing(self.model, decision.action is Action.FINISH)
+                elif decision.action is not Action.COMPLETE:
                     frozen, learners = self._grow()
             if decision.action is not Action.COMPLETE:
                 if at(self.reset_learning_rate, self.dendrites):
@@ -311,10 +345,11 @@ class Tracker:
         self._current = None
         if decision.action is Action.RETRY:
             self._attempt += 1
-        elif decision.action is Action.GROW:
+        elif decision.action in (Action.GROW, Action.FINISH):
             self._attempt, self._best = 0, kept
+            self._finishing = decision.action is Action.FINISH
         elif decision.action is Action.COMPLETE:
-            self.complete, self._best = True, kept
+            self.complete, self._best, self._finishing = True, kept, False
 
     def _listen(self, frozen: Frozen | None, learners: dict[str, SiteLearner]) -> None:
         """Let `learners` take the place of those that have listened to backward passes so far."""
@@ -360,6 +395,7 @@ class Tracker:
             "complete": self.complete,
             "cycle": self._cycle,
             "attempt": self._attempt,
+            "finishing": self._finishing,
             "history": [epoch.to_json() for epoch in self.history],
             "best": None if self._best is None else self._best.state_dict(),
             "current": None if self._current is None else self._current.state_dict(),
@@ -397,6 +433,8 @@ class Tracker:
                 part.perforation.draws = state["draws"].get(path, part.perforation.draws)
             if self._frozen is not None:
                 restructure.thaw(self.model, self._frozen)
+            if self._finishing or state["finishing"]:
+                restructure.set_finishing(self.model, state["finishing"])
             if state["frozen"] is not None:
                 frozen = Frozen(*(tuple(state["frozen"][key]) for key in ("learning", "training")))
                 restructure.freeze(self.model)
@@ -408,6 +446,7 @@ class Tracker:
         scores = [epoch.score for epoch in history if epoch.improved]
         self._best_score = scores[-1] if scores else None
         self._cycle, self._attempt = state["cycle"], state["attempt"]
+        self._finishing = state["finishing"]
         self._best, self._current = best, current
         self._since = time.perf_counter()
         self._listen(frozen, learners)

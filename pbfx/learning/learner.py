@@ -229,10 +229,7 @@ class SiteLearner:
             at T = 0: a small step `-ε ∂L/∂T` changes the loss by `-ε Σ (∂L/∂T)²`. Under a loss
             scaler both are those of the scaled loss.
         """
-        pool = self.candidates
-        winner = pool.best_score.argmax(0, keepdim=True)
-        picked = pool.best_moments.gather(1, winner.expand(len(Moment), 1, -1))
-        batches = pool.best_batches.gather(0, winner)[0].clamp_min(1)
+        picked, batches = self._picked()
         found = statistics(picked)
         row = Statistics(*(getattr(found, name)[0] for name in Statistics.__dataclass_fields__))
         return row, row.total / batches
@@ -261,6 +258,37 @@ class SiteLearner:
             heldout_batches=batches,
             p_value=p_value,
         )
+
+    @torch.no_grad()
+    def first_link(self, share: float) -> Tensor:
+        """Return the links (N,) that `share` of a Newton step from zero gives to `chosen`.
+
+            T = -share · Σ a g / (P Σ a² E[g²])        sums over the P positions of a mean batch
+
+        The curvature is a bound. Let the loss be the mean over B samples of a negative
+        log-likelihood: its ∂²L/∂T² is then about the mean square of a sample's gradient (the
+        empirical Fisher information), B Σ_i (Σ_{p in i} a g)². By Cauchy and Schwarz that is at
+        most P Σ a² g², and exactly that where a sample has one position; and a² and g² are taken
+        for independent. So the step is too short rather than too long.
+
+        Zero where nothing was measured, or the chosen candidate is constant.
+
+        Args:
+            share: of the full step, in (0, 1].
+        """
+        picked, batches = self._picked()
+        positions = picked[Moment.COUNT] / batches
+        curvature = positions * picked[Moment.AA] * picked[Moment.GG] / picked[Moment.COUNT]
+        known = statistics(picked).correlation != 0
+        link = -share * picked[Moment.AG] / torch.where(known, curvature, 1.0)
+        return torch.where(known, link, 0.0)[0].to(self.candidates.weight.dtype)
+
+    def _picked(self) -> tuple[Tensor, Tensor]:
+        """Return the moments (6, 1, N) of the chosen candidates, and of how many batches (N,)."""
+        pool = self.candidates
+        winner = pool.best_score.argmax(0, keepdim=True)
+        picked = pool.best_moments.gather(1, winner.expand(len(Moment), 1, -1))
+        return picked, pool.best_batches.gather(0, winner)[0].clamp_min(1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the candidates' buffers do not hold: Adam's state, counter and evidence."""
