@@ -7,6 +7,7 @@ while not tracker.complete:
     tracker.step(validate(model))
 """
 
+from pbfx.capacity import Capacity
 from pbfx.checkpoint import load, save
 from pbfx.config import Config
 from pbfx.errors import (
@@ -35,6 +36,7 @@ from pbfx.policy import (
     Policy,
     Situation,
 )
+from pbfx.rates import RateSearch
 from pbfx.restructure import grow
 from pbfx.tracker import Tracker
 from pbfx.transform import transform
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Action",
+    "Capacity",
     "CaptureError",
     "CheckpointError",
     "Config",
@@ -60,6 +63,7 @@ __all__ = [
     "Phase",
     "Plateau",
     "Policy",
+    "RateSearch",
     "RestructureError",
     "ScoreError",
     "SiteFigures",

@@ -39,6 +39,8 @@ class Epoch:
         learning_rates: of each parameter group, as used in this epoch.
         seconds: wall time since the call before, or since the tracker was made or loaded. Times
             differ from run to run, so epochs that differ in nothing else are equal.
+        rate_factor: of a search for a learning rate: what the rates were multiplied by; None in
+            other epochs.
         sites: of a dendrite phase: what was measured at each site, see `SiteFigures`.
     """
 
@@ -55,6 +57,7 @@ class Epoch:
     parameters: int
     learning_rates: tuple[float, ...]
     seconds: float | None = dataclasses.field(default=None, compare=False)
+    rate_factor: float | None = None
     sites: tuple[SiteFigures, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +87,8 @@ class Step:
     """What one call of `Tracker.step` did.
 
     Attributes:
-        restructured: whether the model changed its structure; false means that nothing moved.
+        restructured: whether the model changed its structure. Where it did not, every parameter is
+            the object that it was; a search for a learning rate may have set values back.
         complete: whether training is over; the best network has then been restored.
         phase: who learns from now on.
         dendrites: dendrites per neuron of the most grown site.

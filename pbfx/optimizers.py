@@ -24,6 +24,8 @@ Stepping = Literal["auto", "epoch", "batch"]
 _SCHEDULED = frozenset(
     ("lr", "initial_lr", "max_lr", "min_lr", "momentum", "betas", "max_momentum", "base_momentum")
 )
+# Of those, the learning rates.
+_RATES = frozenset(("lr", "initial_lr", "max_lr", "min_lr"))
 # Optimizers whose per-element state does not start at zero: state key -> group key of the first
 # value.
 _FIRST_VALUE = {"step_size": "lr", "sum": "initial_accumulator_value"}
@@ -130,6 +132,20 @@ def _start_adagrad(optimizer: torch.optim.Adagrad) -> None:
                 }
 
 
+def return_to(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a state dict, and let the groups stay the same dicts, and rates the same tensors."""
+    outer, groups = optimizer.param_groups, list(optimizer.param_groups)
+    optimizer.load_state_dict(copy.deepcopy(dict(state)))
+    for group, loaded in zip(groups, optimizer.param_groups, strict=True):
+        for key, value in loaded.items():
+            if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
+                group[key].copy_(value)
+            else:
+                group[key] = value
+    outer[:] = groups
+    optimizer.param_groups = outer
+
+
 class Schedule:
     """The learning rates and the scheduler as they were at the start, to step and to return to.
 
@@ -194,6 +210,20 @@ class Schedule:
                 else:
                     group[key] = copy.deepcopy(value)
         self._seen = self._position()
+
+    def scale(self, factor: float) -> None:
+        """Multiply the rates, and those that the schedule is derived from, by `factor`."""
+        for group in self.optimizer.param_groups:
+            for key in _RATES & group.keys():
+                if isinstance(group[key], Tensor):
+                    group[key].mul_(factor)
+                else:
+                    group[key] = group[key] * factor
+        for part in self.parts()[1:]:
+            for key in ("base_lrs", "max_lrs"):
+                rates = getattr(part, key, None)
+                if isinstance(rates, list):
+                    setattr(part, key, [rate * factor for rate in rates])
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the schedule stands and where it started."""

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pbfx import checkpoint, restructure
+from pbfx.budget import Budget
+from pbfx.capacity import Capacity, CapacityTest
 from pbfx.errors import TrackerError
 from pbfx.figures import SiteFigures
 from pbfx.history import Epoch, Step, finite_score, write_csv, write_sites_csv
 from pbfx.learning import SiteLearner
 from pbfx.optimizers import Schedule, Stepping
-from pbfx.parts import Survey, parts_of, survey
+from pbfx.parts import Survey, growth_parameters, parts_of, survey
+from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
 from pbfx.policy import (
     Action,
@@ -32,12 +36,15 @@ from pbfx.policy import (
     asked,
     fault_of,
     finished,
+    growth_epochs,
     possible,
 )
+from pbfx.rates import RateSearch, Search
 from pbfx.restructure import Frozen
 from pbfx.settings import PerDendrite, at
 from pbfx.snapshot import Snapshot
 from pbfx.undo import undoing
+from pbfx.waypoint import Waypoint
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +69,20 @@ class Tracker:
             indexed by the number of dendrites after it; the last value stands for all beyond.
         reset_optimizer_state: whether the optimizer forgets its moments after each growth; by
             default parameters that survive keep theirs. May be a list likewise.
-        directory: where to write `last.safetensors` (to resume), `best.safetensors` and
-            `history.csv` at every call; None writes nothing.
+        max_parameters: budget: a growth after which the network would have more is declined, and
+            training completes. All sites are counted.
+        max_flops: likewise for the FLOPs of a forward pass of `example_inputs`, in eval.
+        max_epochs: calls of `step` after which training completes; a growth that could not be
+            judged by then is declined.
+        example_inputs: the model's positional arguments, a tuple or one tensor; for `max_flops`.
+        learning_rates: `pbfx.RateSearch()` tries several rates after each growth.
+        test_capacity: prove the set-up instead of training: grow three times, one epoch per phase,
+            then say in `Step.reason`, in the log and in `capacity` what the real run will need, and
+            complete. Network, optimizer and schedule are set back to what they were when the
+            tracker was made; see docs/training.md for what is not. Budgets do not apply.
+        directory: where to write `last.safetensors` (to resume), `best.safetensors`,
+            `history.csv` and, from the first dendrite phase on, `sites.csv` at every call; None
+            writes nothing. A capacity test writes into `capacity_test` inside.
 
     Raises:
         TrackerError: if the parts do not belong together; nothing has been touched.
@@ -82,6 +101,12 @@ class Tracker:
         scheduler_steps: Stepping = "auto",
         reset_learning_rate: PerDendrite[bool] = True,
         reset_optimizer_state: PerDendrite[bool] = False,
+        max_parameters: int | None = None,
+        max_flops: int | None = None,
+        max_epochs: int | None = None,
+        example_inputs: Any = None,
+        learning_rates: RateSearch | None = None,
+        test_capacity: bool = False,
         directory: str | os.PathLike[str] | None = None,
     ) -> None:
         # torch.compile returns a wrapper around the module that it was given; that one is
@@ -90,10 +115,14 @@ class Tracker:
         self.optimizer = optimizer
         self.policy: PolicyLike = Plateau() if policy is None else policy
         self.max_dendrites, self.maximize = max_dendrites, maximize
+        self.learning_rates = learning_rates
         self._check_parts()
         self._schedule = Schedule(optimizer, scheduler, scheduler_steps)
         self.reset_learning_rate = reset_learning_rate
         self.reset_optimizer_state = reset_optimizer_state
+        self.budget = Budget(max_parameters, max_flops, max_epochs, example_inputs)
+        if test_capacity and directory is not None:
+            directory = Path(directory) / "capacity_test"
         self.directory = None if directory is None else _folder(directory)
 
         self.complete = False
@@ -106,6 +135,11 @@ class Tracker:
         self._frozen: Frozen | None = None
         self._learners: dict[str, SiteLearner] = {}
         self._holds: list[RemovableHandle] = []
+        # The search for a rate that is under way, and the factor that this phase's has settled on.
+        self._search: Search | None = None
+        self._factor: float | None = None
+        self.capacity: Capacity | None = None
+        self._capacity = self._capacity_test() if test_capacity else None
         # The parameters that the optimizer was last brought in line with.
         self._parameters = dict(self.model.named_parameters())
         self._since = time.perf_counter()
@@ -124,6 +158,10 @@ class Tracker:
         count = self.max_dendrites
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise TrackerError(f"max_dendrites must be a whole number of at least 0, got {count!r}")
+        if not isinstance(self.learning_rates, RateSearch | None):
+            raise TrackerError(
+                f"learning_rates must be a pbfx.RateSearch or None, got {self.learning_rates!r}"
+            )
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         if trainable and not any(id(p) in held for p in trainable):
@@ -191,16 +229,22 @@ class Tracker:
         improved = phase is Phase.NEURON and (best is None or self._better(value, best))
         if phase is Phase.NEURON:
             self._keep(value)
+        seconds = time.perf_counter() - self._since
         candidate_score, sites = self._measure()
         situation = self._situation(value, candidate_score, sites, found)
-        decision = self._decide(situation, found)
-        self._record(value, improved, candidate_score, sites, decision, found)
+        if self._capacity is not None:
+            decision = self._test_capacity(self._capacity, situation, seconds, found)
+        else:
+            decision = self._decide(situation, found)
+        self._record(value, improved, candidate_score, sites, decision, seconds, found)
         if improved:
             # Before growing: the file is to hold the network that scored.
             self._write_best()
         if decision.action is Action.CONTINUE:
             if phase is Phase.NEURON:
                 self._schedule.step(value)
+            if self._search is not None:
+                self._carry_on(self._search)
         else:
             self._restructure(decision)
             found = survey(self.model)
@@ -229,12 +273,67 @@ class Tracker:
         return new > old if self.maximize else new < old
 
     def _decide(self, situation: Situation, found: Survey) -> Decision:
+        if self._search is not None:
+            decision = Decision(Action.CONTINUE, self._search.judge(situation.scores[-1]))
+            return possible(self._in_time(decision, situation), situation)
         decision = asked(self.policy, situation)
         if isinstance(decision, Decision):
+            decision = self._affordable(possible(decision, situation), situation, found)
             wanted = any(p.perforation.config.finish for p in found.parts.values())
             kept = self._kept(decision)
             grown = kept is not None and kept.structure.dendrites > 0
             decision = finished(decision, situation, wanted and grown)
+            decision = self._in_time(decision, situation)
+        return possible(decision, situation)
+
+    def _affordable(self, decision: Decision, situation: Situation, found: Survey) -> Decision:
+        """Complete instead of a growth that the budget does not allow."""
+        if decision.action is not Action.GROW:
+            return decision
+        dendrite_phase = not _grows_at_once(found.parts.values())
+        epochs = growth_epochs(self.policy, situation.dendrites, dendrite_phase)
+        spent = len(self.history) + 1
+        why = self.budget.refusal(self.model, found.parts, found.parameters, spent, epochs)
+        if why is None:
+            return decision
+        reason = f"{decision.reason}; declined: {why}"
+        return Decision(Action.COMPLETE, reason, decision.keep)
+
+    def _in_time(self, decision: Decision, situation: Situation) -> Decision:
+        """Complete when all epochs of the budget are over."""
+        longest = self.budget.max_epochs
+        late = longest is not None and len(self.history) + 1 >= longest
+        if not late or decision.action is Action.COMPLETE:
+            return decision
+        keep = situation.phase is Phase.DENDRITE or situation.helped
+        reason = f"{decision.reason}; all of max_epochs={longest} are over"
+        return Decision(Action.COMPLETE, reason, keep)
+
+    def _carry_on(self, search: Search) -> None:
+        """Do what the search for a learning rate has said. Structure and code stay."""
+        parts = self.model, self.optimizer, self._schedule
+        with undoing(*parts, recompile=False):
+            over = search.carry_on(*parts)
+        if over:
+            self._search, self._factor = None, search.factors[search.best]
+
+    def _capacity_test(self) -> CapacityTest:
+        found = survey(self.model)
+        more = max(0, self.max_dendrites - found.dendrites)
+        parameters = found.parameters + growth_parameters(found.parts, more)
+        start = Waypoint.take(self.model, self.optimizer, self._schedule)
+        return CapacityTest(start, found.dendrites, parameters)
+
+    def _test_capacity(
+        self, test: CapacityTest, situation: Situation, seconds: float, found: Survey
+    ) -> Decision:
+        kept = [t for s in (self._best, self._current) if s for t in s.tensors.values()]
+        epoch = self.phase, found.dendrites, seconds, found.parameters
+        test.note(self.model, self.optimizer, kept, epoch)
+        decision = test.decide(situation)
+        if decision.action is Action.COMPLETE:
+            self.capacity = test.result(self.model, self.max_dendrites)
+            decision = Decision(Action.COMPLETE, str(self.capacity), decision.keep)
         return possible(decision, situation)
 
     def _kept(self, decision: Decision) -> Snapshot | None:
@@ -272,6 +371,9 @@ class Tracker:
     ) -> Situation:
         same = itertools.takewhile(lambda e: e.cycle == self._cycle, reversed(self.history))
         now = list(same)[::-1]
+        if self._search is None:
+            # What other rates have led to was thrown away.
+            now = [epoch for epoch in now if epoch.rate_factor in (None, self._factor)]
         return Situation(
             phase=self.phase,
             scores=(*(epoch.score for epoch in now), score),
@@ -292,6 +394,7 @@ class Tracker:
         candidate_score: float | None,
         sites: tuple[SiteFigures, ...],
         decision: Decision,
+        seconds: float,
         found: Survey,
     ) -> None:
         if improved:
@@ -310,7 +413,8 @@ class Tracker:
                 candidate_score=candidate_score,
                 parameters=found.parameters,
                 learning_rates=tuple(float(group["lr"]) for group in self.optimizer.param_groups),
-                seconds=time.perf_counter() - self._since,
+                seconds=seconds,
+                rate_factor=None if self._search is None else self._search.factor,
                 sites=sites,
             ),
         )
@@ -319,30 +423,43 @@ class Tracker:
         """Carry out a decision; the tracker's own state changes only when the model's has."""
         kept = self._kept(decision)
         source = self._current if decision.action is Action.GROW else kept
-        frozen, learners = None, {}
-        with restructure.restructuring(self.model, self.optimizer, self._schedule):
-            if decision.action is Action.PROMOTE:
-                assert self._frozen is not None
-                restructure.promote(self.model, self._learners)
-                restructure.thaw(self.model, self._frozen)
-            else:
-                assert source is not None
-                source.restore(self.model)
-                if self._frozen is not None:
+        over = decision.action is Action.COMPLETE
+        if over and self._capacity is not None:
+            source = self._capacity.start.network
+        frozen, learners, search = None, {}, None
+        parts = self.model, self.optimizer, self._schedule
+        with undoing(*parts, recompile=False):
+            with restructure.restructuring(*parts):
+                if decision.action is Action.PROMOTE:
+                    assert self._frozen is not None
+                    restructure.promote(self.model, self._learners)
                     restructure.thaw(self.model, self._frozen)
-                if decision.action is Action.FINISH or self._finishing:
-                    restructure.set_finishing(self.model, decision.action is Action.FINISH)
-                elif decision.action is not Action.COMPLETE:
-                    frozen, learners = self._grow()
-            if decision.action is not Action.COMPLETE:
-                if at(self.reset_learning_rate, self.dendrites):
-                    self._schedule.reset()
-                if at(self.reset_optimizer_state, self.dendrites):
-                    self.optimizer.state.clear()
+                else:
+                    assert source is not None
+                    source.restore(self.model)
+                    if self._frozen is not None:
+                        restructure.thaw(self.model, self._frozen)
+                    if decision.action is Action.FINISH or self._finishing:
+                        restructure.set_finishing(self.model, decision.action is Action.FINISH)
+                    elif not over:
+                        frozen, learners = self._grow()
+                if not over:
+                    if at(self.reset_learning_rate, self.dendrites):
+                        self._schedule.reset()
+                    if at(self.reset_optimizer_state, self.dendrites):
+                        self.optimizer.state.clear()
+            if over and self._capacity is not None:
+                self._capacity.start.restore(*parts)
+                for path, part in parts_of(self.model).items():
+                    part.perforation.draws = self._capacity.start.draws[path]
+                    part.perforation.figures = ()
+            elif not over and not learners and decision.action is not Action.FINISH:
+                search = self._new_search()
         self._listen(frozen, learners)
         self._parameters = dict(self.model.named_parameters())
         self._cycle += 1
         self._current = None
+        self._search, self._factor = search, None
         if decision.action is Action.RETRY:
             self._attempt += 1
         elif decision.action in (Action.GROW, Action.FINISH):
@@ -350,6 +467,9 @@ class Tracker:
             self._finishing = decision.action is Action.FINISH
         elif decision.action is Action.COMPLETE:
             self.complete, self._best, self._finishing = True, kept, False
+            if self._capacity is not None:
+                # Its networks are not the run's.
+                self._capacity = self._best = None
 
     def _listen(self, frozen: Frozen | None, learners: dict[str, SiteLearner]) -> None:
         """Let `learners` take the place of those that have listened to backward passes so far."""
@@ -365,11 +485,20 @@ class Tracker:
     def _grow(self) -> tuple[Frozen | None, dict[str, SiteLearner]]:
         """Start a dendrite phase, or add dendrites at once where the mode of learning has none."""
         parts = parts_of(self.model).values()
-        if all(part.perforation.config.learning == "gradient" for part in parts):
+        if _grows_at_once(parts):
             for part in parts:
                 restructure.grow_part(part, 1, {site.name for site in part.perforation.sites})
             return None, {}
         return restructure.start_dendrite_phase(self.model)
+
+    def _new_search(self) -> Search | None:
+        """Start to search for a learning rate, where that is wanted and no test is under way."""
+        if self.learning_rates is None or self._capacity is not None:
+            return None
+        start = Waypoint.take(self.model, self.optimizer, self._schedule)
+        search = Search(self.learning_rates, self.dendrites, self.maximize, start)
+        self._schedule.scale(search.factor)
+        return search
 
     def _write_best(self) -> None:
         if self.directory is not None:
@@ -396,6 +525,9 @@ class Tracker:
             "cycle": self._cycle,
             "attempt": self._attempt,
             "finishing": self._finishing,
+            "search": None if self._search is None else self._search.state_dict(),
+            "factor": self._factor,
+            "capacity": None if self._capacity is None else self._capacity.state_dict(),
             "history": [epoch.to_json() for epoch in self.history],
             "best": None if self._best is None else self._best.state_dict(),
             "current": None if self._current is None else self._current.state_dict(),
@@ -421,6 +553,18 @@ class Tracker:
         frozen, learners = None, {}
         with undoing(self.model, self.optimizer, self._schedule):
             history = tuple(Epoch.from_json(epoch) for epoch in state["history"])
+            # Absent from files that were written before there were any.
+            search, capacity = state.get("search"), state.get("capacity")
+            if search is not None:
+                search = Search.from_state_dict(search, self.maximize)
+            if capacity is not None:
+                capacity = CapacityTest.from_state_dict(capacity)
+            if (capacity is None) != (self._capacity is None) and not state["complete"]:
+                was, now = ("a capacity test", "no capacity test")[:: 1 if capacity else -1]
+                raise TrackerError(
+                    f"the saved run was {was}, this tracker is for {now}; give it the same "
+                    "test_capacity"
+                )
             best, current = (
                 None if state[key] is None else Snapshot.from_state_dict(state[key])
                 for key in ("best", "current")
@@ -433,8 +577,8 @@ class Tracker:
                 part.perforation.draws = state["draws"].get(path, part.perforation.draws)
             if self._frozen is not None:
                 restructure.thaw(self.model, self._frozen)
-            if self._finishing or state["finishing"]:
-                restructure.set_finishing(self.model, state["finishing"])
+            if self._finishing or state.get("finishing", False):
+                restructure.set_finishing(self.model, state.get("finishing", False))
             if state["frozen"] is not None:
                 frozen = Frozen(*(tuple(state["frozen"][key]) for key in ("learning", "training")))
                 restructure.freeze(self.model)
@@ -446,8 +590,10 @@ class Tracker:
         scores = [epoch.score for epoch in history if epoch.improved]
         self._best_score = scores[-1] if scores else None
         self._cycle, self._attempt = state["cycle"], state["attempt"]
-        self._finishing = state["finishing"]
+        self._finishing = state.get("finishing", False)
         self._best, self._current = best, current
+        self._search, self._factor = search, state.get("factor")
+        self._capacity = capacity
         self._since = time.perf_counter()
         self._listen(frozen, learners)
         figures = next((epoch.sites for epoch in reversed(history) if epoch.sites), ())
@@ -476,6 +622,11 @@ class Tracker:
         for group, rest, wanted in zip(groups, foreign, names, strict=True):
             others = iter(rest)
             group["params"][:] = [next(others) if n is None else parameters[n] for n in wanted]
+
+
+def _grows_at_once(parts: Iterable[PerforatedModule]) -> bool:
+    """Return whether growing takes no dendrite phase."""
+    return all(part.perforation.config.learning == "gradient" for part in parts)
 
 
 def _folder(directory: str | os.PathLike[str]) -> Path:

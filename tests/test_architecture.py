@@ -37,7 +37,10 @@ LAYERS: list[tuple[str, str]] = [
         "transform assembly restructure parts snapshot undo optimizers checkpoint explain",
         "the verbs, each made of passes",
     ),
-    ("policy history tracker", "when to restructure, and the call that does it"),
+    (
+        "policy history waypoint budget rates capacity tracker",
+        "when to restructure, and the call that does it",
+    ),
     ("backend", "torch.compile: lowers what the verbs made"),
     ("compat integrations cli __main__ demo", "outermost: nothing below imports them"),
 ]

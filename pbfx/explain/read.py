@@ -160,7 +160,7 @@ def _report(path: str, part: PerforatedModule, site: Site, count: int) -> SiteRe
         calls=site.calls,
         dendrites=count,
         parameters=soma + own * count + links,
-        next_dendrite=own + neurons * (count + 1),
+        next_dendrite=site.dendrite_parameters(count),
         rung=part.perforation.rung,
         heldout=None if known is None else known.heldout,
         p_value=None if known is None else known.p_value,
