@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from pbfx.errors import TrackerError
-from pbfx.parts import growth_parameters, parts_of
-from pbfx.perforated import PerforatedModule
+from pbfx.parts import Survey, growth_parameters, parts_of
+from pbfx.phase import Phase
+from pbfx.policy import Action, Decision, Situation
 from pbfx.structure import Counts, Structure
 
 
@@ -51,31 +51,33 @@ class Budget:
         if faults:
             raise TrackerError("; ".join(faults))
 
-    def refusal(
-        self,
-        model: nn.Module,
-        parts: Mapping[str, PerforatedModule],
-        parameters: int,
-        epoch: int,
-        growth_epochs: int,
-    ) -> str | None:
-        """Return why one more dendrite at every site does not fit, or None.
+    def affordable(
+        self, decision: Decision, model: nn.Module, found: Survey, spent: int, growth_epochs: int
+    ) -> Decision:
+        """Return `decision`, to grow, or to complete with the reason why that does not fit.
 
         Args:
+            decision: to add one dendrite at every site.
             model: as it would grow.
-            parts: its perforated parts.
-            parameters: of its network now.
-            epoch: how many are over.
+            found: what a walk over it has found.
+            spent: how many epochs are over.
             growth_epochs: the fewest that a growth takes until it can be judged.
         """
+        why = self._refusal(model, found, spent, growth_epochs)
+        if why is None:
+            return decision
+        return Decision(Action.COMPLETE, f"{decision.reason}; declined: {why}", decision.keep)
+
+    def _refusal(
+        self, model: nn.Module, found: Survey, spent: int, growth_epochs: int
+    ) -> str | None:
         if self.max_parameters is not None:
-            needed = parameters + growth_parameters(parts)
+            needed = found.parameters + growth_parameters(found.parts)
             if needed > self.max_parameters:
-                return (
-                    f"it would have {needed:,} parameters, max_parameters={self.max_parameters:,}"
-                )
-        if self.max_epochs is not None and epoch + growth_epochs > self.max_epochs:
-            left = self.max_epochs - epoch
+                limit = f"max_parameters={self.max_parameters:,}"
+                return f"it would have {needed:,} parameters, {limit}"
+        if self.max_epochs is not None and spent + growth_epochs > self.max_epochs:
+            left = self.max_epochs - spent
             return (
                 f"a growth takes {growth_epochs} epochs at least, and {left} are left of "
                 f"max_epochs={self.max_epochs}"
@@ -85,6 +87,15 @@ class Budget:
             if needed > self.max_flops:
                 return f"it would take {needed:,} FLOPs, max_flops={self.max_flops:,}"
         return None
+
+    def in_time(self, decision: Decision, situation: Situation, spent: int) -> Decision:
+        """Return `decision`, or to complete if so many epochs are all that there are."""
+        late = self.max_epochs is not None and spent >= self.max_epochs
+        if not late or decision.action is Action.COMPLETE:
+            return decision
+        keep = situation.phase is Phase.DENDRITE or situation.helped
+        reason = f"{decision.reason}; all of max_epochs={self.max_epochs} are over"
+        return Decision(Action.COMPLETE, reason, keep)
 
 
 def grown_flops(model: nn.Module, example_inputs: Any, dendrites: int = 1) -> int:

@@ -8,6 +8,7 @@ import math
 import numbers
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,6 +130,13 @@ def finite_score(score: Any) -> float:
             "diverged run can be resumed from its last checkpoint with a smaller learning rate"
         )
     return value
+
+
+def write_history(history: Sequence[Epoch], directory: Path) -> None:
+    """Write `history.csv`, and `sites.csv` once there is a line for it."""
+    write_csv(history, directory / "history.csv")
+    if any(epoch.sites for epoch in history):
+        write_sites_csv(history, directory / "sites.csv")
 
 
 def write_csv(history: Sequence[Epoch], path: str | os.PathLike[str]) -> None:

@@ -132,6 +132,39 @@ def _start_adagrad(optimizer: torch.optim.Adagrad) -> None:
                 }
 
 
+def hold(
+    optimizer: Optimizer, parameters: Parameters, before: Parameters, names: list[list[str | None]]
+) -> None:
+    """Fill the optimizer's groups with the parameters that `names` lists.
+
+    Args:
+        optimizer: edited in place.
+        parameters: the model's by name.
+        before: those when the optimizer was last right.
+        names: for each group; `None` stands for a parameter that is not the model's (a criterion's,
+            say). Those keep their order among themselves.
+
+    Raises:
+        TrackerError: if the names do not fit; nothing has moved.
+    """
+    groups = optimizer.param_groups
+    ours = {id(p) for p in (*parameters.values(), *before.values())}
+    foreign = [[p for p in group["params"] if id(p) not in ours] for group in groups]
+    unknown = sorted({n for group in names for n in group if n is not None} - parameters.keys())
+    fault = None
+    if unknown:
+        fault = f"the model has no parameter {unknown[0]!r}; load its state dict first"
+    elif len(groups) != len(names):
+        fault = f"the optimizer has {len(groups)} parameter groups, not {len(names)}"
+    elif [len(rest) for rest in foreign] != [group.count(None) for group in names]:
+        fault = "the optimizer's groups hold another number of parameters from elsewhere"
+    if fault:
+        raise TrackerError(f"the saved tracker does not fit: {fault}")
+    for group, rest, wanted in zip(groups, foreign, names, strict=True):
+        others = iter(rest)
+        group["params"][:] = [next(others) if n is None else parameters[n] for n in wanted]
+
+
 def return_to(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Load a state dict, and let the groups stay the same dicts, and rates the same tensors."""
     outer, groups = optimizer.param_groups, list(optimizer.param_groups)

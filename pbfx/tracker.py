@@ -17,13 +17,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pbfx import checkpoint, restructure
+from pbfx.belonging import check
 from pbfx.budget import Budget
 from pbfx.capacity import Capacity, CapacityTest
 from pbfx.errors import TrackerError
 from pbfx.figures import SiteFigures
-from pbfx.history import Epoch, Step, finite_score, write_csv, write_sites_csv
+from pbfx.history import Epoch, Step, finite_score, write_history
 from pbfx.learning import SiteLearner
-from pbfx.optimizers import Schedule, Stepping
+from pbfx.optimizers import Schedule, Stepping, hold
 from pbfx.parts import Survey, growth_parameters, parts_of, survey
 from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
@@ -34,7 +35,6 @@ from pbfx.policy import (
     PolicyLike,
     Situation,
     asked,
-    fault_of,
     finished,
     growth_epochs,
     possible,
@@ -116,7 +116,7 @@ class Tracker:
         self.policy: PolicyLike = Plateau() if policy is None else policy
         self.max_dendrites, self.maximize = max_dendrites, maximize
         self.learning_rates = learning_rates
-        self._check_parts()
+        check(self.model, optimizer, self.policy, max_dendrites, learning_rates)
         self._schedule = Schedule(optimizer, scheduler, scheduler_steps)
         self.reset_learning_rate = reset_learning_rate
         self.reset_optimizer_state = reset_optimizer_state
@@ -146,43 +146,6 @@ class Tracker:
         self._token = object()
         for part in parts_of(self.model).values():
             part.perforation.tracker = self._token
-
-    def _check_parts(self) -> None:
-        parts = parts_of(self.model)
-        if not isinstance(self.optimizer, Optimizer):
-            raise TrackerError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(self.optimizer).__name__}"
-            )
-        if fault := fault_of(self.policy):
-            raise TrackerError(fault)
-        count = self.max_dendrites
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise TrackerError(f"max_dendrites must be a whole number of at least 0, got {count!r}")
-        if not isinstance(self.learning_rates, RateSearch | None):
-            raise TrackerError(
-                f"learning_rates must be a pbfx.RateSearch or None, got {self.learning_rates!r}"
-            )
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        if trainable and not any(id(p) in held for p in trainable):
-            raise TrackerError(
-                "the optimizer holds none of the model's parameters; make it from the transformed "
-                "model: optimizer = torch.optim.SGD(model.parameters(), ...)"
-            )
-        configs = [part.perforation.config for part in parts.values()]
-        if isinstance(self.optimizer, torch.optim.Muon) and any(c.trains_stacks for c in configs):
-            raise TrackerError(
-                "Muon steps matrices only, and the weights of dendrites, which tuning='all' and "
-                "finish=True train, are stacks of them; use another optimizer, or tuning='links' "
-                "and finish=False"
-            )
-        for path, part in parts.items():
-            if part.perforation.phase is Phase.DENDRITE:
-                raise TrackerError(
-                    f"the perforated part {path or type(part).__name__!r} is in its dendrite "
-                    "phase; to resume a run, make the tracker on the plain transformed model, "
-                    "then pbfx.load"
-                )
 
     @property
     def phase(self) -> Phase:
@@ -273,41 +236,23 @@ class Tracker:
         return new > old if self.maximize else new < old
 
     def _decide(self, situation: Situation, found: Survey) -> Decision:
+        spent = len(self.history) + 1
         if self._search is not None:
             decision = Decision(Action.CONTINUE, self._search.judge(situation.scores[-1]))
-            return possible(self._in_time(decision, situation), situation)
+            return possible(self.budget.in_time(decision, situation, spent), situation)
         decision = asked(self.policy, situation)
         if isinstance(decision, Decision):
-            decision = self._affordable(possible(decision, situation), situation, found)
+            decision = possible(decision, situation)
+            if decision.action is Action.GROW:
+                phases = not _grows_at_once(found.parts.values())
+                epochs = growth_epochs(self.policy, situation.dendrites, phases)
+                decision = self.budget.affordable(decision, self.model, found, spent, epochs)
             wanted = any(p.perforation.config.finish for p in found.parts.values())
             kept = self._kept(decision)
             grown = kept is not None and kept.structure.dendrites > 0
             decision = finished(decision, situation, wanted and grown)
-            decision = self._in_time(decision, situation)
+            decision = self.budget.in_time(decision, situation, spent)
         return possible(decision, situation)
-
-    def _affordable(self, decision: Decision, situation: Situation, found: Survey) -> Decision:
-        """Complete instead of a growth that the budget does not allow."""
-        if decision.action is not Action.GROW:
-            return decision
-        dendrite_phase = not _grows_at_once(found.parts.values())
-        epochs = growth_epochs(self.policy, situation.dendrites, dendrite_phase)
-        spent = len(self.history) + 1
-        why = self.budget.refusal(self.model, found.parts, found.parameters, spent, epochs)
-        if why is None:
-            return decision
-        reason = f"{decision.reason}; declined: {why}"
-        return Decision(Action.COMPLETE, reason, decision.keep)
-
-    def _in_time(self, decision: Decision, situation: Situation) -> Decision:
-        """Complete when all epochs of the budget are over."""
-        longest = self.budget.max_epochs
-        late = longest is not None and len(self.history) + 1 >= longest
-        if not late or decision.action is Action.COMPLETE:
-            return decision
-        keep = situation.phase is Phase.DENDRITE or situation.helped
-        reason = f"{decision.reason}; all of max_epochs={longest} are over"
-        return Decision(Action.COMPLETE, reason, keep)
 
     def _carry_on(self, search: Search) -> None:
         """Do what the search for a learning rate has said. Structure and code stay."""
@@ -507,9 +452,7 @@ class Tracker:
     def _write_last(self) -> None:
         if self.directory is not None:
             checkpoint.save(self.model, self.directory / "last.safetensors", self)
-            write_csv(self.history, self.directory / "history.csv")
-            if any(epoch.sites for epoch in self.history):
-                write_sites_csv(self.history, self.directory / "sites.csv")
+            write_history(self.history, self.directory)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later process needs beside the model's own state dict.
@@ -570,7 +513,7 @@ class Tracker:
                 for key in ("best", "current")
             )
             parameters = dict(self.model.named_parameters())
-            self._hold(parameters, state["groups"])
+            hold(self.optimizer, parameters, self._parameters, state["groups"])
             self.optimizer.load_state_dict(state["optimizer"])
             self._schedule.load_state_dict(state["schedule"])
             for path, part in parts_of(self.model).items():
@@ -599,29 +542,6 @@ class Tracker:
         figures = next((epoch.sites for epoch in reversed(history) if epoch.sites), ())
         for part in parts_of(self.model).values():
             part.perforation.figures = figures
-
-    def _hold(self, parameters: dict[str, nn.Parameter], names: list[list[str | None]]) -> None:
-        """Fill the optimizer's groups with the parameters that `names` lists.
-
-        `None` stands for a parameter that is not the model's (a criterion's, say); those keep their
-        order among themselves.
-        """
-        groups = self.optimizer.param_groups
-        ours = {id(p) for p in (*parameters.values(), *self._parameters.values())}
-        foreign = [[p for p in group["params"] if id(p) not in ours] for group in groups]
-        unknown = sorted({n for group in names for n in group if n is not None} - parameters.keys())
-        fault = None
-        if unknown:
-            fault = f"the model has no parameter {unknown[0]!r}; load its state dict first"
-        elif len(groups) != len(names):
-            fault = f"the optimizer has {len(groups)} parameter groups, not {len(names)}"
-        elif [len(rest) for rest in foreign] != [group.count(None) for group in names]:
-            fault = "the optimizer's groups hold another number of parameters from elsewhere"
-        if fault:
-            raise TrackerError(f"the saved tracker does not fit: {fault}")
-        for group, rest, wanted in zip(groups, foreign, names, strict=True):
-            others = iter(rest)
-            group["params"][:] = [next(others) if n is None else parameters[n] for n in wanted]
 
 
 def _grows_at_once(parts: Iterable[PerforatedModule]) -> bool:

@@ -38,7 +38,7 @@ LAYERS: list[tuple[str, str]] = [
         "the verbs, each made of passes",
     ),
     (
-        "policy history waypoint budget rates capacity tracker",
+        "policy history waypoint budget rates capacity belonging tracker",
         "when to restructure, and the call that does it",
     ),
     ("backend", "torch.compile: lowers what the verbs made"),

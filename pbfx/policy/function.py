@@ -35,4 +35,4 @@ def growth_epochs(policy: PolicyLike, dendrites: int, dendrite_phase: bool) -> i
     A policy may say so by a method of this name; otherwise each phase has one.
     """
     ask: Any = getattr(policy, "growth_epochs", None)
-    return ask(dendrites, dendrite_phase) if callable(ask) else 1 + dendrite_phase
+    return 1 + dendrite_phase if ask is None else ask(dendrites, dendrite_phase)
