@@ -13,10 +13,12 @@ from pbfx.errors import ConfigError, nearest
 
 Learning = Literal["perforated", "gradient", "sham"]
 Tuning = Literal["links", "all"]
+Objective = Literal["covariance", "correlation"]
 Capture = Literal["trace", "export"]
 
 LEARNING = ("perforated", "gradient", "sham")
 TUNING = ("links", "all")
+OBJECTIVES = ("covariance", "correlation")
 CAPTURE = ("trace", "export")
 # The kernels' table, repeated here so that importing the configuration imports no kernels; a test
 # compares the two.
@@ -46,6 +48,8 @@ class Config:
             to its neuron takes at promotion. 0 leaves the network's output as it was; other values
             assume a loss that is a mean of negative log-likelihoods, without a loss scaler.
         activation: what a dendrite applies to its preactivation: sigmoid, tanh, relu, gelu or silu.
+        objective: what a candidate maximises: its `"covariance"` with its neuron's error, or their
+            `"correlation"`, for which what it explains of the error already counts no more.
         candidates: size C of the pool from which each neuron's next dendrite is chosen.
         candidate_lr: step size of the candidates' own Adam; the user's optimizer never steps them.
         measure_every: every m-th training batch of a dendrite phase only measures, so that
@@ -74,6 +78,7 @@ class Config:
     finish: bool = False
     initial_link: float = 0.0
     activation: str = "tanh"
+    objective: Objective = "covariance"
     candidates: int = 4
     candidate_lr: float = 1e-3
     measure_every: int = 4
@@ -141,6 +146,7 @@ class Config:
             flag("finish"),
             between("initial_link", 0.0, 1.0, "[]"),
             one_of("activation", ACTIVATIONS),
+            one_of("objective", OBJECTIVES),
             whole("candidates", 1),
             between("candidate_lr", 0.0, math.inf, "()"),
             whole("measure_every", 2),

@@ -85,6 +85,7 @@ class Candidates(nn.Module):
 
     direction: Tensor
     error_mean: Tensor
+    regression: Tensor | None
     running: Tensor
     running_batches: Tensor
     heldout: Tensor
@@ -122,6 +123,9 @@ class Candidates(nn.Module):
             "best_batches": (count, neurons),
         }.items():
             self.register_buffer(name, weight.new_zeros(shape, dtype=precise))
+        climbs = config.objective == "correlation"
+        line = weight.new_zeros(2, count, neurons, dtype=precise) if climbs else None
+        self.register_buffer("regression", line)
         # A norm scales what its neuron computes; dendrites join after it and have to come scaled.
         self.spread = Spread(count, neurons, weight, precise) if site.norm else None
         self.register_buffer("best_weight", weight.detach().clone())
@@ -171,6 +175,7 @@ class Candidates(nn.Module):
             self.error_mean,
             self.activation,
             fit_form(self.site, neuron, x),
+            self.regression,
         )
         if self.spread is not None and self.spread.open:
             self.spread.add(z, self.site.geometry.channel_axis)

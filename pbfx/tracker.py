@@ -376,8 +376,8 @@ class Tracker:
                 part.perforation.draws = state["draws"].get(path, part.perforation.draws)
             if self._frozen is not None:
                 restructure.thaw(self.model, self._frozen)
-            if self._finishing or state["finishing"]:
-                restructure.set_finishing(self.model, state["finishing"])
+            if self._finishing or state.get("finishing", False):
+                restructure.set_finishing(self.model, state.get("finishing", False))
             if state["frozen"] is not None:
                 frozen = Frozen(*(tuple(state["frozen"][key]) for key in ("learning", "training")))
                 restructure.freeze(self.model)
@@ -387,7 +387,7 @@ class Tracker:
         self._parameters = parameters
         self.complete, self.history = state["complete"], history
         self._cycle, self._attempt = state["cycle"], state["attempt"]
-        self._finishing = state["finishing"]
+        self._finishing = state.get("finishing", False)
         self._best, self._current = best, current
         self._listen(frozen, learners)
 

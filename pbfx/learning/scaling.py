@@ -67,3 +67,5 @@ def scale_candidates(pool: Candidates, config: Config) -> None:
     # Through `.data`, because graphs of later forwards of the same step may still hold these.
     pool.direction.data.zero_()
     pool.error_mean.data.zero_()
+    if pool.regression is not None:
+        pool.regression.data.zero_()

@@ -9,7 +9,15 @@ from typing import get_args
 import pytest
 
 import pbfx
-from pbfx.config import ACTIVATIONS, LEARNING, TUNING, Learning, Tuning
+from pbfx.config import (
+    ACTIVATIONS,
+    LEARNING,
+    OBJECTIVES,
+    TUNING,
+    Learning,
+    Objective,
+    Tuning,
+)
 from pbfx_kernels import reference
 
 BAD = [
@@ -25,6 +33,7 @@ BAD = [
     ({"initial_link": True}, r"initial_link must be a number in \[0, 1\], got True"),
     ({"activation": "Tanh"}, "activation is unknown, got 'Tanh': did you mean 'tanh'"),
     ({"activation": None}, "activation is unknown, got None"),
+    ({"objective": "gain"}, "objective is unknown, got 'gain': did you mean 'covariance' or"),
     ({"candidates": 0}, "candidates must be a whole number of at least 1, got 0"),
     ({"candidates": 2.0}, "candidates must be a whole number of at least 1, got 2.0"),
     ({"candidates": True}, "candidates must be a whole number of at least 1, got True"),
@@ -66,6 +75,7 @@ def test_all_faults_come_in_one_message():
         {"initial_link": 1.0},
         *({"learning": learning} for learning in LEARNING),
         *({"tuning": tuning} for tuning in TUNING),
+        *({"objective": objective} for objective in OBJECTIVES),
         *({"activation": activation} for activation in ACTIVATIONS),
     ],
 )
@@ -88,6 +98,7 @@ def test_lists_of_names_agree_with_where_they_come_from():
     assert set(ACTIVATIONS) == set(reference.ACTIVATIONS)
     assert set(LEARNING) == set(get_args(Learning))
     assert set(TUNING) == set(get_args(Tuning))
+    assert set(OBJECTIVES) == set(get_args(Objective))
 
 
 def test_json_holds_everything_but_code():
