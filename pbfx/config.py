@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from pbfx.errors import ConfigError, nearest
+from pbfx.settings import PerDendrite, at, freeze_lists
 
 Learning = Literal["perforated", "gradient", "sham"]
 Tuning = Literal["links", "all"]
@@ -25,9 +26,23 @@ CAPTURE = ("trace", "export")
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "gelu", "silu")
 
 
+class PhaseSettings(NamedTuple):
+    """The settings of `Config` that one dendrite phase of one site has; no lists among them."""
+
+    candidates: int
+    candidate_lr: float
+    measure_every: int
+    priming_batches: int
+    moment_decay: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Say where dendrites may grow and how they learn.
+
+    Each of `candidates`, `candidate_lr`, `measure_every`, `priming_batches` and `moment_decay` may
+    be a list indexed by the number of dendrites that the site has when its candidates are drawn;
+    the last value stands for all numbers beyond.
 
     Args:
         include: globs over module paths (`"features.*"`); a site must match at least one.
@@ -79,11 +94,11 @@ class Config:
     initial_link: float = 0.0
     activation: str = "tanh"
     objective: Objective = "covariance"
-    candidates: int = 4
-    candidate_lr: float = 1e-3
-    measure_every: int = 4
-    priming_batches: int = 8
-    moment_decay: float = 0.95
+    candidates: PerDendrite[int] = 4
+    candidate_lr: PerDendrite[float] = 1e-3
+    measure_every: PerDendrite[int] = 4
+    priming_batches: PerDendrite[int] = 8
+    moment_decay: PerDendrite[float] = 0.95
     seed: int = 0
     capture: Capture = "trace"
 
@@ -96,9 +111,27 @@ class Config:
                 object.__setattr__(self, name, tuple(value))
             elif isinstance(value, str):
                 object.__setattr__(self, name, (value,))
-        faults = [fault for fault in self._faults() if fault]
+        freeze_lists(self, *PhaseSettings._fields)
+        listed = {n: v for n in PhaseSettings._fields if isinstance(v := getattr(self, n), tuple)}
+        faults = [f"{name} must not be an empty list" for name, v in listed.items() if not v]
+        if listed and not faults:
+            # The settings at each number of dendrites are checked as any others.
+            for dendrites in range(max(map(len, listed.values()))):
+                dataclasses.replace(self, **self.phase(dendrites)._asdict())
+        elif not faults:
+            faults = [fault for fault in self._faults() if fault]
         if faults:
             raise ConfigError("pbfx.Config: " + "; ".join(faults))
+
+    def phase(self, dendrites: int) -> PhaseSettings:
+        """Return the settings of a dendrite phase of a site that has so many dendrites."""
+        return PhaseSettings(
+            at(self.candidates, dendrites),
+            at(self.candidate_lr, dendrites),
+            at(self.measure_every, dendrites),
+            at(self.priming_batches, dendrites),
+            at(self.moment_decay, dendrites),
+        )
 
     def _faults(self) -> list[str]:
         def whole(name: str, least: int) -> str:

@@ -151,6 +151,11 @@ class Candidates(nn.Module):
         """C, the size of the pool."""
         return self.weight.shape[0]
 
+    @property
+    def dendrites(self) -> int:
+        """D, how many accepted dendrites the neurons had when the pool was drawn."""
+        return self.to_dendrite.shape[1]
+
     def learnt(self) -> list[nn.Parameter]:
         """Return the parameters that candidate learning steps, and no one else."""
         return [

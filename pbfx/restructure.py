@@ -67,8 +67,10 @@ def start_dendrite_phase(model: nn.Module) -> tuple[Frozen, dict[str, SiteLearne
         tuple(name for name, m in model.named_modules() if m.training),
     )
     for part in parts_of(model).values():
+        config, grown = part.perforation.config, part.structure().sites
         for site in part.perforation.sites:
-            part.new_candidates(site, part.perforation.config.candidates)
+            has = grown[site.name].dendrites if site.name in grown else 0
+            part.new_candidates(site, config.phase(has).candidates)
         part.perforation.phase = Phase.DENDRITE
         part.rebuild()
     freeze(model)

@@ -20,8 +20,19 @@ from pbfx.learning import SiteLearner
 from pbfx.optimizers import Schedule, Stepping
 from pbfx.parts import parameter_count, parts_of
 from pbfx.phase import Phase
-from pbfx.policy import Action, Decision, Plateau, Policy, Situation, finished, possible
+from pbfx.policy import (
+    Action,
+    Decision,
+    Plateau,
+    PolicyLike,
+    Situation,
+    asked,
+    fault_of,
+    finished,
+    possible,
+)
 from pbfx.restructure import Frozen
+from pbfx.settings import PerDendrite, at
 from pbfx.snapshot import Snapshot
 from pbfx.undo import undoing
 
@@ -38,14 +49,16 @@ class Tracker:
         model: a model from `pbfx.transform`, or one that contains such parts, compiled or not.
         optimizer: any optimizer of `torch.optim` over the model's parameters, with any groups.
         scheduler: a learning-rate scheduler of that optimizer, or None.
-        policy: decides; `Plateau()` if None.
+        policy: decides: `Plateau()` if None, another of `pbfx`, an object with a method
+            `decide(situation)`, or a function `situation -> Decision`.
         max_dendrites: dendrites per neuron after which training completes at the next plateau.
         maximize: whether a larger score is better (accuracy) or a smaller one (loss).
         scheduler_steps: `"epoch"`: the tracker steps the scheduler, once per call; `"batch"`: the
             training loop does; `"auto"`: the tracker, unless the loop is seen to do it.
-        reset_learning_rate: whether rates and schedule start again after each growth.
+        reset_learning_rate: whether rates and schedule start again after each growth. May be a list
+            indexed by the number of dendrites after it; the last value stands for all beyond.
         reset_optimizer_state: whether the optimizer forgets its moments after each growth; by
-            default parameters that survive keep theirs.
+            default parameters that survive keep theirs. May be a list likewise.
         directory: where to write `last.safetensors` (to resume), `best.safetensors` and
             `history.csv` at every call; None writes nothing.
 
@@ -60,23 +73,24 @@ class Tracker:
         optimizer: Optimizer,
         scheduler: Any = None,
         *,
-        policy: Policy | None = None,
+        policy: PolicyLike | None = None,
         max_dendrites: int = 5,
         maximize: bool = True,
         scheduler_steps: Stepping = "auto",
-        reset_learning_rate: bool = True,
-        reset_optimizer_state: bool = False,
+        reset_learning_rate: PerDendrite[bool] = True,
+        reset_optimizer_state: PerDendrite[bool] = False,
         directory: str | os.PathLike[str] | None = None,
     ) -> None:
         # torch.compile returns a wrapper around the module that it was given; that one is
         # restructured.
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.optimizer = optimizer
-        self.policy: Policy = Plateau() if policy is None else policy
+        self.policy: PolicyLike = Plateau() if policy is None else policy
         self.max_dendrites, self.maximize = max_dendrites, maximize
         self._check_parts()
         self._schedule = Schedule(optimizer, scheduler, scheduler_steps)
-        self._reset = reset_learning_rate, reset_optimizer_state
+        self.reset_learning_rate = reset_learning_rate
+        self.reset_optimizer_state = reset_optimizer_state
         self.directory = None if directory is None else _folder(directory)
 
         self.complete = False
@@ -100,8 +114,8 @@ class Tracker:
             raise TrackerError(
                 f"optimizer must be a torch.optim.Optimizer, got {type(self.optimizer).__name__}"
             )
-        if not callable(getattr(self.policy, "decide", None)):
-            raise TrackerError(f"policy must have a method decide(situation), got {self.policy!r}")
+        if fault := fault_of(self.policy):
+            raise TrackerError(fault)
         count = self.max_dendrites
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise TrackerError(f"max_dendrites must be a whole number of at least 0, got {count!r}")
@@ -200,7 +214,7 @@ class Tracker:
         return Step(restructured, self.complete, self.phase, self.dendrites, improved, reason)
 
     def _decide(self, situation: Situation) -> Decision:
-        decision = self.policy.decide(situation)
+        decision = asked(self.policy, situation)
         if isinstance(decision, Decision):
             wanted = any(p.perforation.config.finish for p in parts_of(self.model).values())
             kept = self._kept(decision)
@@ -280,9 +294,9 @@ class Tracker:
                 elif decision.action is not Action.COMPLETE:
                     frozen, learners = self._grow()
             if decision.action is not Action.COMPLETE:
-                if self._reset[0]:
+                if at(self.reset_learning_rate, self.dendrites):
                     self._schedule.reset()
-                if self._reset[1]:
+                if at(self.reset_optimizer_state, self.dendrites):
                     self.optimizer.state.clear()
         self._listen(frozen, learners)
         self._parameters = dict(self.model.named_parameters())

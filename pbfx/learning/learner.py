@@ -55,14 +55,15 @@ class SiteLearner:
         self, candidates: Candidates, config: Config, cohort: Cohort | None = None
     ) -> None:
         self.candidates, self.config = candidates, config
-        self.rules = Rules(config.measure_every, config.priming_batches, config.moment_decay)
+        phase = config.phase(candidates.dendrites)
+        self.rules = Rules(phase.measure_every, phase.priming_batches, phase.moment_decay)
         self._cohort = new_cohort() if cohort is None else cohort
         self._turns = candidates.moments.new_zeros((), dtype=torch.int64)
         self._parameters = list(candidates.parameters())
         self._learnt = candidates.learnt()
         # It holds state and settings only: `_step` calls its kernel, for all that is wrapped around
         # an optimizer's step costs more than a small site.
-        self._adam = torch.optim.Adam(self._learnt, lr=config.candidate_lr, fused=True)
+        self._adam = torch.optim.Adam(self._learnt, lr=phase.candidate_lr, fused=True)
         self._prepare()
         self._line: tuple[tuple[int, ...], Tensor | None] = (), None
         self._handle: RemovableHandle | None = None
@@ -126,7 +127,7 @@ class SiteLearner:
         if spread is None or not spread.open:
             return
         if is_capturing(self._turns):
-            due = scaling_batches(self.config)
+            due = scaling_batches(self.candidates, self.config)
             raise RestructureError(
                 "the dendrite phase cannot be captured in a CUDA graph yet: candidates that join "
                 f"after a norm are scaled after {due} batches, and this is batch "

@@ -37,6 +37,9 @@ BAD = [
     ({"candidates": 0}, "candidates must be a whole number of at least 1, got 0"),
     ({"candidates": 2.0}, "candidates must be a whole number of at least 1, got 2.0"),
     ({"candidates": True}, "candidates must be a whole number of at least 1, got True"),
+    ({"candidates": []}, "candidates must not be an empty list"),
+    ({"candidates": [4, 0]}, "candidates must be a whole number of at least 1, got 0"),
+    ({"candidate_lr": [1e-3, None]}, r"candidate_lr must be a number in \(0, inf\), got None"),
     ({"candidate_lr": 0}, r"candidate_lr must be a number in \(0, inf\), got 0"),
     ({"candidate_lr": -1e-3}, r"candidate_lr must be a number in \(0, inf\), got -0.001"),
     ({"candidate_lr": float("nan")}, r"candidate_lr must be a number in \(0, inf\), got nan"),
@@ -106,3 +109,13 @@ def test_json_holds_everything_but_code():
     settings = json.loads(json.dumps(config.to_json()))
     assert settings.keys() == {field.name for field in dataclasses.fields(config)} - {"filter_fn"}
     assert pbfx.Config(**settings) == dataclasses.replace(config, filter_fn=None)
+
+
+def test_settings_of_a_phase_may_be_lists():
+    config = pbfx.Config(candidates=[4, 2], candidate_lr=(1e-2, 1e-3, 1e-4))
+    assert config.phase(0)[:2] == (4, 1e-2)
+    assert config.phase(1)[:2] == (2, 1e-3)
+    assert config.phase(9)[:2] == (2, 1e-4)
+    assert config.phase(0).measure_every == 4
+    assert pbfx.Config(**json.loads(json.dumps(config.to_json()))) == config
+    hash(config)
