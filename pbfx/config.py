@@ -13,12 +13,12 @@ from pbfx.errors import ConfigError, nearest
 from pbfx.settings import PerDendrite, at, freeze_lists
 
 Learning = Literal["perforated", "gradient", "sham"]
-Tuning = Literal["links", "all"]
+Tuning = Literal["links", "newest", "all"]
 Objective = Literal["covariance", "correlation"]
 Capture = Literal["trace", "export"]
 
 LEARNING = ("perforated", "gradient", "sham")
-TUNING = ("links", "all")
+TUNING = ("links", "newest", "all")
 OBJECTIVES = ("covariance", "correlation")
 CAPTURE = ("trace", "export")
 # The kernels' table, repeated here so that importing the configuration imports no kernels; a test
@@ -54,8 +54,9 @@ class Config:
             by backpropagation) or `"sham"` (the phases and restarts of `"perforated"` with
             dendrites whose output stays zero).
         tuning: what the neuron phases of `"perforated"` train of an accepted dendrite: `"links"`
-            (its link to the neuron, as published) or `"all"` (its weights too, from its neuron's
-            error; none is passed on to what it reads). Other modes leave this aside.
+            (its link to the neuron, as published), `"all"` (its weights too, from its neuron's
+            error; none is passed on to what it reads) or `"newest"` (the same, for the newest
+            dendrite of each neuron). Other modes leave this aside.
         finish: whether one more neuron phase follows where training would complete, in which the
             dendrites of `"perforated"` train with everything else by plain backpropagation. It
             starts from the best network, and is kept only if it beats that.
@@ -192,7 +193,7 @@ class Config:
     @property
     def trains_stacks(self) -> bool:
         """Whether some neuron phase of `"perforated"` trains the weights of dendrites."""
-        return self.learning == "perforated" and (self.tuning == "all" or self.finish)
+        return self.learning == "perforated" and (self.tuning != "links" or self.finish)
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON values; `filter_fn` is code and stays out."""

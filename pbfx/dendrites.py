@@ -244,14 +244,24 @@ class Dendrites(nn.Module):
     @property
     def tunes(self) -> bool:
         """Whether a neuron phase trains the dendrites' weights, and not only their links."""
-        tuned = self.learning == "perforated" and self.tuning == "all"
+        tuned = self.learning == "perforated" and self.tuning != "links"
         return tuned or self.backpropagates
+
+    @property
+    def holds_older(self) -> bool:
+        """Whether of those weights only the newest dendrite's train, and there are others."""
+        newest = self.tuning == "newest" and self.tunes and not self.backpropagates
+        return newest and self.count > 1 and self.weight.requires_grad
+
+    def tuned(self) -> list[nn.Parameter]:
+        """Return what a dendrite is made of, its link to the neuron aside."""
+        roles = self.weight, self.bias, self.to_dendrite
+        return [role for role in roles if role is not None]
 
     def set_trainable(self) -> None:
         """Let those parameters require gradients that the neuron phase trains in this mode."""
-        for role in (self.weight, self.bias, self.to_dendrite):
-            if role is not None:
-                role.requires_grad_(self.tunes)
+        for role in self.tuned():
+            role.requires_grad_(self.tunes)
         self.to_soma.requires_grad_(self.learning != "sham")
 
     def set_finishing(self, finishing: bool) -> None:
@@ -326,6 +336,9 @@ class Dendrites(nn.Module):
             # The weights learn from their neuron's error, and what they read does not. In the
             # dendrite phase nothing of this requires gradients.
             evaluate, x = pbfx_kernels.reference.dendrites, x.detach()
+            if self.holds_older:
+                weight, to_dendrite = _newest_learns(weight), _newest_learns(to_dendrite)
+                bias = None if bias is None else _newest_learns(bias)
         elif _in_torch_func():
             # Its transforms do not go through the op; the reference blocks the same errors if what
             # they must not reach is detached.
@@ -342,6 +355,11 @@ class Dendrites(nn.Module):
             self.activation,
             fit_form(self.site, soma, x),
         )
+
+
+def _newest_learns(stack: Tensor) -> Tensor:
+    """Return `stack`, of which only the last row passes gradients on."""
+    return torch.cat([stack[:-1].detach(), stack[-1:]])
 
 
 def _keep_out_of_fast_paths(module: nn.Module, inputs: tuple[Any, ...]) -> None:

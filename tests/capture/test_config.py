@@ -26,7 +26,7 @@ BAD = [
     ({"exclude": ("fc", 1)}, r"exclude must be a glob or a tuple of globs, got \('fc', 1\)"),
     ({"filter_fn": "fc1"}, "filter_fn must be callable, got 'fc1'"),
     ({"learning": "perforate"}, "learning is unknown, got 'perforate': did you mean 'perforated'"),
-    ({"tuning": "newest"}, "tuning is unknown, got 'newest': valid: 'all', 'links'"),
+    ({"tuning": "none"}, "tuning is unknown, got 'none': "),
     ({"finish": 1}, "finish must be True or False, got 1"),
     ({"initial_link": -0.1}, r"initial_link must be a number in \[0, 1\], got -0.1"),
     ({"initial_link": 1.5}, r"initial_link must be a number in \[0, 1\], got 1.5"),
