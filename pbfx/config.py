@@ -15,11 +15,13 @@ from pbfx.settings import PerDendrite, at, freeze_lists
 Learning = Literal["perforated", "gradient", "sham"]
 Tuning = Literal["links", "newest", "all"]
 Objective = Literal["covariance", "correlation"]
+Bias = Literal["drawn", "bend"]
 Capture = Literal["trace", "export"]
 
 LEARNING = ("perforated", "gradient", "sham")
 TUNING = ("links", "newest", "all")
 OBJECTIVES = ("covariance", "correlation")
+BIASES = ("drawn", "bend")
 CAPTURE = ("trace", "export")
 # The kernels' table, repeated here so that importing the configuration imports no kernels; a test
 # compares the two.
@@ -67,6 +69,10 @@ class Config:
         objective: what a candidate maximises: its `"covariance"` with its neuron's error, or their
             `"correlation"`, for which what it explains of the error already counts no more.
         candidates: size C of the pool from which each neuron's next dendrite is chosen.
+        candidate_bias: where candidates start: with `"drawn"` biases, as a fresh layer has them, or
+            with these moved to the `"bend"` of a tanh or sigmoid, whose middle is straight: there
+            squares of the input, the first that a trained neuron leaves over, show in the
+            covariance.
         candidate_lr: step size of the candidates' own Adam; the user's optimizer never steps them.
         measure_every: every m-th training batch of a dendrite phase only measures, so that
             candidates are ranked and stopped on batches that they did not learn from. At least 2.
@@ -96,6 +102,7 @@ class Config:
     activation: str = "tanh"
     objective: Objective = "covariance"
     candidates: PerDendrite[int] = 4
+    candidate_bias: Bias = "drawn"
     candidate_lr: PerDendrite[float] = 1e-3
     measure_every: PerDendrite[int] = 4
     priming_batches: PerDendrite[int] = 8
@@ -181,6 +188,7 @@ class Config:
             between("initial_link", 0.0, 1.0, "[]"),
             one_of("activation", ACTIVATIONS),
             one_of("objective", OBJECTIVES),
+            one_of("candidate_bias", BIASES),
             whole("candidates", 1),
             between("candidate_lr", 0.0, math.inf, "()"),
             whole("measure_every", 2),

@@ -35,6 +35,15 @@ from pbfx_kernels import Geometry, Moment
 _LIKE_WEIGHT = frozenset(("best_weight", "best_bias", "best_to_dendrite"))
 
 
+# Where |f''| is largest: artanh(1/√3), and twice that. The other activations bend most at zero.
+_BENDS = {"tanh": 0.6584789484624085, "sigmoid": 1.316957896924817}
+
+
+def bend_of(config: Config) -> float:
+    """Return the preactivation around which candidates start, 0 unless `config` asks for more."""
+    return _BENDS.get(config.activation, 0.0) if config.candidate_bias == "bend" else 0.0
+
+
 def draw_weights(site: Site, like: Tensor, count: int, seed: str) -> tuple[Tensor, Tensor | None]:
     """Draw `count` sets of weights as torch initialises a fresh linear or conv layer,
     U(±1/sqrt(fan_in)).

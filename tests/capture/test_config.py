@@ -11,9 +11,11 @@ import pytest
 import pbfx
 from pbfx.config import (
     ACTIVATIONS,
+    BIASES,
     LEARNING,
     OBJECTIVES,
     TUNING,
+    Bias,
     Learning,
     Objective,
     Tuning,
@@ -34,6 +36,7 @@ BAD = [
     ({"activation": "Tanh"}, "activation is unknown, got 'Tanh': did you mean 'tanh'"),
     ({"activation": None}, "activation is unknown, got None"),
     ({"objective": "gain"}, "objective is unknown, got 'gain': did you mean 'covariance' or"),
+    ({"candidate_bias": "bent"}, "candidate_bias is unknown, got 'bent': did you mean 'bend'"),
     ({"candidates": 0}, "candidates must be a whole number of at least 1, got 0"),
     ({"candidates": 2.0}, "candidates must be a whole number of at least 1, got 2.0"),
     ({"candidates": True}, "candidates must be a whole number of at least 1, got True"),
@@ -79,6 +82,7 @@ def test_all_faults_come_in_one_message():
         *({"learning": learning} for learning in LEARNING),
         *({"tuning": tuning} for tuning in TUNING),
         *({"objective": objective} for objective in OBJECTIVES),
+        *({"candidate_bias": bias} for bias in BIASES),
         *({"activation": activation} for activation in ACTIVATIONS),
     ],
 )
@@ -102,6 +106,7 @@ def test_lists_of_names_agree_with_where_they_come_from():
     assert set(LEARNING) == set(get_args(Learning))
     assert set(TUNING) == set(get_args(Tuning))
     assert set(OBJECTIVES) == set(get_args(Objective))
+    assert set(BIASES) == set(get_args(Bias))
 
 
 def test_json_holds_everything_but_code():
