@@ -27,7 +27,7 @@ from benchmarks.learning.workers import Placement, work_off
 from benchmarks.options import count, natural, positive
 from pbfx.errors import PbfxError
 
-SUMMARY = "train paired arms with many seeds: mnist, compression, adult, shakespeare, digits"
+SUMMARY = "studies of what dendrites bring, with many paired seeds"
 _REPORTS = ("summary", "plots")
 
 
@@ -109,7 +109,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     if not left:
         return 0
-    begun, finished, faults = time.perf_counter(), 0, 0
+    begun, finished, faults, trained = time.perf_counter(), 0, 0, 0
     service = multi_process_service() if args.mps else contextlib.nullcontext()
     with service, contextlib.closing(work_off(left, placement, args.budget)) as reports:
         for report in reports:
@@ -121,7 +121,7 @@ def _run(args: argparse.Namespace) -> int:
                     f"{spent:6.0f} s  {what} failed:\n{report.fault}", file=sys.stderr, flush=True
                 )
                 continue
-            finished += 1
+            finished, trained = finished + 1, trained + int(report.cells["epochs"])
             cells = report.cells
             rows.append(files[cells["study"]], cells)
             print(
@@ -131,6 +131,10 @@ def _run(args: argparse.Namespace) -> int:
                 f"{float(cells['seconds']):.1f} s",
                 flush=True,
             )
+    spent = time.perf_counter() - begun
+    if trained:
+        each = spent * len(placement.devices) / trained
+        print(f"{trained} epochs in {spent:.0f} s: {each:.3g} s of a device an epoch")
     missing = len(left) - finished
     if missing:
         print(f"{missing} runs are missing ({faults} failed); the same command does them")
