@@ -185,6 +185,17 @@ def test_an_epoch_sees_each_row_once() -> None:
     )
 
 
+def test_windows_move_as_the_text_that_they_show() -> None:
+    split = problem("tiny_shakespeare", 500).train
+    # To another device, so that something moves.
+    moved = split.to(torch.device("meta"))
+    assert moved.inputs.shape == (500, CONTEXT)
+    assert moved.inputs.untyped_storage().nbytes() == 8 * (500 + CONTEXT)
+    here = split.to(CPU)
+    assert torch.equal(here.inputs, split.inputs)
+    assert torch.equal(here.targets, split.targets)
+
+
 def test_figures_are_those_of_plain_torch() -> None:
     model, data = torch.nn.Linear(3, 4), torch.randn(2500, 3)
     targets = torch.randint(0, 4, (2500,))
