@@ -212,7 +212,8 @@ def _begin(
     settings |= arm.tracker_settings(task.phase_epochs, task.dendrite_epochs)
     tracker = pbfx.Tracker(model, optimizer, StepLR(optimizer, 1, gamma), **settings)
     # Candidates behind a norm are scaled once, by steps that no graph can hold.
-    return model, optimizer, tracker, _EAGER + scaling_batches(config)
+    scaling = max(scaling_batches(config, grown) for grown in range(max(task.dendrites, 1)))
+    return model, optimizer, tracker, _EAGER + scaling
 
 
 def _ready(device: torch.device) -> Ready:

@@ -124,7 +124,7 @@ class SiteLearner:
         if spread is None or not spread.open:
             return
         if is_capturing(self._turns):
-            due = scaling_batches(self.candidates, self.config)
+            due = scaling_batches(self.config, self.candidates.dendrites)
             raise RestructureError(
                 "the dendrite phase cannot be captured in a CUDA graph yet: candidates that join "
                 f"after a norm are scaled after {due} batches, and this is batch "

@@ -18,16 +18,21 @@ from pbfx.dendrites import Candidates
 from pbfx.learning.moments import CONSTANT
 
 
-def scaling_batches(pool: Candidates, config: Config) -> int:
-    """Return how many batches show the scale; the rest of the priming fills the moments anew."""
-    return max(1, config.phase(pool.dendrites).priming_batches // 2)
+def scaling_batches(config: Config, dendrites: int) -> int:
+    """Return how many batches show the scale; the rest of the priming fills the moments anew.
+
+    Args:
+        config: says how many batches prime.
+        dendrites: how many a site has already.
+    """
+    return max(1, config.phase(dendrites).priming_batches // 2)
 
 
 def resume_scaling(pool: Candidates, batches: int, config: Config) -> None:
     """Take up where a pool that has seen so many batches left off."""
     if pool.spread is not None:
         pool.spread.batches = batches
-        pool.spread.open = batches < scaling_batches(pool, config)
+        pool.spread.open = batches < scaling_batches(config, pool.dendrites)
 
 
 @torch.no_grad()
@@ -42,7 +47,7 @@ def scale_candidates(pool: Candidates, config: Config) -> None:
     if spread is None or not spread.open:
         return
     spread.batches += 1
-    if spread.batches < scaling_batches(pool, config):
+    if spread.batches < scaling_batches(config, pool.dendrites):
         return
     spread.open = False
     variance = spread.variance
