@@ -22,7 +22,7 @@ from benchmarks.learning.arms import arm_named, setting
 from benchmarks.learning.mps import multi_process_service
 from benchmarks.learning.nets import parameters_at
 from benchmarks.learning.studies import STUDIES, Study
-from benchmarks.learning.task import Key, Task
+from benchmarks.learning.task import Task
 from benchmarks.learning.workers import Placement, work_off
 from benchmarks.options import count, natural, positive
 from pbfx.errors import PbfxError
@@ -88,16 +88,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    tasks = [task for name in args.study for task in tasks_of(name, args)]
+    # A run that two studies have in common is done once: only the study's name sets it apart.
+    asked = [task for name in args.study for task in tasks_of(name, args)]
+    tasks = list({task.key[1:]: task for task in reversed(asked)}.values())
     placement = _placement(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    files = {name: args.out / f"{name}.csv" for name in args.study}
-    done: set[Key] = set()
-    for path in files.values():
-        if cut := rows.mend(path):
-            print(f"{path}: cut off {cut} bytes of a row that was not written to its end")
-        done |= {rows.key_of(row.cells) for row in rows.read(path)}
-    left = sorted((task for task in tasks if task.key not in done), key=_cost, reverse=True)
+    files = {name: args.out / f"{name}.csv" for name in STUDIES}
+    for name in args.study:
+        if cut := rows.mend(files[name]):
+            print(f"{files[name]}: cut off {cut} bytes of a row that was not written to its end")
+    done = {rows.key_of(row.cells)[1:] for path in files.values() for row in rows.read(path)}
+    left = sorted((task for task in tasks if task.key[1:] not in done), key=_cost, reverse=True)
     if args.budget is not None:
         # What can be done of all is to be whole pairs.
         left.sort(key=lambda task: task.seed)

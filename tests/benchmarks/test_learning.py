@@ -127,7 +127,7 @@ def test_a_last_phase_of_plain_backpropagation_is_a_stage_of_its_own() -> None:
     # That phase is left out where no dendrite has helped.
     helped = without[1].parameters > without[0].parameters
     assert [stage.dendrites for stage in stages] == [0, 1, 1][: 2 + helped]
-    assert len(set(stage.epochs for stage in stages)) == len(stages)
+    assert len({stage.epochs for stage in stages}) == len(stages)
 
 
 @pytest.mark.usefixtures("short_epochs")

@@ -44,7 +44,8 @@ def stage(dendrites: int, error: float, parameters: int, correlation: float = 0.
 def written(
     folder: Path, study: str, arm: str, seed: int, stages: list[Stage], width: float = 1.0
 ) -> None:
-    job = Task(study, arm_named(arm, STUDIES[study].selections), width, seed, 10, 4, 2)
+    limit = 3 if study == "compression" else 2
+    job = Task(study, arm_named(arm, STUDIES[study].selections), width, seed, 10, 4, limit)
     outcome = Outcome(tuple(stages), tuple(s.test_error for s in stages), 12.0)
     rows.append(folder / f"{study}.csv", rows.encode(job, outcome, 4, WHERE))
 
@@ -117,6 +118,22 @@ def test_protocols_are_not_mixed(folder: Path) -> None:
     rows.append(folder / "mnist.csv", rows.encode(job, outcome, 1, WHERE))
     tables = summary.tables_of(rows.read(folder / "mnist.csv"))
     assert [len(table.lines) for table in tables] == [8, 1]
+
+
+def test_studies_share_the_runs_that_they_have_in_common(folder: Path, capsys) -> None:
+    found = publish.all_rows(folder)
+    # Of another protocol than compression's.
+    assert {row.study for row in summary.rows_of("compression", found)} == {"compression"}
+    assert len(summary.rows_of("compression", found)) == 9
+    job = Task("mnist", arm_named("perforated", {}), 0.25, 0, 10, 4, 3)
+    outcome = Outcome((stage(0, 3.0, 90), stage(1, 2.5, 180)), (9.0,), 1.0)
+    rows.append(folder / "mnist.csv", rows.encode(job, outcome, 1, WHERE))
+    found = publish.all_rows(folder)
+    assert len(summary.rows_of("compression", found)) == 10
+    assert "| **perforated** | 0.25 | 1 | 180 |" in publish.block_of("compression", found)
+    command = ["compression", "--seeds", "1", "--widths", "0.25", "--arms", "perforated"]
+    assert main([*command, "--dry-run", "--out", str(folder)]) == 0
+    assert "1 runs, 1 done" in capsys.readouterr().out
 
 
 def test_calibration_pairs_growths_with_the_sham(folder: Path) -> None:
