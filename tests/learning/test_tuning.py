@@ -509,7 +509,9 @@ def test_with_full_tuning_candidates_hear_the_true_error() -> None:
     assert errors["links"] > 1e-2
 
 
-@pytest.mark.parametrize("settings", [{"tuning": "all"}, {"tuning": "full"}, {"finish": True}])
+@pytest.mark.parametrize(
+    "settings", [{"tuning": "newest"}, {"tuning": "all"}, {"tuning": "full"}, {"finish": True}]
+)
 def test_a_compiled_model_trains_them_too(settings: dict[str, object]) -> None:
     torch.manual_seed(0)
     task = regression(96)
