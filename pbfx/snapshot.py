@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from pbfx.parts import adopt, network_state, structure_of
 from pbfx.structure import Counts, Structure
 
+# It has no public name.
+_foreach_copy_: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
@@ -45,7 +48,7 @@ class Snapshot:
         )
         if not fits:
             return Snapshot.take(model, score)
-        torch._foreach_copy_(list(self.tensors.values()), list(state.values()))
+        _foreach_copy_(list(self.tensors.values()), list(state.values()))
         return dataclasses.replace(self, score=score)
 
     def state_dict(self) -> dict[str, Any]:

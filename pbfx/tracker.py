@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,23 @@ from torch.utils.hooks import RemovableHandle
 
 from pbfx import checkpoint, restructure
 from pbfx.errors import TrackerError
-from pbfx.history import Epoch, Step, finite_score, write_csv
+from pbfx.figures import SiteFigures
+from pbfx.history import Epoch, Step, finite_score, write_csv, write_sites_csv
 from pbfx.learning import SiteLearner
 from pbfx.optimizers import Schedule, Stepping
 from pbfx.parts import Survey, parts_of, survey
 from pbfx.phase import Phase
-from pbfx.policy import Action, Decision, Plateau, PolicyLike, Situation, asked, fault_of, possible
+from pbfx.policy import (
+    Action,
+    Decision,
+    Plateau,
+    PolicyLike,
+    Situation,
+    asked,
+    fault_of,
+    finished,
+    possible,
+)
 from pbfx.restructure import Frozen
 from pbfx.settings import PerDendrite, at
 from pbfx.snapshot import Snapshot
@@ -88,6 +100,7 @@ class Tracker:
         self.history: tuple[Epoch, ...] = ()
         self._cycle = self._attempt = 0
         self._best_score: float | None = None
+        self._finishing = False
         self._best: Snapshot | None = None
         self._current: Snapshot | None = None
         self._frozen: Frozen | None = None
@@ -95,6 +108,7 @@ class Tracker:
         self._holds: list[RemovableHandle] = []
         # The parameters that the optimizer was last brought in line with.
         self._parameters = dict(self.model.named_parameters())
+        self._since = time.perf_counter()
         self._token = object()
         for part in parts_of(self.model).values():
             part.perforation.tracker = self._token
@@ -116,6 +130,13 @@ class Tracker:
             raise TrackerError(
                 "the optimizer holds none of the model's parameters; make it from the transformed "
                 "model: optimizer = torch.optim.SGD(model.parameters(), ...)"
+            )
+        configs = [part.perforation.config for part in parts.values()]
+        if isinstance(self.optimizer, torch.optim.Muon) and any(c.trains_stacks for c in configs):
+            raise TrackerError(
+                "Muon steps matrices only, and the weights of dendrites, which tuning='all' and "
+                "finish=True train, are stacks of them; use another optimizer, or tuning='links' "
+                "and finish=False"
             )
         for path, part in parts.items():
             if part.perforation.phase is Phase.DENDRITE:
@@ -170,10 +191,10 @@ class Tracker:
         improved = phase is Phase.NEURON and (best is None or self._better(value, best))
         if phase is Phase.NEURON:
             self._keep(value)
-        candidate_score = self._measure()
-        situation = self._situation(value, candidate_score, found)
-        decision = possible(asked(self.policy, situation), situation)
-        self._record(value, improved, candidate_score, decision, found)
+        candidate_score, sites = self._measure()
+        situation = self._situation(value, candidate_score, sites, found)
+        decision = self._decide(situation, found)
+        self._record(value, improved, candidate_score, sites, decision, found)
         if improved:
             # Before growing: the file is to hold the network that scored.
             self._write_best()
@@ -187,6 +208,7 @@ class Tracker:
         if self.complete:
             self._write_best()
         self._write_last()
+        self._since = time.perf_counter()
         return Step(
             restructured=decision.action is not Action.CONTINUE,
             complete=self.complete,
@@ -206,21 +228,48 @@ class Tracker:
     def _better(self, new: float, old: float) -> bool:
         return new > old if self.maximize else new < old
 
-    def _measure(self) -> float | None:
-        """Close the epoch of every learner; return the mean score over sites."""
+    def _decide(self, situation: Situation, found: Survey) -> Decision:
+        decision = asked(self.policy, situation)
+        if isinstance(decision, Decision):
+            wanted = any(p.perforation.config.finish for p in found.parts.values())
+            kept = self._kept(decision)
+            grown = kept is not None and kept.structure.dendrites > 0
+            decision = finished(decision, situation, wanted and grown)
+        return possible(decision, situation)
+
+    def _kept(self, decision: Decision) -> Snapshot | None:
+        """Return the network that is accepted from now on."""
+        return self._current if decision.keep and self._current is not None else self._best
+
+    def _measure(self) -> tuple[float | None, tuple[SiteFigures, ...]]:
+        """Close the epoch of every learner; return the mean score over sites, and the figures."""
         if not self._learners:
-            return None
+            return None, ()
         if not any(learner.batches for learner in self._learners.values()):
             warnings.warn(
                 "pbfx: no error has reached any candidate since the dendrite phase began; the "
                 "training loop must call loss.backward() on the model's output in this phase too",
                 stacklevel=3,
             )
-        measured = [learner.measure() for learner in self._learners.values()]
-        known = [score for score in measured if score is not None]
-        return sum(known) / len(known) if known else None
+        measured = {name: learner.measure() for name, learner in self._learners.items()}
+        known = [score for score in measured.values() if score is not None]
+        figures = tuple(
+            # As `torch.compile` leaves them in peace, paths do not show that it was there.
+            learner.figures(name.replace("_orig_mod.", ""), measured[name])
+            for name, learner in self._learners.items()
+            if learner.batches
+        )
+        for part in parts_of(self.model).values():
+            part.perforation.figures = figures
+        return sum(known) / len(known) if known else None, figures
 
-    def _situation(self, score: float, candidate_score: float | None, found: Survey) -> Situation:
+    def _situation(
+        self,
+        score: float,
+        candidate_score: float | None,
+        sites: tuple[SiteFigures, ...],
+        found: Survey,
+    ) -> Situation:
         same = itertools.takewhile(lambda e: e.cycle == self._cycle, reversed(self.history))
         now = list(same)[::-1]
         return Situation(
@@ -232,6 +281,8 @@ class Tracker:
             attempt=self._attempt,
             accepted=None if self._best is None else self._best.score,
             maximize=self.maximize,
+            finishing=self._finishing,
+            sites=sites,
         )
 
     def _record(
@@ -239,6 +290,7 @@ class Tracker:
         score: float,
         improved: bool,
         candidate_score: float | None,
+        sites: tuple[SiteFigures, ...],
         decision: Decision,
         found: Survey,
     ) -> None:
@@ -258,12 +310,14 @@ class Tracker:
                 candidate_score=candidate_score,
                 parameters=found.parameters,
                 learning_rates=tuple(float(group["lr"]) for group in self.optimizer.param_groups),
+                seconds=time.perf_counter() - self._since,
+                sites=sites,
             ),
         )
 
     def _restructure(self, decision: Decision) -> None:
         """Carry out a decision; the tracker's own state changes only when the model's has."""
-        kept = self._current if decision.keep and self._current is not None else self._best
+        kept = self._kept(decision)
         source = self._current if decision.action is Action.GROW else kept
         frozen, learners = None, {}
         with restructure.restructuring(self.model, self.optimizer, self._schedule):
@@ -276,7 +330,9 @@ class Tracker:
                 source.restore(self.model)
                 if self._frozen is not None:
                     restructure.thaw(self.model, self._frozen)
-                if decision.action is not Action.COMPLETE:
+                if decision.action is Action.FINISH or self._finishing:
+                    restructure.set_finishing(self.model, decision.action is Action.FINISH)
+                elif decision.action is not Action.COMPLETE:
                     frozen, learners = self._grow()
             if decision.action is not Action.COMPLETE:
                 if at(self.reset_learning_rate, self.dendrites):
@@ -289,10 +345,11 @@ class Tracker:
         self._current = None
         if decision.action is Action.RETRY:
             self._attempt += 1
-        elif decision.action is Action.GROW:
+        elif decision.action in (Action.GROW, Action.FINISH):
             self._attempt, self._best = 0, kept
+            self._finishing = decision.action is Action.FINISH
         elif decision.action is Action.COMPLETE:
-            self.complete, self._best = True, kept
+            self.complete, self._best, self._finishing = True, kept, False
 
     def _listen(self, frozen: Frozen | None, learners: dict[str, SiteLearner]) -> None:
         """Let `learners` take the place of those that have listened to backward passes so far."""
@@ -322,6 +379,8 @@ class Tracker:
         if self.directory is not None:
             checkpoint.save(self.model, self.directory / "last.safetensors", self)
             write_csv(self.history, self.directory / "history.csv")
+            if any(epoch.sites for epoch in self.history):
+                write_sites_csv(self.history, self.directory / "sites.csv")
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later process needs beside the model's own state dict.
@@ -336,6 +395,7 @@ class Tracker:
             "complete": self.complete,
             "cycle": self._cycle,
             "attempt": self._attempt,
+            "finishing": self._finishing,
             "history": [epoch.to_json() for epoch in self.history],
             "best": None if self._best is None else self._best.state_dict(),
             "current": None if self._current is None else self._current.state_dict(),
@@ -373,6 +433,8 @@ class Tracker:
                 part.perforation.draws = state["draws"].get(path, part.perforation.draws)
             if self._frozen is not None:
                 restructure.thaw(self.model, self._frozen)
+            if self._finishing or state["finishing"]:
+                restructure.set_finishing(self.model, state["finishing"])
             if state["frozen"] is not None:
                 frozen = Frozen(*(tuple(state["frozen"][key]) for key in ("learning", "training")))
                 restructure.freeze(self.model)
@@ -384,8 +446,13 @@ class Tracker:
         scores = [epoch.score for epoch in history if epoch.improved]
         self._best_score = scores[-1] if scores else None
         self._cycle, self._attempt = state["cycle"], state["attempt"]
+        self._finishing = state["finishing"]
         self._best, self._current = best, current
+        self._since = time.perf_counter()
         self._listen(frozen, learners)
+        figures = next((epoch.sites for epoch in reversed(history) if epoch.sites), ())
+        for part in parts_of(self.model).values():
+            part.perforation.figures = figures
 
     def _hold(self, parameters: dict[str, nn.Parameter], names: list[list[str | None]]) -> None:
         """Fill the optimizer's groups with the parameters that `names` lists.
