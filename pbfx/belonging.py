@@ -48,9 +48,9 @@ def check(
     configs = [part.perforation.config for part in parts.values()]
     if isinstance(optimizer, torch.optim.Muon) and any(c.trains_stacks for c in configs):
         raise TrackerError(
-            "Muon steps matrices only, and the weights of dendrites, which tuning='all' and "
-            "finish=True train, are stacks of them; use another optimizer, or tuning='links' "
-            "and finish=False"
+            "Muon steps matrices only, and the weights of dendrites, which "
+            f"tuning={configs[0].tuning!r} with finish={configs[0].finish} trains, are stacks "
+            "of them; use another optimizer, or tuning='links' with finish=False"
         )
     for path, part in parts.items():
         if part.perforation.phase is Phase.DENDRITE:

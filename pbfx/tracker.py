@@ -23,7 +23,7 @@ from pbfx.capacity import Capacity, CapacityTest
 from pbfx.errors import TrackerError
 from pbfx.figures import SiteFigures
 from pbfx.history import Epoch, Step, finite_score, write_history
-from pbfx.learning import SiteLearner
+from pbfx.learning import SiteLearner, hold_older
 from pbfx.optimizers import Schedule, Stepping, hold
 from pbfx.parts import Survey, growth_parameters, parts_of, survey
 from pbfx.perforated import PerforatedModule
@@ -134,7 +134,7 @@ class Tracker:
         self._current: Snapshot | None = None
         self._frozen: Frozen | None = None
         self._learners: dict[str, SiteLearner] = {}
-        self._holds: list[RemovableHandle] = []
+        self._holds: list[RemovableHandle] = hold_older(self.model, self.optimizer)
         # The search for a rate that is under way, and the factor that this phase's has settled on.
         self._search: Search | None = None
         self._factor: float | None = None
@@ -242,8 +242,8 @@ class Tracker:
             return possible(self.budget.in_time(decision, situation, spent), situation)
         decision = asked(self.policy, situation)
         if isinstance(decision, Decision):
-            decision = possible(decision, situation)
-            if decision.action is Action.GROW:
+            grows = decision.action is Action.GROW and situation.phase is Phase.NEURON
+            if grows and not situation.finishing:
                 phases = not _grows_at_once(found.parts.values())
                 epochs = growth_epochs(self.policy, situation.dendrites, phases)
                 decision = self.budget.affordable(decision, self.model, found, spent, epochs)
@@ -423,7 +423,11 @@ class Tracker:
         for handle in self._holds:
             handle.remove()
         self._frozen, self._learners = frozen, learners
-        self._holds = restructure.hold_outside(self.model) if learners else []
+        self._holds = (
+            restructure.hold_outside(self.model)
+            if learners
+            else hold_older(self.model, self.optimizer)
+        )
         for learner in learners.values():
             learner.attach()
 
