@@ -7,6 +7,7 @@ while not tracker.complete:
     tracker.step(validate(model))
 """
 
+from pbfx.by_hand import grow
 from pbfx.checkpoint import load, save
 from pbfx.config import Config
 from pbfx.errors import (
@@ -25,7 +26,6 @@ from pbfx.history import Epoch, Step
 from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
 from pbfx.policy import Action, Decision, Interval, Plateau, Policy, Situation
-from pbfx.restructure import grow
 from pbfx.tracker import Tracker
 from pbfx.transform import transform
 

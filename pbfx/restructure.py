@@ -1,4 +1,4 @@
-"""Change a model's topology: grow, enter and leave the dendrite phase. All or nothing.
+"""Change a model's topology: enter and leave the dendrite phase, promote. All or nothing.
 
 Every verb here edits the perforated parts of a model in place. `restructuring` wraps them with the
 promise that users rely on: if anything fails, the model, the optimizer and the scheduler are as
@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pbfx.absorbed import Absorbed
+from pbfx.config import Config
 from pbfx.dendrites import Dendrites
-from pbfx.errors import ConfigError, RestructureError, nearest
-from pbfx.learning import SiteLearner, new_cohort
+from pbfx.learning import SiteLearner, new_cohort, prospect_of, select
 from pbfx.optimizers import Schedule, sync_optimizer
 from pbfx.parts import candidate_parameters, managed_parameters, parts_of, soma_weight_of
 from pbfx.passes.hold_eval import held_by_graph
@@ -28,6 +29,7 @@ from pbfx.paths import join
 from pbfx.perforated import PerforatedModule
 from pbfx.perforation import Perforation
 from pbfx.phase import Phase
+from pbfx.sites import Site, rows_of
 from pbfx.undo import undoing
 
 logger = logging.getLogger(__name__)
@@ -150,82 +152,62 @@ def thaw(model: nn.Module, frozen: Frozen) -> None:
 
 
 def promote(model: nn.Module, learners: dict[str, SiteLearner]) -> None:
-    """Turn the best candidate of each neuron into a dendrite; drop the rest of the pools.
+    """Turn the best candidates into dendrites, one per neuron; drop the rest of the pools.
 
     A site that no error has reached while others learnt grows nothing: no forward calls its op, as
-    where one reads a layer's weight around the layer.
+    where one reads a layer's weight around the layer. With `sites="auto"` only those neurons grow
+    whose candidates are predicted to pay.
     """
-    heard = {name for name, learner in learners.items() if learner.batches}
+    heard = {n: x for n, x in learners.items() if x.batches} or learners
+    growing = _growing(model, heard)
     for path, part in parts_of(model).items():
         grown = part.grown()
         for site in part.perforation.sites:
             full = join(path, site.name)
             if full not in learners:
                 continue
-            dendrites = grown[site.name]
-            dendrites.candidates = None
-            if full in heard or not heard:
-                dendrites.append(*learners[full].chosen())
+            grown[site.name].candidates = None
+            if growing.get(full):
+                _accept(part, site, growing[full], learners[full])
                 continue
-            logger.info("no dendrite at %s: no error has reached it in this phase", full)
-            if not dendrites.count:
+            if full not in heard:
+                logger.info("no dendrite at %s: no error has reached it in this phase", full)
+            if not grown[site.name].count:
                 part.drop_dendrites(site)
         part.perforation.phase = Phase.NEURON
         part.rebuild()
 
 
-def grow(model: nn.Module, n: int = 1, sites: Sequence[str] | None = None) -> nn.Module:
-    """Add accepted dendrites by hand.
-
-    They read random directions and start with zero soma weight, so the output does not change.
-
-    Args:
-        model: a model with perforated parts; edited in place.
-        n: how many dendrites per neuron to add, at least 1.
-        sites: paths of the sites to grow, as `pbfx.explain` shows them; None for all.
-
-    Returns:
-        `model` itself. Make the optimizer after growing: its parameters are new objects.
-
-    Raises:
-        ConfigError: if `n` is not a positive whole number or a site is unknown.
-        RestructureError: if the model has no perforated parts, is in the dendrite phase, or has a
-            tracker, which would not know.
-    """
-    parts = parts_of(model)
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ConfigError(f"pbfx.grow: n must be a whole number of at least 1, got {n!r}")
-    known = {join(path, s.name) for path, part in parts.items() for s in part.perforation.sites}
-    wanted = known if sites is None else set([sites] if isinstance(sites, str) else sites)
-    for name in sorted(wanted - known):
-        raise ConfigError(f"pbfx.grow: there is no site {name!r}; {nearest(name, known)}")
-    for path, part in parts.items():
-        where = f" in {path!r}" if path else ""
-        if part.perforation.phase is Phase.DENDRITE:
-            raise RestructureError(
-                f"pbfx.grow: the model{where} is in its dendrite phase; let the tracker finish it "
-                "first"
-            )
-        if part.perforation.tracker is not None:
-            raise RestructureError(
-                f"pbfx.grow: a tracker manages the model{where}, and its optimizer would miss the "
-                "new parameters; grow before making the optimizer and the tracker"
-            )
-    with restructuring(model):
-        for path, part in parts.items():
-            grow_part(
-                part, n, {s.name for s in part.perforation.sites if join(path, s.name) in wanted}
-            )
-    return model
+def _growing(model: nn.Module, learners: dict[str, SiteLearner]) -> dict[str, tuple[int, ...]]:
+    """Return for each site which of its pool's neurons get a dendrite."""
+    pools: dict[Config, dict[str, SiteLearner]] = {}
+    for path, part in parts_of(model).items():
+        names = {join(path, site.name) for site in part.perforation.sites} & learners.keys()
+        pools.setdefault(part.perforation.config, {}).update({n: learners[n] for n in names})
+    growing: dict[str, tuple[int, ...]] = {}
+    for config, together in pools.items():
+        if config.sites == "all":
+            growing |= {n: tuple(range(x.candidates.site.neurons)) for n, x in together.items()}
+            continue
+        prospects = [prospect_of(name, learner) for name, learner in sorted(together.items())]
+        for choice in select(prospects, config.top_k, config.growth_parameters):
+            growing[choice.site] = choice.channels
+            logger.info("%s", choice.reason)
+    return growing
 
 
-def grow_part(part: PerforatedModule, n: int, names: set[str]) -> None:
-    """Append `n` random dendrites to each of the named sites of one part, and rebuild its graph."""
-    for site in part.perforation.sites:
-        if site.name in names:
-            for _ in range(n):
-                weight, bias = part.draw(site, 1)
-                dendrites = part.ensure_dendrites(site)
-                links = weight.new_zeros(dendrites.count, site.neurons)
-                dendrites.append(weight[0], None if bias is None else bias[0], links)
-    part.rebuild()
+def _accept(
+    part: PerforatedModule, site: Site, channels: tuple[int, ...], learner: SiteLearner
+) -> None:
+    """Append the best candidate of each of these neurons of the pool."""
+    pool, (weight, bias, links) = learner.candidates.site, learner.chosen()
+    dendrites = part.ensure_dendrites(site)
+    if len(channels) < pool.neurons:
+        # The first dendrites of a site settle on which neurons it has them.
+        assert not dendrites.count, "a site that has dendrites grows on all of its channels"
+        part.drop_dendrites(site)
+        dendrites = part.ensure_dendrites(site, channels)
+        kept = torch.tensor(channels, device=weight.device)
+        weight, links = rows_of(site, weight, dendrites.site), links[:, kept]
+        bias = None if bias is None else bias[kept]
+    dendrites.append(weight, bias, links)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pbfx import checkpoint, restructure
+from pbfx.by_hand import grow_part
 from pbfx.errors import TrackerError
 from pbfx.history import Epoch, Step, finite_score, write_csv
 from pbfx.learning import SiteLearner
@@ -287,7 +288,7 @@ class Tracker:
         parts = parts_of(self.model).values()
         if all(part.perforation.config.learning == "gradient" for part in parts):
             for part in parts:
-                restructure.grow_part(part, 1, {site.name for site in part.perforation.sites})
+                grow_part(part, 1, dict.fromkeys(site.name for site in part.perforation.sites))
             return None, {}
         return restructure.start_dendrite_phase(self.model)
 

@@ -20,7 +20,14 @@ Row = tuple[str, ...]
 def sites_table(sites: Sequence[SiteReport]) -> list[str]:
     """Return a line for every site or group of repeated ones, and a total; numbers are sums."""
     alike = collapse_alike(
-        (s.name, (s.op, s.norm or "", s.calls, s.dendrites, s.parameters, s.next_dendrite))
+        (
+            s.name,
+            (
+                *(s.op, s.norm or "", s.calls, s.dendrites),
+                "" if s.channels == s.neurons else f"{s.channels} of {s.neurons}",
+                *(s.parameters, s.next_dendrite),
+            ),
+        )
         for s in sites
     )
     rows = [
@@ -31,24 +38,26 @@ def sites_table(sites: Sequence[SiteReport]) -> list[str]:
             norm,
             str(calls),
             str(dendrites),
+            channels,
             f"{parameters * len(names):,}",
             f"+{one_more * len(names):,}",
         )
-        for pattern, (op, norm, calls, dendrites, parameters, one_more), names in alike
+        for pattern, (op, norm, calls, dendrites, channels, parameters, one_more), names in alike
     ]
     total = (
         "total",
         f" x{len(sites)}",
-        *("", "", "", ""),
+        *("", "", "", "", ""),
         f"{sum(s.parameters for s in sites):,}",
         f"+{sum(s.next_dendrite for s in sites):,}",
     )
     if len(sites) > 1:
         rows.append(total)
-    head = ("site", "", "op", "norm", "calls", "dendrites", "parameters", "one more")
-    shown = [0, 1, 2, 5, 6, 7]
+    head = ("site", "", "op", "norm", "calls", "dendrites", "channels", "parameters", "one more")
+    shown = [0, 1, 2, 5, 7, 8]
     shown += [3] * any(s.norm for s in sites)
     shown += [4] * any(s.calls > 1 for s in sites)
+    shown += [6] * any(s.channels != s.neurons for s in sites)
     return table([tuple(row[i] for i in sorted(shown)) for row in (head, *rows)])
 
 
