@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import pbfx_kernels
 from pbfx.config import Config
-from pbfx.sited import Sited
+from pbfx.sited import Sited, in_torch_func
 from pbfx.sites import Site
 from pbfx.spread import Spread
 from pbfx.structure import Counts, channels_of
@@ -160,7 +160,7 @@ class Candidates(Sited):
         """Return `neuron` unchanged; on the way back, measure the error that arrives there."""
         # Nothing comes back from a forward without gradients, such as a validation pass, and of one
         # that torch.func differentiates nothing stays behind.
-        if not torch.is_grad_enabled() or _in_torch_func():
+        if not torch.is_grad_enabled() or in_torch_func():
             return neuron
         part, x = self.take(neuron, x)
         out, z = pbfx_kernels.candidates(
@@ -289,7 +289,7 @@ class Dendrites(Sited):
         weight, bias, to_dendrite = self.site.op_weight(self.weight), self.bias, self.to_dendrite
         if self.learning == "gradient":
             evaluate = pbfx_kernels.reference.dendrites
-        elif _in_torch_func():
+        elif in_torch_func():
             # Its transforms do not go through the op; the reference blocks the same errors if what
             # they must not reach is detached.
             evaluate = pbfx_kernels.reference.dendrites
@@ -368,12 +368,6 @@ def _per_dendrite(fn: Callable[[Tensor], Tensor], *stacks: Tensor) -> Callable[[
         return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
 
     return apply
-
-
-def _in_torch_func() -> bool:
-    """Return whether torch.func (grad, vmap, jvp, ...) is transforming what runs now."""
-    # Dynamo does not know the question, and compiles torch.func's transforms by itself.
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def pad(x: Tensor, site: Site) -> Tensor:

@@ -69,5 +69,15 @@ class Sited(nn.Module):
         """Return `output` with `part` in the place of what `take` took."""
         if self.channels is None:
             return part
-        axis = self.site.geometry.channel_axis
-        return output.index_copy(axis, self.channels.to(output.device), part)
+        axis, channels = self.site.geometry.channel_axis, self.channels.to(output.device)
+        if in_torch_func():
+            # `part` may have a batch axis that `output` has not, as where links are mapped over.
+            return output.index_copy(axis, channels, part)
+        # A clone keeps the layout, `index_copy` does not; what follows rounds by its layout.
+        return output.clone().index_copy_(axis, channels, part)
+
+
+def in_torch_func() -> bool:
+    """Return whether torch.func (grad, vmap, jvp, ...) is transforming what runs now."""
+    # Dynamo does not know the question, and compiles torch.func's transforms by itself.
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
