@@ -69,8 +69,10 @@ def start_dendrite_phase(model: nn.Module) -> tuple[Frozen, dict[str, SiteLearne
         tuple(name for name, m in model.named_modules() if m.training),
     )
     for part in parts_of(model).values():
+        config, grown = part.perforation.config, part.structure().sites
         for site in part.perforation.sites:
-            part.new_candidates(site, part.perforation.config.candidates)
+            has = grown[site.name].dendrites if site.name in grown else 0
+            part.new_candidates(site, config.phase(has).candidates)
         part.perforation.phase = Phase.DENDRITE
         part.rebuild()
     freeze(model)
@@ -180,16 +182,22 @@ def promote(model: nn.Module, learners: dict[str, SiteLearner]) -> None:
 
 def _growing(model: nn.Module, learners: dict[str, SiteLearner]) -> dict[str, tuple[int, ...]]:
     """Return for each site which of its pool's neurons get a dendrite."""
-    pools: dict[Config, dict[str, SiteLearner]] = {}
+    # Parts that were transformed together compete for the same budget.
+    groups: list[tuple[Config, dict[str, SiteLearner]]] = []
     for path, part in parts_of(model).items():
-        names = {join(path, site.name) for site in part.perforation.sites} & learners.keys()
-        pools.setdefault(part.perforation.config, {}).update({n: learners[n] for n in names})
+        config = part.perforation.config
+        known = [together for other, together in groups if other == config]
+        if not known:
+            groups.append((config, {}))
+        together = known[0] if known else groups[-1][1]
+        names = (join(path, site.name) for site in part.perforation.sites)
+        together.update({name: learners[name] for name in names if name in learners})
     growing: dict[str, tuple[int, ...]] = {}
-    for config, together in pools.items():
+    for config, together in groups:
         if config.sites == "all":
             growing |= {n: tuple(range(x.candidates.site.neurons)) for n, x in together.items()}
             continue
-        prospects = [prospect_of(name, learner) for name, learner in sorted(together.items())]
+        prospects = [prospect_of(name, learner) for name, learner in together.items()]
         for choice in select(prospects, config.top_k, config.growth_parameters):
             growing[choice.site] = choice.channels
             logger.info("%s", choice.reason)
@@ -201,6 +209,8 @@ def _accept(
 ) -> None:
     """Append the best candidate of each of these neurons of the pool."""
     pool, (weight, bias, links) = learner.candidates.site, learner.chosen()
+    share = part.perforation.config.initial_link
+    to_soma = learner.first_link(share) if share else None
     dendrites = part.ensure_dendrites(site)
     if len(channels) < pool.neurons:
         # The first dendrites of a site settle on which neurons it has them.
@@ -210,4 +220,13 @@ def _accept(
         kept = torch.tensor(channels, device=weight.device)
         weight, links = rows_of(site, weight, dendrites.site), links[:, kept]
         bias = None if bias is None else bias[kept]
-    dendrites.append(weight, bias, links)
+        to_soma = None if to_soma is None else to_soma[kept]
+    dendrites.append(weight, bias, links, to_soma)
+
+
+def set_finishing(model: nn.Module, finishing: bool) -> None:
+    """Begin or end the last neuron phase, in which dendrites train with everything else."""
+    for part in parts_of(model).values():
+        for dendrites in part.grown().values():
+            dendrites.set_finishing(finishing)
+        part.rebuild()

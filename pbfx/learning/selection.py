@@ -125,8 +125,8 @@ def prospect_of(site: str, learner: SiteLearner) -> Prospect:
     winner = pool.best_score.argmax(0, keepdim=True)
     counts = pool.best_moments[Moment.COUNT].gather(0, winner).max()
     positions, batches = torch.stack([counts, pool.best_batches.gather(0, winner).max()]).tolist()
-    epoch_batches = batches * learner.config.measure_every
-    form, older = pool.site, pool.to_dendrite.shape[1]
+    epoch_batches = batches * learner.rules.measure_every
+    form, older = pool.site, pool.dendrites
     return Prospect(
         site=site,
         correlations=tuple(found.correlation.tolist()),
