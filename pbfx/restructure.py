@@ -160,8 +160,10 @@ def promote(model: nn.Module, learners: dict[str, SiteLearner]) -> None:
     where one reads a layer's weight around the layer. With `sites="auto"` only those neurons grow
     whose candidates are predicted to pay.
     """
-    heard = {n: x for n, x in learners.items() if x.batches} or learners
-    growing = _growing(model, heard)
+    heard = _heard(learners)
+    growing, reasons = _growing(model, heard)
+    for reason in reasons:
+        logger.info("%s", reason)
     for path, part in parts_of(model).items():
         grown = part.grown()
         for site in part.perforation.sites:
@@ -180,8 +182,25 @@ def promote(model: nn.Module, learners: dict[str, SiteLearner]) -> None:
         part.rebuild()
 
 
-def _growing(model: nn.Module, learners: dict[str, SiteLearner]) -> dict[str, tuple[int, ...]]:
-    """Return for each site which of its pool's neurons get a dendrite."""
+def why_nothing_grows(model: nn.Module, learners: dict[str, SiteLearner]) -> str | None:
+    """Return why `promote` would grow no dendrite at all, or None if it would grow one."""
+    growing, reasons = _growing(model, _heard(learners))
+    if any(growing.values()):
+        return None
+    for reason in reasons:
+        logger.info("%s", reason)
+    return f"no dendrite is predicted to pay at any of {len(growing)} sites"
+
+
+def _heard(learners: dict[str, SiteLearner]) -> dict[str, SiteLearner]:
+    """Return the learners that an error has reached; all, if none has."""
+    return {name: learner for name, learner in learners.items() if learner.batches} or learners
+
+
+def _growing(
+    model: nn.Module, learners: dict[str, SiteLearner]
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Return for each site which of its pool's neurons get a dendrite, and reasons for people."""
     # Parts that were transformed together compete for the same budget.
     groups: list[tuple[Config, dict[str, SiteLearner]]] = []
     for path, part in parts_of(model).items():
@@ -193,6 +212,7 @@ def _growing(model: nn.Module, learners: dict[str, SiteLearner]) -> dict[str, tu
         names = (join(path, site.name) for site in part.perforation.sites)
         together.update({name: learners[name] for name in names if name in learners})
     growing: dict[str, tuple[int, ...]] = {}
+    reasons: list[str] = []
     for config, together in groups:
         if config.sites == "all":
             growing |= {n: tuple(range(x.candidates.site.neurons)) for n, x in together.items()}
@@ -200,8 +220,8 @@ def _growing(model: nn.Module, learners: dict[str, SiteLearner]) -> dict[str, tu
         prospects = [prospect_of(name, learner) for name, learner in together.items()]
         for choice in select(prospects, config.top_k, config.growth_parameters):
             growing[choice.site] = choice.channels
-            logger.info("%s", choice.reason)
-    return growing
+            reasons.append(choice.reason)
+    return growing, reasons
 
 
 def _accept(

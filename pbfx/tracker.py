@@ -217,6 +217,11 @@ class Tracker:
     def _decide(self, situation: Situation) -> Decision:
         decision = asked(self.policy, situation)
         if isinstance(decision, Decision):
+            if decision.action is Action.PROMOTE and self._learners:
+                # A growth of nothing would go on for ever under a policy that counts dendrites.
+                why = restructure.why_nothing_grows(self.model, self._learners)
+                if why is not None:
+                    decision = Decision(Action.COMPLETE, f"{decision.reason}; {why}")
             wanted = any(p.perforation.config.finish for p in parts_of(self.model).values())
             kept = self._kept(decision)
             grown = kept is not None and kept.structure.dendrites > 0

@@ -220,7 +220,7 @@ def _choice(prospect: Prospect, units: Sequence[_Unit], why_none: str) -> Choice
 def _why_none(prospect: Prospect, samples: float, pays: bool, is_among_best: bool) -> str:
     """Return why a site grows nothing, if it does not."""
     if not prospect.positions:
-        return "its candidates have not been measured"
+        return "nothing was measured of its candidates, or no error reaches it"
     largest = max(map(abs, prospect.correlations))
     if largest <= prospect.chance:
         return (
