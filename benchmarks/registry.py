@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import dendrite_step, kernels, restructure, step, zoo
+from benchmarks import dendrite_step, kernels, restructure, selection, step, zoo
 from benchmarks.benchmark import Benchmark
 from benchmarks.learning import command as learning
 
@@ -13,6 +13,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         kernels.BENCHMARK,
         dendrite_step.BENCHMARK,
         restructure.BENCHMARK,
+        selection.BENCHMARK,
         zoo.BENCHMARK,
     )
 }
