@@ -11,7 +11,7 @@ candidates did not learn from.
 
 No site has fewer positions in a batch than there are samples, so the least over all sites is taken
 for their number. The positions of one sample are counted as if each told something new: with S left
-out, first convolutions are underrated a hundred times (docs/selection.md has the measurements).
+out, first convolutions are underrated 50 to 120 times (docs/selection.md has the measurements).
 
 Two things a channel has to exceed:
 
