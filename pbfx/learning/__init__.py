@@ -2,6 +2,7 @@
 
 from pbfx.learning.learner import SiteLearner, new_cohort
 from pbfx.learning.moments import Statistics, statistics
+from pbfx.learning.newest import hold_older
 from pbfx.learning.selection import (
     Choice,
     Prospect,
@@ -16,6 +17,7 @@ __all__ = [
     "Prospect",
     "SiteLearner",
     "Statistics",
+    "hold_older",
     "new_cohort",
     "predicted_gains",
     "prospect_of",
