@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import dendrite_step, kernels, restructure, selection, step, whole, zoo
+from benchmarks import comparison, dendrite_step, kernels, restructure, selection, step, whole, zoo
 from benchmarks.benchmark import Benchmark
 from benchmarks.learning import command as learning
 
@@ -16,6 +16,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         restructure.BENCHMARK,
         selection.BENCHMARK,
         zoo.BENCHMARK,
+        comparison.BENCHMARK,
     )
 }
 

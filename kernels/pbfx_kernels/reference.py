@@ -120,21 +120,21 @@ def dendrites(
     to_soma = _per_channel(to_soma.to(wide), soma.dim(), geometry)
     to_dendrite = _per_channel(to_dendrite.to(wide), soma.dim(), geometry)
     activations: list[Tensor] = []
-    # The dendrites' sum is kept negated and subtracted: `0 - T a` is never -0.0, and `s - 0.0` is s
-    # for either zero, while `-0.0 + 0.0` is +0.0. So an untrained dendrite leaves every bit of the
-    # soma's output as it is.
-    negated = soma.new_zeros((), dtype=wide)
+    # Added one by one, as the equation stands, and each as `s - (0 - T a)`: `0 - T a` is never
+    # -0.0, and `s - 0.0` is s for either zero, while `-0.0 + 0.0` is +0.0. So an untrained dendrite
+    # leaves every bit of what it is added to as it is.
+    zero, out = soma.new_zeros((), dtype=wide), soma.to(wide)
     for d in range(weight.shape[0]):
         z_d = z[d].to(wide)
         for e, a_e in enumerate(activations):
             z_d = z_d + to_dendrite[d, e] * a_e
         a_d = activate(activation, z_d)
-        negated = negated - to_soma[d] * a_d
+        out = out - (zero - to_soma[d] * a_d)
         activations.append(a_d)
-    out = (soma.to(wide) - negated).to(soma.dtype)
     if not activations:
-        return out, soma.new_empty((0, *soma.shape))
-    return out, torch.stack([a.to(soma.dtype) for a in activations])
+        # An op may not hand back its argument.
+        return soma.clone(), soma.new_empty((0, *soma.shape))
+    return out.to(soma.dtype), torch.stack([a.to(soma.dtype) for a in activations])
 
 
 def dendrites_backward(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:

@@ -50,6 +50,10 @@ class SiteReport:
         rung: how the part was captured that the site is in.
         channels: how many neurons have dendrites; all of them where none has yet.
         neurons: how many neurons the op has.
+        heldout: correlation of the candidates with the error on batches that only measured, in the
+            last dendrite phase of the model's tracker; None where none was measured.
+        p_value: of that being chance.
+        gain: predicted by the chosen candidates' correlations, see `pbfx.SiteFigures`.
     """
 
     name: str
@@ -62,6 +66,9 @@ class SiteReport:
     rung: Rung
     channels: int
     neurons: int
+    heldout: float | None = None
+    p_value: float | None = None
+    gain: float | None = None
 
 
 class SkippedReport(NamedTuple):

@@ -25,7 +25,7 @@ def sites_table(sites: Sequence[SiteReport]) -> list[str]:
             (
                 *(s.op, s.norm or "", s.calls, s.dendrites),
                 "" if s.channels == s.neurons else f"{s.channels} of {s.neurons}",
-                *(s.parameters, s.next_dendrite),
+                *(s.parameters, s.next_dendrite, *_pays(s)),
             ),
         )
         for s in sites
@@ -41,8 +41,18 @@ def sites_table(sites: Sequence[SiteReport]) -> list[str]:
             channels,
             f"{parameters * len(names):,}",
             f"+{one_more * len(names):,}",
+            *pays,
         )
-        for pattern, (op, norm, calls, dendrites, channels, parameters, one_more), names in alike
+        for pattern, (
+            op,
+            norm,
+            calls,
+            dendrites,
+            channels,
+            parameters,
+            one_more,
+            *pays,
+        ), names in alike
     ]
     total = (
         "total",
@@ -50,15 +60,26 @@ def sites_table(sites: Sequence[SiteReport]) -> list[str]:
         *("", "", "", "", ""),
         f"{sum(s.parameters for s in sites):,}",
         f"+{sum(s.next_dendrite for s in sites):,}",
+        *("", ""),
     )
     if len(sites) > 1:
         rows.append(total)
-    head = ("site", "", "op", "norm", "calls", "dendrites", "channels", "parameters", "one more")
+    head = (
+        *("site", "", "op", "norm", "calls", "dendrites", "channels", "parameters", "one more"),
+        *("r", "p"),
+    )
     shown = [0, 1, 2, 5, 7, 8]
     shown += [3] * any(s.norm for s in sites)
     shown += [4] * any(s.calls > 1 for s in sites)
     shown += [6] * any(s.channels != s.neurons for s in sites)
+    # Measured in a dendrite phase: correlation with the error on unseen batches, and its p-value.
+    shown += [9, 10] * any(s.heldout is not None for s in sites)
     return table([tuple(row[i] for i in sorted(shown)) for row in (head, *rows)])
+
+
+def _pays(site: SiteReport) -> tuple[str, str]:
+    heldout = "" if site.heldout is None else f"{site.heldout:.3f}"
+    return heldout, "" if site.p_value is None else f"{site.p_value:.2g}"
 
 
 def parts_table(parts: Sequence[PartReport], sites: dict[str, int]) -> list[str]:

@@ -351,6 +351,9 @@ def test_json_holds_everything():
                 "rung": rung,
                 "channels": neurons,
                 "neurons": neurons,
+                "heldout": None,
+                "p_value": None,
+                "gain": None,
             }
             for name, parameters, one_more, rung, neurons in (
                 ("down.0", 33, 21, "submodule", 3),
