@@ -7,6 +7,7 @@ while not tracker.complete:
     tracker.step(validate(model))
 """
 
+from pbfx.by_hand import grow
 from pbfx.capacity import Capacity
 from pbfx.checkpoint import load, save
 from pbfx.config import Config
@@ -37,7 +38,6 @@ from pbfx.policy import (
     Situation,
 )
 from pbfx.rates import RateSearch
-from pbfx.restructure import grow
 from pbfx.tracker import Tracker
 from pbfx.transform import transform
 

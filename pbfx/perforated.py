@@ -21,8 +21,8 @@ from pbfx.perforation import Perforation
 from pbfx.phase import Phase
 from pbfx.pipeline import run_passes
 from pbfx.plain_graph import named
-from pbfx.sites import Site
-from pbfx.structure import Structure, structure_of_keys
+from pbfx.sites import Site, on_channels
+from pbfx.structure import Counts, Structure, structure_of_keys
 
 # What fx.GraphModule itself keeps on an instance; everything else belongs to the user, `meta` too,
 # which fx starts empty and only carries along.
@@ -90,11 +90,12 @@ class PerforatedModule(fx.GraphModule):
             if (module := self._lookup(site.dendrites)) is not None
         }
 
-    def ensure_dendrites(self, site: Site) -> Dendrites:
-        """Return the dendrites module of `site`, made empty if there is none yet."""
+    def ensure_dendrites(self, site: Site, channels: tuple[int, ...] | None = None) -> Dendrites:
+        """Return the dendrites module of `site`, made empty on `channels` if there is none yet."""
         module = self._lookup(site.dendrites)
         if module is None:
-            module = Dendrites(site, self.perforation.config, self.get_parameter(site.home))
+            like = self.get_parameter(site.home)
+            module = Dendrites(on_channels(site, channels), self.perforation.config, like)
             owner, _, name = site.dendrites.rpartition(".")
             self.get_submodule(owner).add_module(name, module)
         return module
@@ -107,6 +108,7 @@ class PerforatedModule(fx.GraphModule):
     def new_candidates(self, site: Site, count: int) -> Candidates:
         """Draw a fresh pool of `count` candidates per neuron for `site`."""
         dendrites = self.ensure_dendrites(site)
+        site = on_channels(site, dendrites.site.channels)
         weight, bias = self.draw(site, count)
         if bias is not None:
             bias += bend_of(self.perforation.config)
@@ -129,13 +131,20 @@ class PerforatedModule(fx.GraphModule):
         return Structure({name: module.counts for name, module in self.grown().items()})
 
     def adopt(self, structure: Structure) -> None:
-        """Take on `structure`: the first D dendrites of each site survive, new ones are zero."""
+        """Take on `structure`: the first D dendrites of each site survive, new ones are zero.
+
+        None survives where they are to be on other channels.
+        """
         for site in self.perforation.sites:
             counts = structure.sites.get(site.name)
             if counts is None:
                 self.drop_dendrites(site)
                 continue
-            dendrites = self.ensure_dendrites(site)
+            known = self._lookup(site.dendrites)
+            if known is not None and known.site.channels != counts.channels:
+                self.drop_dendrites(site)
+            dendrites = self.ensure_dendrites(site, counts.channels)
+            site = on_channels(site, counts.channels)
             dendrites.resize(counts.dendrites)
             dendrites.candidates = None
             if counts.candidates:
@@ -310,7 +319,7 @@ def _imitate(twin: PerforatedModule, model: PerforatedModule) -> None:
     inside count as well, since hooks may have split one of the two.
     """
     theirs = _dendrites(model)
-    known = {name: module.count for name, module in _dendrites(twin).items()}
+    known = {name: module.counts for name, module in _dendrites(twin).items()}
     changed = False
     for path, part in perforated_parts(twin).items():
         names = {site.name: join(path, site.name) for site in part.perforation.sites}
@@ -319,7 +328,8 @@ def _imitate(twin: PerforatedModule, model: PerforatedModule) -> None:
             part.adopt(Structure(wanted))
             changed = True
     for name, mine in _dendrites(twin).items() if changed else ():
-        first = known.get(name, 0)
+        before = known.get(name, Counts())
+        first = before.dendrites if before.channels == mine.site.channels else 0
         for role, values in theirs[name].named_parameters(recurse=False):
             mine.get_parameter(role)[first:].copy_(values[first:])
         pool = theirs[name].candidates

@@ -27,14 +27,14 @@ LAYERS: list[tuple[str, str]] = [
         "topology cells attention sites capture structure kept plain_graph",
         "read the model; rewrite nothing",
     ),
-    ("dendrites spread", "own the parameters of one site; know no graph around it"),
+    ("dendrites spread sited", "own the parameters of one site; know no graph around it"),
     ("learning", "train dendrites; know no pass"),
     (
         "passes pipeline perforation perforated absorbed",
         "rewrite graphs; `perforated` is what they rewrite",
     ),
     (
-        "transform assembly restructure parts snapshot undo optimizers checkpoint explain",
+        "transform assembly restructure by_hand parts snapshot undo optimizers checkpoint explain",
         "the verbs, each made of passes",
     ),
     (

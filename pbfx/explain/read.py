@@ -17,7 +17,7 @@ from pbfx.explain.weights import linear_conv_parameters, soma_parameters
 from pbfx.kept import kept_modules
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, perforated_parts
-from pbfx.sites import Site, Skipped
+from pbfx.sites import Site, Skipped, on_channels
 from pbfx.transform import look_alike
 
 
@@ -72,7 +72,8 @@ class _Reader:
             for site in part.perforation.sites:
                 dendrites = grown.get(site.name)
                 count = 0 if dendrites is None else dendrites.count
-                sites.append(_report(path, part, site, count))
+                channels = None if dendrites is None else dendrites.site.channels
+                sites.append(_report(path, part, site, count, on_channels(site, channels)))
                 self._grows |= soma_parameters(part, site)
             skipped += self._skipped(path, part.perforation.skipped)
         for path, kept in self._kept.items():
@@ -145,10 +146,10 @@ class _Reader:
         return [flow_of(path, part, counts, left, apart) for path, part in self._parts.items()]
 
 
-def _report(path: str, part: PerforatedModule, site: Site, count: int) -> SiteReport:
-    neurons = site.neurons
-    soma = math.prod(site.shape) + (neurons if site.bias else 0)
-    own = math.prod(site.shape) + (neurons if site.biased else 0)
+def _report(path: str, part: PerforatedModule, site: Site, count: int, grown: Site) -> SiteReport:
+    neurons = grown.neurons
+    soma = math.prod(site.shape) + (site.neurons if site.bias else 0)
+    own = math.prod(grown.shape) + (neurons if site.biased else 0)
     # Each new dendrite also has a link to the soma and one from every older dendrite.
     links = count * neurons + count * (count - 1) // 2 * neurons
     full = join(path, site.name).replace("_orig_mod.", "")
@@ -162,6 +163,8 @@ def _report(path: str, part: PerforatedModule, site: Site, count: int) -> SiteRe
         parameters=soma + own * count + links,
         next_dendrite=site.dendrite_parameters(count),
         rung=part.perforation.rung,
+        channels=neurons,
+        neurons=site.neurons,
         heldout=None if known is None else known.heldout,
         p_value=None if known is None else known.p_value,
         gain=None if known is None else known.gain,

@@ -43,11 +43,13 @@ class SiteReport:
         op: linear, conv1d, conv2d, ...
         norm: the kind of norm after which the dendrites join, None for the op's own output.
         calls: how often the graph calls the op.
-        dendrites: how many each neuron has now.
+        dendrites: how many each neuron has now, of those that have any.
         parameters: those that the site computes with, its soma included: of the links between
             dendrites the strict lower triangle, as no other entry is ever read.
-        next_dendrite: parameters that one more dendrite per neuron would add.
+        next_dendrite: parameters that one more dendrite on each of these channels would add.
         rung: how the part was captured that the site is in.
+        channels: how many neurons have dendrites; all of them where none has yet.
+        neurons: how many neurons the op has.
         heldout: correlation of the candidates with the error on batches that only measured, in the
             last dendrite phase of the model's tracker; None where none was measured.
         p_value: of that being chance.
@@ -62,6 +64,8 @@ class SiteReport:
     parameters: int
     next_dendrite: int
     rung: Rung
+    channels: int
+    neurons: int
     heldout: float | None = None
     p_value: float | None = None
     gain: float | None = None

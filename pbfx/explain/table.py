@@ -22,7 +22,11 @@ def sites_table(sites: Sequence[SiteReport]) -> list[str]:
     alike = collapse_alike(
         (
             s.name,
-            (s.op, s.norm or "", s.calls, s.dendrites, s.parameters, s.next_dendrite, *_pays(s)),
+            (
+                *(s.op, s.norm or "", s.calls, s.dendrites),
+                "" if s.channels == s.neurons else f"{s.channels} of {s.neurons}",
+                *(s.parameters, s.next_dendrite, *_pays(s)),
+            ),
         )
         for s in sites
     )
@@ -34,28 +38,42 @@ def sites_table(sites: Sequence[SiteReport]) -> list[str]:
             norm,
             str(calls),
             str(dendrites),
+            channels,
             f"{parameters * len(names):,}",
             f"+{one_more * len(names):,}",
             *pays,
         )
-        for pattern, (op, norm, calls, dendrites, parameters, one_more, *pays), names in alike
+        for pattern, (
+            op,
+            norm,
+            calls,
+            dendrites,
+            channels,
+            parameters,
+            one_more,
+            *pays,
+        ), names in alike
     ]
     total = (
         "total",
         f" x{len(sites)}",
-        *("", "", "", ""),
+        *("", "", "", "", ""),
         f"{sum(s.parameters for s in sites):,}",
         f"+{sum(s.next_dendrite for s in sites):,}",
         *("", ""),
     )
     if len(sites) > 1:
         rows.append(total)
-    head = ("site", "", "op", "norm", "calls", "dendrites", "parameters", "one more", "r", "p")
-    shown = [0, 1, 2, 5, 6, 7]
+    head = (
+        *("site", "", "op", "norm", "calls", "dendrites", "channels", "parameters", "one more"),
+        *("r", "p"),
+    )
+    shown = [0, 1, 2, 5, 7, 8]
     shown += [3] * any(s.norm for s in sites)
     shown += [4] * any(s.calls > 1 for s in sites)
+    shown += [6] * any(s.channels != s.neurons for s in sites)
     # Measured in a dendrite phase: correlation with the error on unseen batches, and its p-value.
-    shown += [8, 9] * any(s.heldout is not None for s in sites)
+    shown += [9, 10] * any(s.heldout is not None for s in sites)
     return table([tuple(row[i] for i in sorted(shown)) for row in (head, *rows)])
 
 
