@@ -22,6 +22,8 @@ from pbfx.errors import (
 )
 from pbfx.explain import Explanation, explain
 from pbfx.history import Epoch, Step
+from pbfx.lower import lower
+from pbfx.lowered import LoweredModule
 from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
 from pbfx.policy import Action, Decision, Interval, Plateau, Policy, Situation
@@ -42,6 +44,7 @@ __all__ = [
     "Epoch",
     "Explanation",
     "Interval",
+    "LoweredModule",
     "PassError",
     "PbfxError",
     "PerforatedModule",
@@ -57,6 +60,7 @@ __all__ = [
     "explain",
     "grow",
     "load",
+    "lower",
     "save",
     "transform",
 ]

@@ -11,7 +11,7 @@ from torch import nn
 from pbfx.sites.adapters import folded_weights
 from pbfx.sites.choose import choose_sites
 from pbfx.sites.describe import describe_sites
-from pbfx.sites.functions import read_input, soma_weight
+from pbfx.sites.functions import is_transpose, read_call, read_input, soma_weight
 from pbfx.sites.layers import is_site_module, why_no_layer
 from pbfx.sites.norms import Join, find_join, is_permutation
 from pbfx.sites.site import Padding, Site, Skipped, convolution_form, leaves
@@ -39,7 +39,9 @@ __all__ = [
     "is_op",
     "is_permutation",
     "is_site_module",
+    "is_transpose",
     "leaves",
+    "read_call",
     "read_input",
     "soma_weight",
     "unfold",
