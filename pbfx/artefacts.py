@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 
 def trace_text(name: str, text: Callable[[], str]) -> None:

@@ -104,6 +104,9 @@ def _lower_part(part: PerforatedModule, fold_norms: bool) -> LoweredModule:
     work._graph = graph
     ctx = PassContext(perforation.sites, Phase.NEURON, lowering=True, fold_norms=fold_norms)
     records = run_passes(work, ctx, LOWERING)
+    for site in perforation.sites:
+        # A soma that stayed a call would bring them along.
+        part.drop_dendrites(site)
     root = part.original()
     # A whole model is its graph; code around a part may want more of it.
     kind = perforation.kind if perforation.path else None

@@ -261,7 +261,8 @@ def mixed_with(ours: type[Graph], own: type[nn.Module]) -> type[Graph]:
         return ours
     # Methods of our own first; everything else is the user's.
     bases = (ours, _Start, own)
-    return type(own.__name__, bases, {"__module__": own.__module__})
+    mixed: Any = type(own.__name__, bases, {"__module__": own.__module__})
+    return mixed
 
 
 def _state(module: PerforatedModule) -> dict[str, Any]:

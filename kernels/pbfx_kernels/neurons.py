@@ -78,14 +78,14 @@ def neurons(
             return r
         soma, *z = _split(r, count + 1, geometry)
         return reference.join(soma, z, to_soma, to_dendrite, activation, geometry)[0]
-    # A library adds the bias of a convolution in a pass of its own over all that it wrote; the
-    # epilogue adds the dendrites' for nothing.
-    late = bias is not None and geometry.spatial > 0
-    r = reference.product(x, weight, None if late else bias, geometry)
-    soma, z = _halves(r, count + 1, geometry)
     offsets = None
-    if late:
-        own, offsets = _unpacked_bias(bias, count + 1, geometry).to(r.dtype).tensor_split((1,))
+    if bias is not None and geometry.spatial:
+        # A library adds the bias of a convolution in a pass of its own over all that it wrote; the
+        # epilogue adds the dendrites' for nothing.
+        bias, offsets = None, _unpacked_bias(bias, count + 1, geometry)
+    soma, z = _halves(reference.product(x, weight, bias, geometry), count + 1, geometry)
+    if offsets is not None:
+        own, offsets = offsets.to(soma.dtype).tensor_split((1,))
         soma = soma.add_(own.reshape(-1, *(1,) * geometry.spatial))
     return _epilogue(soma, z, offsets, to_soma, to_dendrite, activation, geometry)
 

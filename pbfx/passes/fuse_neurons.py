@@ -19,24 +19,19 @@ taken out, because a dropout between soma and norm decides where dendrites join.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from pbfx.cells import cell_map
 from pbfx.dendrites import Dendrites
 from pbfx.neurons import Neurons, reaching
+from pbfx.passes.affine import Affine, affine_of, read_tensor
 from pbfx.passes.context import PassContext, copy_provenance, free_path
-from pbfx.passes.hold_eval import NORMS, computes_as
 from pbfx.sites import (
     Join,
     Site,
     describe_sites,
     find_join,
-    is_permutation,
-    leaves,
     read_call,
     read_input,
     soma_weight,
@@ -49,27 +44,6 @@ _KNOWN = frozenset(
         *("mat1", "mat2", "other", "tensor"),
     )
 )
-# How many axes each norm takes; functions take any.
-_RANKS: tuple[tuple[type[nn.Module], tuple[int, ...]], ...] = (
-    (nn.BatchNorm1d, (2, 3)),
-    (nn.BatchNorm2d, (4,)),
-    (nn.BatchNorm3d, (5,)),
-)
-_ANY_RANK = 2, 3, 4, 5
-_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum")
-_ATEN = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum")
-_SIGNATURES: dict[Any, tuple[str, ...]] = {
-    F.batch_norm: (*_BATCH_NORM, "eps"),
-    torch.ops.aten.batch_norm.default: (*_ATEN, "eps", "cudnn_enabled"),
-}
-
-
-class Affine(NamedTuple):
-    """A batch norm in eval mode, as `scale * y + shift` per neuron, both (N,)."""
-
-    scale: Tensor
-    shift: Tensor
-    ranks: tuple[int, ...]
 
 
 @torch.no_grad()
@@ -90,7 +64,7 @@ def fuse_neurons(gm: fx.GraphModule, ctx: PassContext) -> int:
         if join is None and dendrites is None:
             continue
         reason = _why_apart(gm, soma, site)
-        affine = None if join is None else _affine(gm, site, join)
+        affine = None if join is None else affine_of(gm, site, join)
         if reason is None and join is not None:
             if not ctx.fold_norms:
                 reason = "norms are not to be folded"
@@ -142,7 +116,7 @@ def _why_apart(gm: fx.GraphModule, soma: fx.Node, site: Site) -> str | None:
     bias = call.arguments["bias"]
     if bias is None:
         return None
-    value = _read(gm, bias)
+    value = read_tensor(gm, bias)
     fits = isinstance(value, Tensor) and tuple(value.shape) == (site.neurons,)
     return None if fits else "its bias is computed"
 
@@ -160,7 +134,7 @@ def _neurons(
         bias = gm.get_submodule(str(soma.target)).bias
     else:
         call = read_call(soma)
-        bias = None if call is None else _read(gm, call.arguments["bias"])
+        bias = None if call is None else read_tensor(gm, call.arguments["bias"])
     bias = bias if isinstance(bias, Tensor) else None
     if affine is None:
         return Neurons(site, weight, bias, dendrites)
@@ -168,85 +142,6 @@ def _neurons(
     wide = weight.to(scale.dtype) * site.along_weight(scale[None])[0]
     shift = affine.shift if bias is None else affine.shift + scale * bias.to(scale.dtype)
     return Neurons(site, wide.to(dtype), shift.to(dtype), dendrites, affine.ranks)
-
-
-def _affine(gm: fx.GraphModule, site: Site, join: Join) -> Affine | None:
-    """Return a batch norm over the neurons as an affine map, None where it is none."""
-    norm, ranks = join.norm, _ANY_RANK
-    if norm.op == "call_module":
-        module: Any = gm.get_submodule(str(norm.target))
-        if not computes_as(module, NORMS):
-            return None
-        ranks = next((r for kind, r in _RANKS if isinstance(module, kind)), _ANY_RANK)
-        mean, variance, eps = module.running_mean, module.running_var, module.eps
-        weight, bias = module.weight, module.bias
-    elif norm.target in _SIGNATURES:
-        given = dict(zip(_SIGNATURES[norm.target], norm.args, strict=False)) | norm.kwargs
-        training = given.get("training", False)
-        reads_flag = (
-            isinstance(training, fx.Node)
-            and training.op == "get_attr"
-            and str(training.target).rpartition(".")[2] == "training"
-        )
-        if training is not False and not reads_flag:
-            return None
-        names = ("running_mean", "running_var", "weight", "bias")
-        owned = [_read(gm, given.get(name)) for name in names]
-        if any(
-            given.get(name) is not None and value is None
-            for name, value in zip(names, owned, strict=True)
-        ):
-            return None
-        mean, variance, weight, bias = owned
-        eps = given.get("eps", 1e-5)
-    else:
-        return None
-    if mean is None or variance is None or not isinstance(eps, (int, float)):
-        return None
-    right = _ranks(site, join, ranks)
-    if mean.shape != (site.neurons,) or right is None:
-        return None
-    # Folded once, so precision costs nothing.
-    wide = torch.float32 if mean.device.type == "mps" else torch.float64
-    scale = (variance.to(wide) + eps).rsqrt()
-    scale = scale if weight is None else scale * weight.to(wide)
-    shift = -mean.to(wide) * scale
-    return Affine(scale, shift if bias is None else shift + bias.to(wide), right)
-
-
-def _ranks(site: Site, join: Join, taken: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return for which ranks of its input the norm is one over the neurons, None for no rank.
-
-    A norm normalises axis 1. An empty tuple says that it is one for every rank that it takes.
-    """
-    spatial = site.geometry.spatial
-    possible = [rank for rank in taken if not spatial or rank in (spatial + 1, spatial + 2)]
-    right, wrong = [], []
-    for rank in possible:
-        axis: int | None = rank + site.geometry.channel_axis
-        for view in join.views:
-            axis = None if axis is None else _moved(view, axis, rank)
-        (right if axis == 1 else wrong).append(rank)
-    if not right:
-        return None
-    return tuple(right) if wrong else ()
-
-
-def _moved(view: fx.Node, axis: int, rank: int) -> int | None:
-    """Return where a view puts an axis, None where it is no permutation of so many axes."""
-    if view.op == "call_method" and view.target == "contiguous":
-        return axis
-    if not is_permutation(view):
-        return None
-    dims = [dim for given in (*view.args[1:], *view.kwargs.values()) for dim in leaves(given)]
-    if not all(-rank <= dim < rank for dim in dims):
-        return None
-    dims = [dim % rank for dim in dims]
-    name = str(getattr(view.target, "__name__", view.target)).partition(".")[0]
-    if name == "permute":
-        return dims.index(axis) if len(dims) == rank else None
-    one, other = dims
-    return {one: other, other: one}.get(axis, axis)
 
 
 def _bias(soma: fx.Node) -> str:
@@ -259,12 +154,3 @@ def _identity(norm: fx.Node) -> str:
     """Return what tells two norms apart: the module or the statistics that they read."""
     reads = [str(node.target) for node in norm.all_input_nodes if node.op == "get_attr"]
     return " ".join([str(norm.target), *reads, *(str(a) for a in norm.args if type(a) is float)])
-
-
-def _read(gm: fx.GraphModule, node: Any) -> Any:
-    """Return the tensor that `node` reads off the model, or None."""
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    owner, _, name = str(node.target).rpartition(".")
-    value = getattr(gm.get_submodule(owner), name, None)
-    return value if isinstance(value, Tensor) else None
