@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -58,8 +58,7 @@ def lower(model: nn.Module, *, fold_norms: bool = True) -> nn.Module:
     return lower_with_reports(model, fold_norms)[0]
 
 
-@dataclass(frozen=True)
-class LoweredPart:
+class LoweredPart(NamedTuple):
     """One lowered graph, by the path of the perforated one whose place it took."""
 
     path: str

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
@@ -82,6 +82,21 @@ class PassRecord:
         counts = [(f"+{n}", op) for op, n in self.added.items()]
         counts += [(f"-{n}", op) for op, n in self.removed.items()]
         return " ".join(f"{count} {op}" for count, op in counts)
+
+
+def sum_records(records: Sequence[PassRecord]) -> PassRecord:
+    """Return what one pass did to several graphs."""
+    change: collections.Counter[str] = collections.Counter()
+    for record in records:
+        change.update(record.added)
+        change.subtract(record.removed)
+    return PassRecord(
+        records[0].name,
+        sum(record.rewrites for record in records),
+        {op: n for op, n in change.items() if n > 0},
+        {op: -n for op, n in change.items() if n < 0},
+        sum(record.seconds for record in records),
+    )
 
 
 def run_passes(
