@@ -140,6 +140,13 @@ class Explanation:
 def _plain(record: Any) -> dict[str, Any]:
     """Return a record as JSON values."""
     named = isinstance(record, SkippedReport)
-    found = record._asdict() if named else dataclasses.asdict(record)
+    return _values(record._asdict() if named else dataclasses.asdict(record))
+
+
+def _values(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _values(item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_values(item) for item in value]
     # A rung is a string of a class of its own.
-    return {name: str(value) if isinstance(value, str) else value for name, value in found.items()}
+    return str(value) if isinstance(value, str) else value
