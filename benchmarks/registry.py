@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from benchmarks import dendrite_step, kernels, restructure, step, zoo
+from benchmarks import dendrite_step, kernels, restructure, step, whole, zoo
 from benchmarks.benchmark import Benchmark
+from benchmarks.learning import command as learning
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         step.BENCHMARK,
+        whole.BENCHMARK,
         kernels.BENCHMARK,
         dendrite_step.BENCHMARK,
         restructure.BENCHMARK,
         zoo.BENCHMARK,
     )
 }
+
+# What has rows, options and a way of running of its own: modules with `main(argv)` and `SUMMARY`.
+COMMANDS = {"learning": learning}

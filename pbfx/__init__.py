@@ -26,7 +26,16 @@ from pbfx.lower import lower
 from pbfx.lowered import LoweredModule
 from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
-from pbfx.policy import Action, Decision, Interval, Plateau, Policy, Situation
+from pbfx.policy import (
+    Action,
+    Decision,
+    EveryTime,
+    Interval,
+    Never,
+    Plateau,
+    Policy,
+    Situation,
+)
 from pbfx.restructure import grow
 from pbfx.tracker import Tracker
 from pbfx.transform import transform
@@ -42,9 +51,11 @@ __all__ = [
     "Decision",
     "DependencyError",
     "Epoch",
+    "EveryTime",
     "Explanation",
     "Interval",
     "LoweredModule",
+    "Never",
     "PassError",
     "PbfxError",
     "PerforatedModule",

@@ -35,6 +35,15 @@ from pbfx_kernels import Geometry, Moment
 _LIKE_WEIGHT = frozenset(("best_weight", "best_bias", "best_to_dendrite"))
 
 
+# Where |f''| is largest: artanh(1/√3), and twice that. The other activations bend most at zero.
+_BENDS = {"tanh": 0.6584789484624085, "sigmoid": 1.316957896924817}
+
+
+def bend_of(config: Config) -> float:
+    """Return the preactivation around which candidates start, 0 unless `config` asks for more."""
+    return _BENDS.get(config.activation, 0.0) if config.candidate_bias == "bend" else 0.0
+
+
 def draw_weights(site: Site, like: Tensor, count: int, seed: str) -> tuple[Tensor, Tensor | None]:
     """Draw `count` sets of weights as torch initialises a fresh linear or conv layer,
     U(±1/sqrt(fan_in)).
@@ -85,6 +94,7 @@ class Candidates(nn.Module):
 
     direction: Tensor
     error_mean: Tensor
+    regression: Tensor | None
     running: Tensor
     running_batches: Tensor
     heldout: Tensor
@@ -122,6 +132,9 @@ class Candidates(nn.Module):
             "best_batches": (count, neurons),
         }.items():
             self.register_buffer(name, weight.new_zeros(shape, dtype=precise))
+        climbs = config.objective == "correlation"
+        line = weight.new_zeros(2, count, neurons, dtype=precise) if climbs else None
+        self.register_buffer("regression", line)
         # A norm scales what its neuron computes; dendrites join after it and have to come scaled.
         self.spread = Spread(count, neurons, weight, precise) if site.norm else None
         self.register_buffer("best_weight", weight.detach().clone())
@@ -147,6 +160,11 @@ class Candidates(nn.Module):
         """C, the size of the pool."""
         return self.weight.shape[0]
 
+    @property
+    def dendrites(self) -> int:
+        """D, how many accepted dendrites the neurons had when the pool was drawn."""
+        return self.to_dendrite.shape[1]
+
     def learnt(self) -> list[nn.Parameter]:
         """Return the parameters that candidate learning steps, and no one else."""
         return [
@@ -171,6 +189,7 @@ class Candidates(nn.Module):
             self.error_mean,
             self.activation,
             fit_form(self.site, neuron, x),
+            self.regression,
         )
         if self.spread is not None and self.spread.open:
             self.spread.add(z, self.site.geometry.channel_axis)
@@ -187,10 +206,14 @@ class Dendrites(nn.Module):
     """
 
     candidates: Candidates | None
+    # Whether the last neuron phase has begun, in which perforated dendrites train by
+    # backpropagation.
+    finishing: bool = False
 
     def __init__(self, site: Site, config: Config, weight: Tensor) -> None:
         super().__init__()
         self.site, self.activation, self.learning = site, config.activation, config.learning
+        self.tuning = config.tuning
         neurons = site.neurons
         like = weight.detach()
         self.weight = nn.Parameter(like.new_zeros(0, *site.shape))
@@ -219,20 +242,57 @@ class Dendrites(nn.Module):
         """Show D and the activation in the model's printout."""
         return f"dendrites={self.count}, activation={self.activation!r}, learning={self.learning!r}"
 
+    @property
+    def backpropagates(self) -> bool:
+        """Whether the error goes on through the dendrites to what they read."""
+        return self.learning == "gradient" or (self.finishing and self.learning == "perforated")
+
+    @property
+    def tunes(self) -> bool:
+        """Whether a neuron phase trains the dendrites' weights, and not only their links."""
+        tuned = self.learning == "perforated" and self.tuning != "links"
+        return tuned or self.backpropagates
+
+    @property
+    def holds_older(self) -> bool:
+        """Whether of those weights only the newest dendrite's train, and there are others."""
+        newest = self.tuning == "newest" and self.tunes and not self.backpropagates
+        return newest and self.count > 1 and self.weight.requires_grad
+
+    def tuned(self) -> list[nn.Parameter]:
+        """Return what a dendrite is made of, its link to the neuron aside."""
+        roles = self.weight, self.bias, self.to_dendrite
+        return [role for role in roles if role is not None]
+
     def set_trainable(self) -> None:
         """Let those parameters require gradients that the neuron phase trains in this mode."""
-        for role in (self.weight, self.bias, self.to_dendrite):
-            if role is not None:
-                role.requires_grad_(self.learning == "gradient")
+        for role in self.tuned():
+            role.requires_grad_(self.tunes)
         self.to_soma.requires_grad_(self.learning != "sham")
 
-    def append(self, weight: Tensor, bias: Tensor | None, to_dendrite: Tensor) -> None:
-        """Accept one dendrite per neuron, with zero soma weight.
+    def set_finishing(self, finishing: bool) -> None:
+        """Begin or end the last neuron phase; what then learns no more forgets its gradient."""
+        self.finishing = finishing
+        self.set_trainable()
+        for parameter in self.parameters(recurse=False):
+            if not parameter.requires_grad:
+                # A zero left behind would still move it under momentum or weight decay.
+                parameter.grad = None
+
+    def append(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        to_dendrite: Tensor,
+        to_soma: Tensor | None = None,
+    ) -> None:
+        """Accept one dendrite per neuron.
 
         Args:
             weight: (*soma.weight.shape).
             bias: (N,), or None where the site's dendrites have none.
             to_dendrite: (D, N), how strongly each older dendrite feeds the new one.
+            to_soma: (N,), its link to the neuron; zero if None, as it always is for a sham.
         """
         old = self.count
         self.resize(old + 1)
@@ -241,6 +301,8 @@ class Dendrites(nn.Module):
             if self.bias is not None and bias is not None:
                 self.bias[old] = bias
             self.to_dendrite[old, :old] = to_dendrite
+            if to_soma is not None and self.learning != "sham":
+                self.to_soma[old] = to_soma
 
     def resize(self, count: int) -> None:
         """Keep the first `count` dendrites; new ones, if any, are all zeros."""
@@ -274,8 +336,15 @@ class Dendrites(nn.Module):
         keep = self.candidates is not None and torch.is_grad_enabled()
         x, evaluate = pad(x, self.site), functools.partial(pbfx_kernels.dendrites, keep=keep)
         weight, bias, to_dendrite = self.site.op_weight(self.weight), self.bias, self.to_dendrite
-        if self.learning == "gradient":
+        if self.backpropagates:
             evaluate = pbfx_kernels.reference.dendrites
+        elif self.weight.requires_grad and torch.is_grad_enabled() and not _in_torch_func():
+            # The weights learn from their neuron's error, and what they read does not. In the
+            # dendrite phase nothing of this requires gradients.
+            evaluate, x = pbfx_kernels.reference.dendrites, x.detach()
+            if self.holds_older:
+                weight, to_dendrite = _newest_learns(weight), _newest_learns(to_dendrite)
+                bias = None if bias is None else _newest_learns(bias)
         elif _in_torch_func():
             # Its transforms do not go through the op; the reference blocks the same errors if what
             # they must not reach is detached.
@@ -292,6 +361,11 @@ class Dendrites(nn.Module):
             self.activation,
             fit_form(self.site, soma, x),
         )
+
+
+def _newest_learns(stack: Tensor) -> Tensor:
+    """Return `stack`, of which only the last row passes gradients on."""
+    return torch.cat([stack[:-1].detach(), stack[-1:]])
 
 
 def keep_out_of_fast_paths(module: nn.Module) -> None:
