@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from pbfx.absorbed import release
-from pbfx.capture import redirect, shared_clone
+from pbfx.capture import python_modules, redirect, shared_clone
 from pbfx.errors import ConfigError
 from pbfx.kept import ATTRIBUTE
 from pbfx.lowered import LoweredModule
@@ -72,7 +73,10 @@ def lower_with_reports(
     model = getattr(model, "_orig_mod", model)
     parts_of(model)
     root = shared_clone(model)
-    for module in root.modules():
+    # A clone shares them with the model, and their mode is not the model's to change.
+    scripts = [m for m in root.modules() if isinstance(m, torch.jit.ScriptModule)]
+    redirect(list(root.modules()), {id(m): copy.deepcopy(m).eval() for m in scripts})
+    for module in python_modules(root).values():
         module.__dict__["training"] = False
         module.__dict__.pop(ATTRIBUTE, None)
     for module in list(root.modules()):
@@ -83,7 +87,9 @@ def lower_with_reports(
     for path, part in sorted(
         perforated_parts(root).items(), key=lambda item: item[0].count(".") + bool(item[0])
     )[::-1]:
-        module = _lower_part(part, fold_norms)
+        # A whole model is its graph; code around a part may want more of it.
+        kind = part.perforation.kind if path else None
+        module = _lower_part(part, kind, fold_norms)
         lowered.insert(0, LoweredPart(path, module))
         redirect(list(root.modules()), {id(part): module})
         root = module if part is root else root
@@ -91,7 +97,9 @@ def lower_with_reports(
     return root, lowered
 
 
-def _lower_part(part: PerforatedModule, fold_norms: bool) -> LoweredModule:
+def _lower_part(
+    part: PerforatedModule, kind: type[nn.Module] | None, fold_norms: bool
+) -> LoweredModule:
     perforation, name = part.perforation, type(part).__name__
     release(part, perforation.absorbed)
     work = fx.GraphModule(nn.Module(), fx.Graph(), name)
@@ -106,10 +114,7 @@ def _lower_part(part: PerforatedModule, fold_norms: bool) -> LoweredModule:
     for site in perforation.sites:
         # A soma that stayed a call would bring them along.
         part.drop_dendrites(site)
-    root = part.original()
-    # A whole model is its graph; code around a part may want more of it.
-    kind = perforation.kind if perforation.path else None
-    return LoweredModule.over(root, graph, name, kind, records, ctx.notes)
+    return LoweredModule.over(part.original(), graph, name, kind, records, ctx.notes)
 
 
 @torch.no_grad()

@@ -73,7 +73,8 @@ class LoweredModule(fx.GraphModule):
     def train(self, mode: bool = True) -> LoweredModule:
         """Stay in eval, whatever the mode."""
         for module in self.modules():
-            module.training = False
+            if module.training:
+                module.training = False
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoweredModule:

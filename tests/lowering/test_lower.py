@@ -81,6 +81,9 @@ def test_the_zoo(member):
             torch.manual_seed(3)
             outputs.append(tensors_of(each(*args, **kwargs)))
         assert_near(outputs[1], outputs[0])
+        for twin in (copy.deepcopy(lowered), pickle.loads(pickle.dumps(lowered))):
+            torch.manual_seed(3)
+            assert_equal(tensors_of(twin(*args, **kwargs)), outputs[1])
         if not isinstance(lowered, pbfx.LoweredModule):
             for method in member.methods.values():
                 found, wanted = tensors_of(method(lowered)), tensors_of(method(model))
@@ -262,6 +265,15 @@ def test_a_model_of_parts_becomes_a_copy_with_lowered_parts():
     assert all(isinstance(model.get_submodule(name), pbfx.PerforatedModule) for name in parts)
 
 
+def test_a_part_that_was_transformed_by_itself():
+    model = Kept()
+    model.head = pbfx.transform(model.head)
+    randomise(pbfx.grow(model, 2))
+    lowered = assert_lowers(model, torch.randn(5, 4))
+    assert isinstance(lowered.head, nn.Linear)
+    assert lowered.head.in_features == 4
+
+
 class Blocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -296,6 +308,25 @@ def test_moving_and_narrowing(dtype: torch.dtype):
     tolerance = {torch.float64: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     for out in (found, late):
         assert (out.double() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script.*:DeprecationWarning")
+def test_scripted_layers_keep_their_mode():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.drop = nn.Linear(3, 3), torch.jit.script(nn.Dropout(0.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(self.fc(x))
+
+    model = pbfx.transform(Net()).train()
+    randomise(pbfx.grow(model))
+    lowered = pbfx.lower(model)
+    assert model.drop.training
+    assert not lowered.drop.training
+    x = torch.randn(4, 3)
+    assert_near(run(lowered, x), run(model.eval(), x))
 
 
 def test_meta_models():
