@@ -21,6 +21,7 @@ from pbfx.errors import (
     TrackerError,
 )
 from pbfx.explain import Explanation, explain
+from pbfx.figures import SiteFigures
 from pbfx.history import Epoch, Step
 from pbfx.lower import lower
 from pbfx.lowered import LoweredModule
@@ -64,6 +65,7 @@ __all__ = [
     "Policy",
     "RestructureError",
     "ScoreError",
+    "SiteFigures",
     "Situation",
     "Step",
     "Tracker",

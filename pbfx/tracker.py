@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ from torch.utils.hooks import RemovableHandle
 
 from pbfx import checkpoint, restructure
 from pbfx.errors import TrackerError
-from pbfx.history import Epoch, Step, finite_score, write_csv
+from pbfx.figures import SiteFigures
+from pbfx.history import Epoch, Step, finite_score, write_csv, write_sites_csv
 from pbfx.learning import SiteLearner, hold_older
 from pbfx.optimizers import Schedule, Stepping
-from pbfx.parts import parameter_count, parts_of
+from pbfx.parts import Survey, parts_of, survey
 from pbfx.phase import Phase
 from pbfx.policy import (
     Action,
@@ -96,6 +99,7 @@ class Tracker:
         self.complete = False
         self.history: tuple[Epoch, ...] = ()
         self._cycle = self._attempt = 0
+        self._best_score: float | None = None
         self._finishing = False
         self._best: Snapshot | None = None
         self._current: Snapshot | None = None
@@ -104,6 +108,7 @@ class Tracker:
         self._holds: list[RemovableHandle] = hold_older(self.model, self.optimizer)
         # The parameters that the optimizer was last brought in line with.
         self._parameters = dict(self.model.named_parameters())
+        self._since = time.perf_counter()
         self._token = object()
         for part in parts_of(self.model).values():
             part.perforation.tracker = self._token
@@ -149,14 +154,12 @@ class Tracker:
     @property
     def dendrites(self) -> int:
         """Dendrites per neuron of the most grown site."""
-        parts = parts_of(self.model).values()
-        return max(part.structure().dendrites for part in parts)
+        return survey(self.model).dendrites
 
     @property
     def best_score(self) -> float | None:
         """Best validation score of a neuron phase so far."""
-        scores = [epoch.score for epoch in self.history if epoch.phase is Phase.NEURON]
-        return None if not scores else max(scores) if self.maximize else min(scores)
+        return self._best_score
 
     # What is made here must outlive a caller's inference mode, whose tensors autograd refuses.
     @torch.inference_mode(False)
@@ -178,21 +181,20 @@ class Tracker:
         """
         value = finite_score(score)
         if self.complete:
-            return self._result(False, False, "training is already complete")
-        for part in parts_of(self.model).values():
-            if part.perforation.tracker is not self._token:
-                raise TrackerError("another tracker has been made for this model; use that one")
+            done = "training is already complete"
+            return Step(False, True, self.phase, self.dendrites, False, done)
+        found = survey(self.model)
+        if any(part.perforation.tracker is not self._token for part in found.parts.values()):
+            raise TrackerError("another tracker has been made for this model; use that one")
         self._schedule.observe()
         phase, best = self.phase, self.best_score
         improved = phase is Phase.NEURON and (best is None or self._better(value, best))
-        if phase is Phase.NEURON and (
-            self._current is None or self._better(value, self._current.score)
-        ):
-            self._current = Snapshot.take(self.model, value)
-        candidate_score = self._measure()
-        situation = self._situation(value, candidate_score)
-        decision = self._decide(situation)
-        self._record(value, improved, candidate_score, decision)
+        if phase is Phase.NEURON:
+            self._keep(value)
+        candidate_score, sites = self._measure()
+        situation = self._situation(value, candidate_score, sites, found)
+        decision = self._decide(situation, found)
+        self._record(value, improved, candidate_score, sites, decision, found)
         if improved:
             # Before growing: the file is to hold the network that scored.
             self._write_best()
@@ -201,22 +203,35 @@ class Tracker:
                 self._schedule.step(value)
         else:
             self._restructure(decision)
+            found = survey(self.model)
             logger.info("%s", decision.reason)
         if self.complete:
             self._write_best()
         self._write_last()
-        return self._result(decision.action is not Action.CONTINUE, improved, decision.reason)
+        self._since = time.perf_counter()
+        return Step(
+            restructured=decision.action is not Action.CONTINUE,
+            complete=self.complete,
+            phase=self.phase,
+            dendrites=found.dendrites,
+            improved=improved,
+            reason=decision.reason,
+        )
+
+    def _keep(self, score: float) -> None:
+        """Copy the network if it is the best of its phase."""
+        if self._current is None:
+            self._current = Snapshot.take(self.model, score)
+        elif self._better(score, self._current.score):
+            self._current = self._current.renewed(self.model, score)
 
     def _better(self, new: float, old: float) -> bool:
         return new > old if self.maximize else new < old
 
-    def _result(self, restructured: bool, improved: bool, reason: str) -> Step:
-        return Step(restructured, self.complete, self.phase, self.dendrites, improved, reason)
-
-    def _decide(self, situation: Situation) -> Decision:
+    def _decide(self, situation: Situation, found: Survey) -> Decision:
         decision = asked(self.policy, situation)
         if isinstance(decision, Decision):
-            wanted = any(p.perforation.config.finish for p in parts_of(self.model).values())
+            wanted = any(p.perforation.config.finish for p in found.parts.values())
             kept = self._kept(decision)
             grown = kept is not None and kept.structure.dendrites > 0
             decision = finished(decision, situation, wanted and grown)
@@ -226,42 +241,66 @@ class Tracker:
         """Return the network that is accepted from now on."""
         return self._current if decision.keep and self._current is not None else self._best
 
-    def _measure(self) -> float | None:
-        """Close the epoch of every learner; return the mean score over sites."""
+    def _measure(self) -> tuple[float | None, tuple[SiteFigures, ...]]:
+        """Close the epoch of every learner; return the mean score over sites, and the figures."""
         if not self._learners:
-            return None
+            return None, ()
         if not any(learner.batches for learner in self._learners.values()):
             warnings.warn(
                 "pbfx: no error has reached any candidate since the dendrite phase began; the "
                 "training loop must call loss.backward() on the model's output in this phase too",
                 stacklevel=3,
             )
-        measured = [learner.measure() for learner in self._learners.values()]
-        known = [score for score in measured if score is not None]
-        return sum(known) / len(known) if known else None
+        measured = {name: learner.measure() for name, learner in self._learners.items()}
+        known = [score for score in measured.values() if score is not None]
+        figures = tuple(
+            # As `torch.compile` leaves them in peace, paths do not show that it was there.
+            learner.figures(name.replace("_orig_mod.", ""), measured[name])
+            for name, learner in self._learners.items()
+            if learner.batches
+        )
+        for part in parts_of(self.model).values():
+            part.perforation.figures = figures
+        return sum(known) / len(known) if known else None, figures
 
-    def _situation(self, score: float, candidate_score: float | None) -> Situation:
-        now = [epoch for epoch in self.history if epoch.cycle == self._cycle]
+    def _situation(
+        self,
+        score: float,
+        candidate_score: float | None,
+        sites: tuple[SiteFigures, ...],
+        found: Survey,
+    ) -> Situation:
+        same = itertools.takewhile(lambda e: e.cycle == self._cycle, reversed(self.history))
+        now = list(same)[::-1]
         return Situation(
             phase=self.phase,
             scores=(*(epoch.score for epoch in now), score),
             candidate_scores=(*(epoch.candidate_score for epoch in now), candidate_score),
-            dendrites=self.dendrites,
+            dendrites=found.dendrites,
             max_dendrites=self.max_dendrites,
             attempt=self._attempt,
             accepted=None if self._best is None else self._best.score,
             maximize=self.maximize,
             finishing=self._finishing,
+            sites=sites,
         )
 
     def _record(
-        self, score: float, improved: bool, candidate_score: float | None, decision: Decision
+        self,
+        score: float,
+        improved: bool,
+        candidate_score: float | None,
+        sites: tuple[SiteFigures, ...],
+        decision: Decision,
+        found: Survey,
     ) -> None:
+        if improved:
+            self._best_score = score
         self.history += (
             Epoch(
                 number=len(self.history) + 1,
                 phase=self.phase,
-                dendrites=self.dendrites,
+                dendrites=found.dendrites,
                 cycle=self._cycle,
                 attempt=self._attempt,
                 score=score,
@@ -269,8 +308,10 @@ class Tracker:
                 action=decision.action,
                 reason=decision.reason,
                 candidate_score=candidate_score,
-                parameters=parameter_count(self.model),
+                parameters=found.parameters,
                 learning_rates=tuple(float(group["lr"]) for group in self.optimizer.param_groups),
+                seconds=time.perf_counter() - self._since,
+                sites=sites,
             ),
         )
 
@@ -342,6 +383,8 @@ class Tracker:
         if self.directory is not None:
             checkpoint.save(self.model, self.directory / "last.safetensors", self)
             write_csv(self.history, self.directory / "history.csv")
+            if any(epoch.sites for epoch in self.history):
+                write_sites_csv(self.history, self.directory / "sites.csv")
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later process needs beside the model's own state dict.
@@ -404,10 +447,16 @@ class Tracker:
                     learner.load_state_dict(state["learners"][name])
         self._parameters = parameters
         self.complete, self.history = state["complete"], history
+        scores = [epoch.score for epoch in history if epoch.improved]
+        self._best_score = scores[-1] if scores else None
         self._cycle, self._attempt = state["cycle"], state["attempt"]
         self._finishing = state.get("finishing", False)
         self._best, self._current = best, current
+        self._since = time.perf_counter()
         self._listen(frozen, learners)
+        figures = next((epoch.sites for epoch in reversed(history) if epoch.sites), ())
+        for part in parts_of(self.model).values():
+            part.perforation.figures = figures
 
     def _hold(self, parameters: dict[str, nn.Parameter], names: list[list[str | None]]) -> None:
         """Fill the optimizer's groups with the parameters that `names` lists.

@@ -124,7 +124,8 @@ def dendrites(
     z = _preactivations_in(soma.dtype, x, weight, bias, geometry)
     out, activations = join(soma, z.unbind(), to_soma, to_dendrite, activation, geometry)
     if not activations:
-        return out, soma.new_empty((0, *soma.shape))
+        # An op may not hand back its argument.
+        return soma.clone(), soma.new_empty((0, *soma.shape))
     return out, torch.stack([a.to(soma.dtype) for a in activations])
 
 
@@ -154,18 +155,18 @@ def join(
     to_soma = _per_channel(_cast(to_soma, wide), soma.dim(), geometry)
     to_dendrite = _per_channel(_cast(to_dendrite, wide), soma.dim(), geometry)
     activations: list[Tensor] = []
-    # The dendrites' sum is kept negated and subtracted: `0 - T a` is never -0.0, and `s - 0.0` is s
-    # for either zero, while `-0.0 + 0.0` is +0.0. So an untrained dendrite leaves every bit of the
-    # soma's output as it is.
-    negated = soma.new_zeros((), dtype=wide)
+    # Added one by one, as the equation stands, and each as `s - (0 - T a)`: `0 - T a` is never
+    # -0.0, and `s - 0.0` is s for either zero, while `-0.0 + 0.0` is +0.0. So an untrained dendrite
+    # leaves every bit of what it is added to as it is.
+    zero, out = soma.new_zeros((), dtype=wide), _cast(soma, wide)
     for d, z_d in enumerate(z):
         z_d = _cast(z_d, wide)
         for e, a_e in enumerate(activations):
             z_d = z_d + to_dendrite[d, e] * a_e
         a_d = activate(activation, z_d)
-        negated = negated - to_soma[d] * a_d
+        out = out - (zero - to_soma[d] * a_d)
         activations.append(a_d)
-    return _cast(_cast(soma, wide) - negated, soma.dtype), activations
+    return _cast(out, soma.dtype), activations
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

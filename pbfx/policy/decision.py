@@ -7,6 +7,7 @@ import enum
 from typing import Protocol
 
 from pbfx.errors import TrackerError
+from pbfx.figures import SiteFigures
 from pbfx.phase import Phase
 
 
@@ -42,6 +43,8 @@ class Situation:
         accepted: best score of the networks accepted before this phase; None in the first.
         maximize: whether a larger score is better.
         finishing: whether this is the last neuron phase, in which dendrites train too.
+        sites: of a dendrite phase: what the last epoch has measured at each site that an error has
+            reached.
     """
 
     phase: Phase
@@ -53,6 +56,7 @@ class Situation:
     accepted: float | None = None
     maximize: bool = True
     finishing: bool = False
+    sites: tuple[SiteFigures, ...] = ()
 
     def better(self, new: float, old: float, margin: float = 0.0) -> bool:
         """Return whether `new` beats `old` by more than `margin`, in this score's direction."""
