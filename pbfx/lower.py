@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from pbfx.absorbed import release
 from pbfx.capture import python_modules, redirect, shared_clone
-from pbfx.errors import ConfigError
+from pbfx.errors import ConfigError, RestructureError
 from pbfx.kept import ATTRIBUTE
 from pbfx.lowered import LoweredModule
 from pbfx.parts import parts_of
@@ -50,7 +50,7 @@ def lower(model: nn.Module, *, fold_norms: bool = True) -> nn.Module:
 
     Raises:
         ConfigError: if `model` is no module.
-        RestructureError: if it has no perforated parts.
+        RestructureError: if it has no perforated parts, or has been lowered already.
         PassError: if a pass fails.
     """
     if not isinstance(model, nn.Module):
@@ -71,6 +71,11 @@ def lower_with_reports(
 ) -> tuple[nn.Module, list[LoweredPart]]:
     """Return what `lower` returns, and its graphs, the outer ones first."""
     model = getattr(model, "_orig_mod", model)
+    if not perforated_parts(model) and any(isinstance(m, LoweredModule) for m in model.modules()):
+        raise RestructureError(
+            f"pbfx.lower: {type(model).__name__} has been lowered already; lower the model that it "
+            "came from"
+        )
     parts_of(model)
     root = shared_clone(model)
     # A clone shares them with the model, and their mode is not the model's to change.

@@ -386,6 +386,8 @@ def test_only_modules_can_be_lowered(wrong):
 def test_only_transformed_models_can_be_lowered():
     with pytest.raises(pbfx.RestructureError, match="has no perforated parts"):
         pbfx.lower(perceptron())
+    with pytest.raises(pbfx.RestructureError, match="has been lowered already; lower the model"):
+        pbfx.lower(pbfx.lower(pbfx.transform(perceptron())))
 
 
 def test_a_pass_that_fails_leaves_the_model(monkeypatch: pytest.MonkeyPatch):
