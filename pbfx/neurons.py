@@ -165,7 +165,7 @@ def stacks_of(site: Site, weight: Tensor, dendrites: Dendrites | None) -> Stacks
         none = like.new_zeros(0, site.neurons)
         return Stacks(like.new_zeros(0, *site.op_shape), None, none, none.new_zeros(0, *none.shape))
     links, cascade = dendrites.to_soma.detach(), dendrites.to_dendrite.detach()
-    kept = reaching(links, cascade)
+    kept = reaching(dendrites)
     bias = dendrites.bias
     return Stacks(
         site.op_weight(dendrites.weight.detach()[kept]),
@@ -175,17 +175,13 @@ def stacks_of(site: Site, weight: Tensor, dendrites: Dendrites | None) -> Stacks
     )
 
 
-def reaching(to_soma: Tensor, to_dendrite: Tensor) -> list[int]:
-    """Return the dendrites that have a link to the soma, or to a later one that reaches it.
-
-    Args:
-        to_soma: T, (D, N).
-        to_dendrite: U, (D, D, N).
-    """
+def reaching(dendrites: Dendrites) -> list[int]:
+    """Return the dendrites that have a link to the soma, or to a later one that reaches it."""
+    to_soma, to_dendrite = dendrites.to_soma.detach(), dendrites.to_dendrite.detach()
     if to_soma.is_meta:
-        return list(range(to_soma.shape[0]))
+        return list(range(dendrites.count))
     kept: list[int] = []
-    for d in reversed(range(to_soma.shape[0])):
+    for d in reversed(range(dendrites.count)):
         if to_soma[d].any() or any(to_dendrite[later, d].any() for later in kept):
             kept.insert(0, d)
     return kept

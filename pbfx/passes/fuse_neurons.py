@@ -58,7 +58,7 @@ def fuse_neurons(gm: fx.GraphModule, ctx: PassContext) -> int:
         if path not in grown and path not in plain:
             continue
         site, dendrites = grown.get(path) or (plain[path], None)
-        if dendrites is not None and not reaching(dendrites.to_soma, dendrites.to_dendrite):
+        if dendrites is not None and not reaching(dendrites):
             dendrites = None
         join = find_join(gm, soma, site.neurons)
         if join is None and dendrites is None:

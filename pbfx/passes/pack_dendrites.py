@@ -25,7 +25,7 @@ def pack_dendrites(gm: fx.GraphModule, ctx: PassContext) -> int:
         if not calls:
             continue
         packed = None
-        if reaching(dendrites.to_soma, dendrites.to_dendrite):
+        if reaching(dendrites):
             packed = free_path(gm, path, "packed_dendrites")
             gm.add_submodule(packed, PackedDendrites(site, dendrites))
         for call in calls:
