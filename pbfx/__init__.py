@@ -25,6 +25,8 @@ from pbfx.errors import (
 from pbfx.explain import Explanation, explain
 from pbfx.figures import SiteFigures
 from pbfx.history import Epoch, Step
+from pbfx.lower import lower
+from pbfx.lowered import LoweredModule
 from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
 from pbfx.policy import (
@@ -56,6 +58,7 @@ __all__ = [
     "EveryTime",
     "Explanation",
     "Interval",
+    "LoweredModule",
     "Never",
     "PassError",
     "PbfxError",
@@ -74,6 +77,7 @@ __all__ = [
     "explain",
     "grow",
     "load",
+    "lower",
     "save",
     "transform",
 ]
