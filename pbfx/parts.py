@@ -11,6 +11,7 @@ from pbfx.dendrites import Candidates, Dendrites
 from pbfx.errors import RestructureError
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, perforated_parts
+from pbfx.sites import on_channels
 from pbfx.structure import Structure
 
 
@@ -60,7 +61,9 @@ def growth_parameters(parts: Mapping[str, PerforatedModule], dendrites: int = 1)
     for part in parts.values():
         counts = part.structure().sites
         for site in part.perforation.sites:
-            has = counts[site.name].dendrites if site.name in counts else 0
+            grown = counts.get(site.name)
+            has, channels = (0, None) if grown is None else (grown.dendrites, grown.channels)
+            site = on_channels(site, channels)
             total += sum(site.dendrite_parameters(has + more) for more in range(dendrites))
     return total
 
