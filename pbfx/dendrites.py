@@ -227,10 +227,7 @@ class Dendrites(Sited):
         self.to_dendrite = nn.Parameter(like.new_zeros(0, 0, neurons))
         self.candidates = None
         self.set_trainable()
-        # torch's fused fast paths (nn.TransformerEncoderLayer, nn.MultiheadAttention in eval) read
-        # the weights around the modules, which would leave dendrites out without a word. They stand
-        # aside where a module inside has a hook.
-        self.register_forward_pre_hook(_keep_out_of_fast_paths)
+        keep_out_of_fast_paths(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dendrites:
         super()._apply(_per_dendrite(fn, self.weight), recurse)
@@ -384,8 +381,17 @@ def _newest_learns(stack: Tensor) -> Tensor:
     return torch.cat([stack[:-1].detach(), stack[-1:]])
 
 
-def _keep_out_of_fast_paths(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Do nothing; that there is a hook is what counts."""
+def keep_out_of_fast_paths(module: nn.Module) -> None:
+    """Let torch's fused fast paths stand aside for `module`.
+
+    nn.TransformerEncoderLayer and nn.MultiheadAttention in eval read the weights around the modules
+    inside, which would leave dendrites out without a word. They stand aside where one has a hook.
+    """
+    module.register_forward_pre_hook(_do_nothing)
+
+
+def _do_nothing(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Be a hook; that there is one is what counts."""
 
 
 def fit_form(site: Site, soma: Tensor, x: Tensor) -> Geometry:

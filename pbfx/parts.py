@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -52,6 +52,17 @@ def survey(model: nn.Module) -> Survey:
 def parameter_count(model: nn.Module) -> int:
     """Return how many parameters the network of `model` has, as `Survey` counts them."""
     return _walk(model).parameters
+
+
+def growth_parameters(parts: Mapping[str, PerforatedModule], dendrites: int = 1) -> int:
+    """Return how many parameters so many more dendrites at every site add."""
+    total = 0
+    for part in parts.values():
+        counts = part.structure().sites
+        for site in part.perforation.sites:
+            has = counts[site.name].dendrites if site.name in counts else 0
+            total += sum(site.dendrite_parameters(has + more) for more in range(dendrites))
+    return total
 
 
 def _walk(model: nn.Module) -> Survey:

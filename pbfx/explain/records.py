@@ -6,6 +6,7 @@ import dataclasses
 from typing import NamedTuple
 
 from pbfx.capture import Rung
+from pbfx.pipeline import PassRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,3 +78,35 @@ class SkippedReport(NamedTuple):
     name: str
     op: str
     reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ApartReport:
+    """A site whose soma stays an op of its own when the model is lowered, by full path, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredReport:
+    """What `pbfx.lower` makes of one graph.
+
+    Attributes:
+        path: of the part, `""` for the model itself.
+        class_name: of the module whose forward it is.
+        ops_before: nodes of the graph that runs now.
+        ops_after: nodes of the lowered one.
+        passes: what each pass did, in order, from the captured graph on.
+        fused: ops that are one product with their dendrites, if any, and the norm behind them if it
+            is folded in: full paths, as of sites.
+        apart: sites with dendrites whose soma stays an op.
+    """
+
+    path: str
+    class_name: str
+    ops_before: int
+    ops_after: int
+    passes: tuple[PassRecord, ...]
+    fused: tuple[str, ...]
+    apart: tuple[ApartReport, ...]

@@ -12,7 +12,7 @@ from pbfx.sites.adapters import folded_weights
 from pbfx.sites.channels import channels_together, on_channels, rows_of, why_no_subset
 from pbfx.sites.choose import choose_sites
 from pbfx.sites.describe import describe_sites
-from pbfx.sites.functions import read_input, soma_weight
+from pbfx.sites.functions import is_transpose, read_call, read_input, soma_weight
 from pbfx.sites.layers import is_site_module, why_no_layer
 from pbfx.sites.norms import Join, find_join, is_permutation
 from pbfx.sites.site import Padding, Site, Skipped, Subset, convolution_form, leaves
@@ -42,8 +42,10 @@ __all__ = [
     "is_op",
     "is_permutation",
     "is_site_module",
+    "is_transpose",
     "leaves",
     "on_channels",
+    "read_call",
     "read_input",
     "rows_of",
     "soma_weight",

@@ -99,6 +99,14 @@ class Site:
         skipped = math.prod(self.geometry.stride) if self.geometry.transposed else 1
         return max(inputs * taps / skipped, 1.0)
 
+    def dendrite_parameters(self, dendrites: int) -> int:
+        """Return how many parameters one more dendrite per neuron adds to so many.
+
+        Its link to its neuron and those from the older dendrites are parameters too.
+        """
+        own = math.prod(self.shape) + (self.neurons if self.biased else 0)
+        return own + self.neurons * (dendrites + 1)
+
     def op_weight(self, weight: Tensor) -> Tensor:
         """Return stacked weights (D, *shape) as the kernels take them, a view."""
         return weight.mT if self.input_first else weight

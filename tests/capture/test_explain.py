@@ -364,6 +364,7 @@ def test_json_holds_everything():
         "skipped": [],
         "growable_parameters": 35,
         "linear_conv_parameters": 35,
+        "lowered": None,
         "coverage": 100.0,
     }
     assert all(type(part["rung"]) is str for part in found["parts"])
