@@ -7,6 +7,7 @@ while not tracker.complete:
     tracker.step(validate(model))
 """
 
+from pbfx.by_hand import grow
 from pbfx.capacity import Capacity
 from pbfx.checkpoint import load, save
 from pbfx.config import Config
@@ -24,6 +25,8 @@ from pbfx.errors import (
 from pbfx.explain import Explanation, explain
 from pbfx.figures import SiteFigures
 from pbfx.history import Epoch, Step
+from pbfx.lower import lower
+from pbfx.lowered import LoweredModule
 from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
 from pbfx.policy import (
@@ -37,7 +40,6 @@ from pbfx.policy import (
     Situation,
 )
 from pbfx.rates import RateSearch
-from pbfx.restructure import grow
 from pbfx.tracker import Tracker
 from pbfx.transform import transform
 
@@ -56,6 +58,7 @@ __all__ = [
     "EveryTime",
     "Explanation",
     "Interval",
+    "LoweredModule",
     "Never",
     "PassError",
     "PbfxError",
@@ -74,6 +77,7 @@ __all__ = [
     "explain",
     "grow",
     "load",
+    "lower",
     "save",
     "transform",
 ]

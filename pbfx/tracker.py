@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from pbfx import checkpoint, restructure
 from pbfx.belonging import check
 from pbfx.budget import Budget
+from pbfx.by_hand import grow_part
 from pbfx.capacity import Capacity, CapacityTest
 from pbfx.errors import TrackerError
 from pbfx.figures import SiteFigures
@@ -247,6 +248,11 @@ class Tracker:
                 phases = not _grows_at_once(found.parts.values())
                 epochs = growth_epochs(self.policy, situation.dendrites, phases)
                 decision = self.budget.affordable(decision, self.model, found, spent, epochs)
+            if decision.action is Action.PROMOTE and self._learners:
+                # A growth of nothing would go on for ever under a policy that counts dendrites.
+                why = restructure.why_nothing_grows(self.model, self._learners)
+                if why is not None:
+                    decision = Decision(Action.COMPLETE, f"{decision.reason}; {why}")
             wanted = any(p.perforation.config.finish for p in found.parts.values())
             kept = self._kept(decision)
             grown = kept is not None and kept.structure.dendrites > 0
@@ -436,7 +442,7 @@ class Tracker:
         parts = parts_of(self.model).values()
         if _grows_at_once(parts):
             for part in parts:
-                restructure.grow_part(part, 1, {site.name for site in part.perforation.sites})
+                grow_part(part, 1, dict.fromkeys(site.name for site in part.perforation.sites))
             return None, {}
         return restructure.start_dendrite_phase(self.model)
 

@@ -20,6 +20,19 @@ class Padding:
 
 
 @dataclasses.dataclass(frozen=True)
+class Subset:
+    """Which neurons of an op have dendrites, in increasing order, where not all of them do.
+
+    Attributes:
+        channels: the neurons, as channels of the op's output.
+        inputs: of a convolution in groups the input channels of their groups, None for all.
+    """
+
+    channels: tuple[int, ...]
+    inputs: tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Site:
     """One place that can carry dendrites.
 
@@ -41,6 +54,8 @@ class Site:
         input_first: whether a linear weight is stored (K, N), as `x @ W` takes it.
         norm: the kind of norm after which the dendrites join, None for the op's own output.
         calls: how often the graph calls the op.
+        subset: the neurons that this is about, None for all. `shape` and `geometry` are then
+            those of an op that has no others.
     """
 
     name: str
@@ -56,6 +71,12 @@ class Site:
     input_first: bool = False
     norm: str | None = None
     calls: int = 1
+    subset: Subset | None = None
+
+    @property
+    def channels(self) -> tuple[int, ...] | None:
+        """The channels of the op's output that are meant, None for all."""
+        return None if self.subset is None else self.subset.channels
 
     @property
     def op_shape(self) -> tuple[int, ...]:
