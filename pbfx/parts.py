@@ -11,7 +11,8 @@ from pbfx.dendrites import Candidates, Dendrites
 from pbfx.errors import RestructureError
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, perforated_parts
-from pbfx.structure import Structure
+from pbfx.sites import on_channels
+from pbfx.structure import Counts, Structure
 
 
 def parts_of(model: nn.Module) -> dict[str, PerforatedModule]:
@@ -60,8 +61,12 @@ def growth_parameters(parts: Mapping[str, PerforatedModule], dendrites: int = 1)
     for part in parts.values():
         counts = part.structure().sites
         for site in part.perforation.sites:
-            has = counts[site.name].dendrites if site.name in counts else 0
-            total += sum(site.dendrite_parameters(has + more) for more in range(dendrites))
+            has = counts.get(site.name, Counts())
+            # A site that has settled on some of its channels grows on those.
+            grown = on_channels(site, has.channels)
+            total += sum(
+                grown.dendrite_parameters(has.dendrites + more) for more in range(dendrites)
+            )
     return total
 
 

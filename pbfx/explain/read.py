@@ -196,7 +196,7 @@ def _report(path: str, part: PerforatedModule, site: Site, count: int, grown: Si
         calls=site.calls,
         dendrites=count,
         parameters=soma + own * count + links,
-        next_dendrite=site.dendrite_parameters(count),
+        next_dendrite=grown.dendrite_parameters(count),
         rung=part.perforation.rung,
         channels=neurons,
         neurons=site.neurons,
