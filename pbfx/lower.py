@@ -117,8 +117,9 @@ def _lower_part(
     ctx = PassContext(perforation.sites, Phase.NEURON, lowering=True, fold_norms=fold_norms)
     records = run_passes(work, ctx, LOWERING)
     for site in perforation.sites:
-        # A soma that stayed a call would bring them along.
-        part.drop_dendrites(site)
+        # A soma that stayed a call would bring them along. Their tensors are the model's.
+        owner, _, attribute = site.dendrites.rpartition(".")
+        part.get_submodule(owner)._modules.pop(attribute, None)
     return LoweredModule.over(part.original(), graph, name, kind, records, ctx.notes)
 
 

@@ -19,6 +19,13 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
+class _Layer:
+    """Stands for a transposed convolution; a class of our own, because Dynamo can trace that."""
+
+    def __init__(self, padding: Any) -> None:
+        self.output_padding = padding
+
+
 @dataclasses.dataclass(frozen=True)
 class Recorded:
     """What a traced module holds as an attribute: the name of the node that is to read it."""
@@ -33,15 +40,8 @@ def output_padding(default: Any, *arguments: Any) -> list[int]:
         default: its own output padding, which holds where no size is asked for.
         arguments: of `nn.ConvTranspose2d._output_padding`, which computes the rest.
     """
-    layer: Any = _Asked(default)
+    layer: Any = _Layer(default)
     return nn.ConvTranspose2d._output_padding(layer, *arguments)
-
-
-class _Asked:
-    """What the method reads of its layer; a class of ours, because Dynamo goes into such."""
-
-    def __init__(self, output_padding: Any) -> None:
-        self.output_padding = output_padding
 
 
 @contextmanager
