@@ -21,6 +21,7 @@ from pbfx.errors import (
     TrackerError,
 )
 from pbfx.explain import Explanation, explain
+from pbfx.figures import SiteFigures
 from pbfx.history import Epoch, Step
 from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
@@ -61,6 +62,7 @@ __all__ = [
     "Policy",
     "RestructureError",
     "ScoreError",
+    "SiteFigures",
     "Situation",
     "Step",
     "Tracker",

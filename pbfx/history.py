@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pbfx.errors import ScoreError
+from pbfx.figures import SiteFigures
 from pbfx.files import atomic_path
 from pbfx.phase import Phase
 from pbfx.policy import Action
@@ -36,6 +37,9 @@ class Epoch:
             error on batches that they did not learn from; None elsewhere.
         parameters: of the network, candidates not counted.
         learning_rates: of each parameter group, as used in this epoch.
+        seconds: wall time since the call before, or since the tracker was made or loaded. Times
+            differ from run to run, so epochs that differ in nothing else are equal.
+        sites: of a dendrite phase: what was measured at each site, see `SiteFigures`.
     """
 
     number: int
@@ -50,6 +54,8 @@ class Epoch:
     candidate_score: float | None
     parameters: int
     learning_rates: tuple[float, ...]
+    seconds: float | None = dataclasses.field(default=None, compare=False)
+    sites: tuple[SiteFigures, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -58,6 +64,7 @@ class Epoch:
             "phase": str(self.phase),
             "action": str(self.action),
             "learning_rates": list(self.learning_rates),
+            "sites": [site.to_json() for site in self.sites],
         }
 
     @classmethod
@@ -67,6 +74,7 @@ class Epoch:
             "phase": Phase(fields["phase"]),
             "action": Action(fields["action"]),
             "learning_rates": tuple(fields["learning_rates"]),
+            "sites": tuple(SiteFigures(**site) for site in fields.get("sites", ())),
         }
         return cls(**(fields | typed))
 
@@ -120,11 +128,37 @@ def finite_score(score: Any) -> float:
 
 
 def write_csv(history: Sequence[Epoch], path: str | os.PathLike[str]) -> None:
-    """Write one line per epoch, atomically; rates are separated by spaces."""
-    names = [field.name for field in dataclasses.fields(Epoch)]
+    """Write one line per epoch, atomically; rates are separated by spaces, sites left out."""
+    names = [field.name for field in dataclasses.fields(Epoch) if field.name != "sites"]
+    rows = []
+    for epoch in history:
+        row = epoch.to_json()
+        del row["sites"]
+        row["learning_rates"] = " ".join(f"{rate:.6g}" for rate in epoch.learning_rates)
+        rows.append(row)
+    _write(names, rows, path)
+
+
+def write_sites_csv(history: Sequence[Epoch], path: str | os.PathLike[str]) -> None:
+    """Write one line per site and epoch of a dendrite phase, atomically.
+
+    The columns are `number` (of the epoch), `cycle`, `dendrites`, `action`, and the fields of
+    `SiteFigures`. The lines whose action is `promote` are those that a growth rests on.
+    """
+    own = [field.name for field in dataclasses.fields(SiteFigures)]
+    shared = ["number", "cycle", "dendrites", "action"]
+    rows = [
+        {name: str(getattr(epoch, name)) for name in shared} | site.to_json()
+        for epoch in history
+        for site in epoch.sites
+    ]
+    _write([*shared, *own], rows, path)
+
+
+def _write(
+    names: Sequence[str], rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]
+) -> None:
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
-        for epoch in history:
-            rates = " ".join(f"{rate:.6g}" for rate in epoch.learning_rates)
-            writer.writerow(epoch.to_json() | {"learning_rates": rates})
+        writer.writerows(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -19,7 +20,61 @@ def parts_of(model: nn.Module) -> dict[str, PerforatedModule]:
     Raises:
         RestructureError: if there are none.
     """
-    parts = perforated_parts(model)
+    return _checked(model, perforated_parts(model))
+
+
+class Survey(NamedTuple):
+    """What one walk over a model finds.
+
+    Attributes:
+        parts: the perforated parts by path.
+        dendrites: per neuron, of the most grown site.
+        parameters: of the network, candidates not counted. Of `to_dendrite` (D, D, N) the strictly
+            lower triangle counts; the rest is never read.
+    """
+
+    parts: dict[str, PerforatedModule]
+    dendrites: int
+    parameters: int
+
+
+def survey(model: nn.Module) -> Survey:
+    """Walk over `model` once, for the answers that the tracker needs at every step.
+
+    Raises:
+        RestructureError: if it has no perforated parts.
+    """
+    found = _walk(model)
+    _checked(model, found.parts)
+    return found
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return how many parameters the network of `model` has, as `Survey` counts them."""
+    return _walk(model).parameters
+
+
+def _walk(model: nn.Module) -> Survey:
+    parts: dict[str, PerforatedModule] = {}
+    seen: set[int] = set()
+    dendrites = parameters = 0
+    for path, module in model.named_modules():
+        if isinstance(module, Candidates):
+            continue
+        if isinstance(module, PerforatedModule):
+            parts[path] = module
+        elif isinstance(module, Dendrites):
+            count, neurons = module.to_soma.shape
+            dendrites = max(dendrites, count)
+            parameters -= count * (count + 1) // 2 * neurons
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                parameters += parameter.numel()
+    return Survey(parts, dendrites, parameters)
+
+
+def _checked(model: nn.Module, parts: dict[str, PerforatedModule]) -> dict[str, PerforatedModule]:
     if not parts:
         raise RestructureError(
             f"{type(model).__name__} has no perforated parts; pass it through pbfx.transform first"
@@ -59,26 +114,18 @@ def candidate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def parameter_count(model: nn.Module) -> int:
-    """Return how many parameters the network of `model` has, candidates not counted.
-
-    Of `to_dendrite` (D, D, N) the strictly lower triangle counts; the rest is never read.
-    """
-    pools = {id(p) for p in candidate_parameters(model).values()}
-    total = sum(p.numel() for p in model.parameters() if id(p) not in pools)
-    for module in model.modules():
-        if isinstance(module, Dendrites):
-            count, neurons = module.to_soma.shape
-            total -= count * (count + 1) // 2 * neurons
-    return total
-
-
 def network_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict without candidates: what the network computes with."""
+    """Return the state dict without candidates: what the network computes with.
+
+    Its values are the model's own tensors, parameters as such.
+    """
+    state = model.state_dict(keep_vars=True)
+    if not any(isinstance(module, Candidates) for module in model.modules()):
+        return dict(state)
     # Under every name: a layer that is registered twice has its keys twice.
     named = model.named_modules(remove_duplicate=False)
     pools = tuple(f"{path}." for path, m in named if isinstance(m, Candidates))
-    return {name: t for name, t in model.state_dict().items() if not name.startswith(pools)}
+    return {name: t for name, t in state.items() if not name.startswith(pools)}
 
 
 def managed_parameters(model: nn.Module) -> list[str]:

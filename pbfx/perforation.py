@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from pbfx.capture import Example, Rung
 from pbfx.config import Config
+from pbfx.figures import SiteFigures
 from pbfx.phase import Phase
 from pbfx.pipeline import PassRecord
 from pbfx.plain_graph import graph_of, plain_nodes
@@ -39,6 +40,7 @@ class Perforation:
         draws: how many pools of weights have been drawn, so that a new pool differs from the last.
         records: what the passes did at the last rebuild.
         tracker: the one tracker that may restructure this module, as a token.
+        figures: what the last epoch of a dendrite phase measured, at each site of the model.
         followers: copies that `AveragedModel`s made of this module: they follow its structure.
     """
 
@@ -57,6 +59,7 @@ class Perforation:
     draws: int = 0
     records: tuple[PassRecord, ...] = ()
     tracker: object = None
+    figures: tuple[SiteFigures, ...] = ()
     followers: weakref.WeakSet[nn.Module] = dataclasses.field(default_factory=weakref.WeakSet)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Perforation:

@@ -6,10 +6,14 @@ import copy
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pbfx.parts import adopt, network_state, structure_of
 from pbfx.structure import Counts, Structure
+
+# It has no public name.
+_foreach_copy_: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,24 @@ class Snapshot:
             structure_of(model).without_candidates(),
             {name: _copied(value) for name, value in network_state(model).items()},
         )
+
+    @torch.no_grad()
+    def renewed(self, model: nn.Module, score: float) -> Snapshot:
+        """Copy the network of `model`, which has the structure that it had here.
+
+        What this snapshot holds is overwritten: many small copies in one call, and no new memory.
+        """
+        state = network_state(model)
+        fits = state.keys() == self.tensors.keys() and all(
+            isinstance(new, Tensor)
+            and isinstance(old, Tensor)
+            and (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device)
+            for new, old in zip(state.values(), self.tensors.values(), strict=True)
+        )
+        if not fits:
+            return Snapshot.take(model, score)
+        _foreach_copy_(list(self.tensors.values()), list(state.values()))
+        return dataclasses.replace(self, score=score)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the snapshot as plain data and tensors."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,23 @@ from torch.utils.hooks import RemovableHandle
 
 from pbfx import checkpoint, restructure
 from pbfx.errors import TrackerError
-from pbfx.history import Epoch, Step, finite_score, write_csv
+from pbfx.figures import SiteFigures
+from pbfx.history import Epoch, Step, finite_score, write_csv, write_sites_csv
 from pbfx.learning import SiteLearner
 from pbfx.optimizers import Schedule, Stepping, sync_optimizer
-from pbfx.parts import managed_parameters, parameter_count, parts_of, soma_weight_of
+from pbfx.parts import Survey, managed_parameters, parts_of, soma_weight_of, survey
 from pbfx.phase import Phase
-from pbfx.policy import Action, Decision, Plateau, PolicyLike, Situation, asked, fault_of, possible
+from pbfx.policy import (
+    Action,
+    Decision,
+    Plateau,
+    PolicyLike,
+    Situation,
+    asked,
+    fault_of,
+    finished,
+    possible,
+)
 from pbfx.restructure import Frozen
 from pbfx.settings import PerDendrite, at
 from pbfx.snapshot import Snapshot
@@ -87,6 +100,8 @@ class Tracker:
         self.complete = False
         self.history: tuple[Epoch, ...] = ()
         self._cycle = self._attempt = 0
+        self._best_score: float | None = None
+        self._finishing = False
         self._best: Snapshot | None = None
         self._current: Snapshot | None = None
         self._frozen: Frozen | None = None
@@ -94,6 +109,7 @@ class Tracker:
         self._holds: list[RemovableHandle] = []
         # The parameters that the optimizer was last brought in line with.
         self._parameters = dict(self.model.named_parameters())
+        self._since = time.perf_counter()
         self._token = object()
         for part in parts_of(self.model).values():
             part.perforation.tracker = self._token
@@ -126,6 +142,13 @@ class Tracker:
                 "the optimizer holds none of the model's parameters; make it from the transformed "
                 "model: optimizer = torch.optim.SGD(model.parameters(), ...)"
             )
+        configs = [part.perforation.config for part in parts_of(self.model).values()]
+        if isinstance(optimizer, torch.optim.Muon) and any(c.trains_stacks for c in configs):
+            raise TrackerError(
+                "Muon steps matrices only, and the weights of dendrites, which tuning='all' and "
+                "finish=True train, are stacks of them; use another optimizer, or tuning='links' "
+                "and finish=False"
+            )
 
     @property
     def phase(self) -> Phase:
@@ -135,14 +158,12 @@ class Tracker:
     @property
     def dendrites(self) -> int:
         """Dendrites per neuron of the most grown site."""
-        parts = parts_of(self.model).values()
-        return max(part.structure().dendrites for part in parts)
+        return survey(self.model).dendrites
 
     @property
     def best_score(self) -> float | None:
         """Best validation score of a neuron phase so far."""
-        scores = [epoch.score for epoch in self.history if epoch.phase is Phase.NEURON]
-        return None if not scores else max(scores) if self.maximize else min(scores)
+        return self._best_score
 
     # What is made here must outlive a caller's inference mode, whose tensors autograd refuses.
     @torch.inference_mode(False)
@@ -164,21 +185,20 @@ class Tracker:
         """
         value = finite_score(score)
         if self.complete:
-            return self._result(False, False, "training is already complete")
-        for part in parts_of(self.model).values():
-            if part.perforation.tracker is not self._token:
-                raise TrackerError("another tracker has been made for this model; use that one")
+            done = "training is already complete"
+            return Step(False, True, self.phase, self.dendrites, False, done)
+        found = survey(self.model)
+        if any(part.perforation.tracker is not self._token for part in found.parts.values()):
+            raise TrackerError("another tracker has been made for this model; use that one")
         self._schedule.observe()
         phase, best = self.phase, self.best_score
         improved = phase is Phase.NEURON and (best is None or self._better(value, best))
-        if phase is Phase.NEURON and (
-            self._current is None or self._better(value, self._current.score)
-        ):
-            self._current = Snapshot.take(self.model, value)
-        candidate_score = self._measure()
-        situation = self._situation(value, candidate_score)
-        decision = possible(asked(self.policy, situation), situation)
-        self._record(value, improved, candidate_score, decision)
+        if phase is Phase.NEURON:
+            self._keep(value)
+        candidate_score, sites = self._measure()
+        situation = self._situation(value, candidate_score, sites, found)
+        decision = self._decide(situation, found)
+        self._record(value, improved, candidate_score, sites, decision, found)
         if improved:
             # Before growing: the file is to hold the network that scored.
             self._write_best()
@@ -187,11 +207,27 @@ class Tracker:
                 self._schedule.step(value)
         else:
             self._restructure(decision)
+            found = survey(self.model)
             logger.info("%s", decision.reason)
         if self.complete:
             self._write_best()
         self._write_last()
-        return self._result(decision.action is not Action.CONTINUE, improved, decision.reason)
+        self._since = time.perf_counter()
+        return Step(
+            restructured=decision.action is not Action.CONTINUE,
+            complete=self.complete,
+            phase=self.phase,
+            dendrites=found.dendrites,
+            improved=improved,
+            reason=decision.reason,
+        )
+
+    def _keep(self, score: float) -> None:
+        """Copy the network if it is the best of its phase."""
+        if self._current is None:
+            self._current = Snapshot.take(self.model, score)
+        elif self._better(score, self._current.score):
+            self._current = self._current.renewed(self.model, score)
 
     def adopt(self, optimizer: Optimizer, scheduler: Any = None) -> None:
         """Go on with another optimizer, at any time and in either phase.
@@ -240,44 +276,79 @@ class Tracker:
     def _better(self, new: float, old: float) -> bool:
         return new > old if self.maximize else new < old
 
-    def _result(self, restructured: bool, improved: bool, reason: str) -> Step:
-        return Step(restructured, self.complete, self.phase, self.dendrites, improved, reason)
+    def _decide(self, situation: Situation, found: Survey) -> Decision:
+        decision = asked(self.policy, situation)
+        if isinstance(decision, Decision):
+            wanted = any(p.perforation.config.finish for p in found.parts.values())
+            kept = self._kept(decision)
+            grown = kept is not None and kept.structure.dendrites > 0
+            decision = finished(decision, situation, wanted and grown)
+        return possible(decision, situation)
 
-    def _measure(self) -> float | None:
-        """Close the epoch of every learner; return the mean score over sites."""
+    def _kept(self, decision: Decision) -> Snapshot | None:
+        """Return the network that is accepted from now on."""
+        return self._current if decision.keep and self._current is not None else self._best
+
+    def _measure(self) -> tuple[float | None, tuple[SiteFigures, ...]]:
+        """Close the epoch of every learner; return the mean score over sites, and the figures."""
         if not self._learners:
-            return None
+            return None, ()
         if not any(learner.batches for learner in self._learners.values()):
             warnings.warn(
                 "pbfx: no error has reached any candidate since the dendrite phase began; the "
                 "training loop must call loss.backward() on the model's output in this phase too",
                 stacklevel=3,
             )
-        measured = [learner.measure() for learner in self._learners.values()]
-        known = [score for score in measured if score is not None]
-        return sum(known) / len(known) if known else None
+        measured = {name: learner.measure() for name, learner in self._learners.items()}
+        known = [score for score in measured.values() if score is not None]
+        figures = tuple(
+            # As `torch.compile` leaves them in peace, paths do not show that it was there.
+            learner.figures(name.replace("_orig_mod.", ""), measured[name])
+            for name, learner in self._learners.items()
+            if learner.batches
+        )
+        for part in parts_of(self.model).values():
+            part.perforation.figures = figures
+        return sum(known) / len(known) if known else None, figures
 
-    def _situation(self, score: float, candidate_score: float | None) -> Situation:
-        now = [epoch for epoch in self.history if epoch.cycle == self._cycle]
+    def _situation(
+        self,
+        score: float,
+        candidate_score: float | None,
+        sites: tuple[SiteFigures, ...],
+        found: Survey,
+    ) -> Situation:
+        same = itertools.takewhile(lambda e: e.cycle == self._cycle, reversed(self.history))
+        now = list(same)[::-1]
         return Situation(
             phase=self.phase,
             scores=(*(epoch.score for epoch in now), score),
             candidate_scores=(*(epoch.candidate_score for epoch in now), candidate_score),
-            dendrites=self.dendrites,
+            dendrites=found.dendrites,
             max_dendrites=self.max_dendrites,
             attempt=self._attempt,
             accepted=None if self._best is None else self._best.score,
             maximize=self.maximize,
+            finishing=self._finishing,
+            sites=sites,
         )
 
     def _record(
-        self, score: float, improved: bool, candidate_score: float | None, decision: Decision
+        self,
+        score: float,
+        improved: bool,
+        candidate_score: float | None,
+        sites: tuple[SiteFigures, ...],
+        decision: Decision,
+        found: Survey,
     ) -> None:
+        if improved:
+            self._best_score = score
         self.history += (
             Epoch(
                 number=len(self.history) + 1,
                 phase=self.phase,
-                dendrites=self.dendrites,
+                dendrites=found.dendrites,
                 cycle=self._cycle,
                 attempt=self._attempt,
                 score=score,
@@ -285,14 +356,16 @@ class Tracker:
                 action=decision.action,
                 reason=decision.reason,
                 candidate_score=candidate_score,
-                parameters=parameter_count(self.model),
+                parameters=found.parameters,
                 learning_rates=tuple(float(group["lr"]) for group in self.optimizer.param_groups),
+                seconds=time.perf_counter() - self._since,
+                sites=sites,
             ),
         )
 
     def _restructure(self, decision: Decision) -> None:
         """Carry out a decision; the tracker's own state changes only when the model's has."""
-        kept = self._current if decision.keep and self._current is not None else self._best
+        kept = self._kept(decision)
         source = self._current if decision.action is Action.GROW else kept
         frozen, learners = None, {}
         with restructure.restructuring(self.model, self.optimizer, self._schedule):
@@ -305,7 +378,9 @@ class Tracker:
                 source.restore(self.model)
                 if self._frozen is not None:
                     restructure.thaw(self.model, self._frozen)
-                if decision.action is not Action.COMPLETE:
+                if decision.action is Action.FINISH or self._finishing:
+                    restructure.set_finishing(self.model, decision.action is Action.FINISH)
+                elif decision.action is not Action.COMPLETE:
                     frozen, learners = self._grow()
             if decision.action is not Action.COMPLETE:
                 if at(self.reset_learning_rate, self.dendrites):
@@ -318,10 +393,11 @@ class Tracker:
         self._current = None
         if decision.action is Action.RETRY:
             self._attempt += 1
-        elif decision.action is Action.GROW:
+        elif decision.action in (Action.GROW, Action.FINISH):
             self._attempt, self._best = 0, kept
+            self._finishing = decision.action is Action.FINISH
         elif decision.action is Action.COMPLETE:
-            self.complete, self._best = True, kept
+            self.complete, self._best, self._finishing = True, kept, False
 
     def _listen(self, frozen: Frozen | None, learners: dict[str, SiteLearner]) -> None:
         """Let `learners` take the place of those that have listened to backward passes so far."""
@@ -351,6 +427,8 @@ class Tracker:
         if self.directory is not None:
             checkpoint.save(self.model, self.directory / "last.safetensors", self)
             write_csv(self.history, self.directory / "history.csv")
+            if any(epoch.sites for epoch in self.history):
+                write_sites_csv(self.history, self.directory / "sites.csv")
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later process needs beside the model's own state dict.
@@ -365,6 +443,7 @@ class Tracker:
             "complete": self.complete,
             "cycle": self._cycle,
             "attempt": self._attempt,
+            "finishing": self._finishing,
             "history": [epoch.to_json() for epoch in self.history],
             "best": None if self._best is None else self._best.state_dict(),
             "current": None if self._current is None else self._current.state_dict(),
@@ -402,6 +481,8 @@ class Tracker:
                 part.perforation.draws = state["draws"].get(path, part.perforation.draws)
             if self._frozen is not None:
                 restructure.thaw(self.model, self._frozen)
+            if self._finishing or state["finishing"]:
+                restructure.set_finishing(self.model, state["finishing"])
             if state["frozen"] is not None:
                 frozen = Frozen(*(tuple(state["frozen"][key]) for key in ("learning", "training")))
                 restructure.freeze(self.model)
@@ -410,9 +491,16 @@ class Tracker:
                     learner.load_state_dict(state["learners"][name])
         self._parameters = parameters
         self.complete, self.history = state["complete"], history
+        scores = [epoch.score for epoch in history if epoch.improved]
+        self._best_score = scores[-1] if scores else None
         self._cycle, self._attempt = state["cycle"], state["attempt"]
+        self._finishing = state["finishing"]
         self._best, self._current = best, current
+        self._since = time.perf_counter()
         self._listen(frozen, learners)
+        figures = next((epoch.sites for epoch in reversed(history) if epoch.sites), ())
+        for part in parts_of(self.model).values():
+            part.perforation.figures = figures
 
     def _hold(self, parameters: dict[str, nn.Parameter], names: list[list[str | None]]) -> None:
         """Fill the optimizer's groups with the parameters that `names` lists.

@@ -20,7 +20,7 @@ KERNELS = ROOT / "kernels" / "pbfx_kernels"
 # or a folder directly under pbfx/.
 LAYERS: list[tuple[str, str]] = [
     (
-        "errors config settings phase files encoding paths",
+        "errors config settings figures phase files encoding paths",
         "say what is wrong, wanted, stored; know no graph",
     ),
     (
@@ -47,7 +47,7 @@ OUTERMOST = frozenset(LAYERS[-1][0].split())
 # Rooms that run a terminal session, and so may print and exit.
 TERMINAL = frozenset({"cli", "__main__", "demo"})
 # What pbfx/policy/ may import beside the standard library: these import nothing else themselves.
-PURE = frozenset({"pbfx.errors", "pbfx.phase", "pbfx.settings"})
+PURE = frozenset({"pbfx.errors", "pbfx.phase", "pbfx.settings", "pbfx.figures"})
 # Calls that take the terminal or the process away from the program that imported us.
 FORBIDDEN_CALLS = frozenset(
     ["print", "input", "breakpoint", "pdb.set_trace", "exit", "quit", "sys.exit", "os._exit"]

@@ -151,6 +151,8 @@ def _report(path: str, part: PerforatedModule, site: Site, count: int) -> SiteRe
     own = math.prod(site.shape) + (neurons if site.biased else 0)
     # Each new dendrite also has a link to the soma and one from every older dendrite.
     links = count * neurons + count * (count - 1) // 2 * neurons
+    full = join(path, site.name).replace("_orig_mod.", "")
+    known = {figures.site: figures for figures in part.perforation.figures}.get(full)
     return SiteReport(
         name=join(path, site.name),
         op=site.op,
@@ -160,6 +162,9 @@ def _report(path: str, part: PerforatedModule, site: Site, count: int) -> SiteRe
         parameters=soma + own * count + links,
         next_dendrite=own + neurons * (count + 1),
         rung=part.perforation.rung,
+        heldout=None if known is None else known.heldout,
+        p_value=None if known is None else known.p_value,
+        gain=None if known is None else known.gain,
     )
 
 

@@ -48,6 +48,10 @@ class SiteReport:
             dendrites the strict lower triangle, as no other entry is ever read.
         next_dendrite: parameters that one more dendrite per neuron would add.
         rung: how the part was captured that the site is in.
+        heldout: correlation of the candidates with the error on batches that only measured, in the
+            last dendrite phase of the model's tracker; None where none was measured.
+        p_value: of that being chance.
+        gain: predicted by the chosen candidates' correlations, see `pbfx.SiteFigures`.
     """
 
     name: str
@@ -58,6 +62,9 @@ class SiteReport:
     parameters: int
     next_dendrite: int
     rung: Rung
+    heldout: float | None = None
+    p_value: float | None = None
+    gain: float | None = None
 
 
 class SkippedReport(NamedTuple):

@@ -20,7 +20,10 @@ Row = tuple[str, ...]
 def sites_table(sites: Sequence[SiteReport]) -> list[str]:
     """Return a line for every site or group of repeated ones, and a total; numbers are sums."""
     alike = collapse_alike(
-        (s.name, (s.op, s.norm or "", s.calls, s.dendrites, s.parameters, s.next_dendrite))
+        (
+            s.name,
+            (s.op, s.norm or "", s.calls, s.dendrites, s.parameters, s.next_dendrite, *_pays(s)),
+        )
         for s in sites
     )
     rows = [
@@ -33,8 +36,9 @@ def sites_table(sites: Sequence[SiteReport]) -> list[str]:
             str(dendrites),
             f"{parameters * len(names):,}",
             f"+{one_more * len(names):,}",
+            *pays,
         )
-        for pattern, (op, norm, calls, dendrites, parameters, one_more), names in alike
+        for pattern, (op, norm, calls, dendrites, parameters, one_more, *pays), names in alike
     ]
     total = (
         "total",
@@ -42,14 +46,22 @@ def sites_table(sites: Sequence[SiteReport]) -> list[str]:
         *("", "", "", ""),
         f"{sum(s.parameters for s in sites):,}",
         f"+{sum(s.next_dendrite for s in sites):,}",
+        *("", ""),
     )
     if len(sites) > 1:
         rows.append(total)
-    head = ("site", "", "op", "norm", "calls", "dendrites", "parameters", "one more")
+    head = ("site", "", "op", "norm", "calls", "dendrites", "parameters", "one more", "r", "p")
     shown = [0, 1, 2, 5, 6, 7]
     shown += [3] * any(s.norm for s in sites)
     shown += [4] * any(s.calls > 1 for s in sites)
+    # Measured in a dendrite phase: correlation with the error on unseen batches, and its p-value.
+    shown += [8, 9] * any(s.heldout is not None for s in sites)
     return table([tuple(row[i] for i in sorted(shown)) for row in (head, *rows)])
+
+
+def _pays(site: SiteReport) -> tuple[str, str]:
+    heldout = "" if site.heldout is None else f"{site.heldout:.3f}"
+    return heldout, "" if site.p_value is None else f"{site.p_value:.2g}"
 
 
 def parts_table(parts: Sequence[PartReport], sites: dict[str, int]) -> list[str]:

@@ -16,6 +16,7 @@ learns and measures in turn as the step itself would.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -26,7 +27,9 @@ from torch.utils.hooks import RemovableHandle
 from pbfx.config import Config
 from pbfx.dendrites import Candidates
 from pbfx.errors import RestructureError
+from pbfx.figures import SiteFigures
 from pbfx.learning.cohort import Cohort
+from pbfx.learning.evidence import Evidence
 from pbfx.learning.moments import Statistics, statistics
 from pbfx.learning.scaling import resume_scaling, scale_candidates, scaling_batches
 from pbfx_kernels import Moment
@@ -59,6 +62,7 @@ class SiteLearner:
         self.rules = Rules(phase.measure_every, phase.priming_batches, phase.moment_decay)
         self._cohort = new_cohort() if cohort is None else cohort
         self._turns = candidates.moments.new_zeros((), dtype=torch.int64)
+        self.evidence = Evidence(candidates.moments)
         self._parameters = list(candidates.parameters())
         self._learnt = candidates.learnt()
         # It holds state and settings only: `_step` calls its kernel, for all that is wrapped around
@@ -225,22 +229,82 @@ class SiteLearner:
             at T = 0: a small step `-ε ∂L/∂T` changes the loss by `-ε Σ (∂L/∂T)²`. Under a loss
             scaler both are those of the scaled loss.
         """
-        pool = self.candidates
-        winner = pool.best_score.argmax(0, keepdim=True)
-        picked = pool.best_moments.gather(1, winner.expand(len(Moment), 1, -1))
-        batches = pool.best_batches.gather(0, winner)[0].clamp_min(1)
+        picked, batches = self._picked()
         found = statistics(picked)
         row = Statistics(*(getattr(found, name)[0] for name in Statistics.__dataclass_fields__))
         return row, row.total / batches
 
+    def figures(self, name: str, correlation: float | None) -> SiteFigures:
+        """Return what the candidates promise, as plain numbers. Waits for the device.
+
+        Args:
+            name: the site's full path.
+            correlation: what `measure` has returned.
+        """
+        pool, site = self.candidates, self.candidates.site
+        found, slope = self.prospects()
+        spread = statistics(pool.best_moments).activation_variance.sqrt()
+        heldout, batches, p_value = self.evidence.judge(spread)
+        own = math.prod(site.shape) + (site.neurons if site.biased else 0)
+        return SiteFigures(
+            site=name,
+            neurons=site.neurons,
+            # Its links to its neuron and from the older dendrites are parameters too.
+            parameters=own + site.neurons * (pool.dendrites + 1),
+            correlation=correlation,
+            gain=float((found.correlation**2).sum() / 2),
+            slope=float((slope**2).sum()),
+            heldout=heldout,
+            heldout_batches=batches,
+            p_value=p_value,
+        )
+
+    @torch.no_grad()
+    def first_link(self, share: float) -> Tensor:
+        """Return the links (N,) that `share` of a Newton step from zero gives to `chosen`.
+
+            T = -share · Σ a g / (P Σ a² E[g²])        sums over the P positions of a mean batch
+
+        The curvature is a bound. Let the loss be the mean over B samples of a negative
+        log-likelihood: its ∂²L/∂T² is then about the mean square of a sample's gradient (the
+        empirical Fisher information), B Σ_i (Σ_{p in i} a g)². By Cauchy and Schwarz that is at
+        most P Σ a² g², and exactly that where a sample has one position; and a² and g² are taken
+        for independent. So the step is too short rather than too long.
+
+        Zero where nothing was measured, or the chosen candidate is constant.
+
+        Args:
+            share: of the full step, in (0, 1].
+        """
+        picked, batches = self._picked()
+        positions = picked[Moment.COUNT] / batches
+        curvature = positions * picked[Moment.AA] * picked[Moment.GG] / picked[Moment.COUNT]
+        known = statistics(picked).correlation != 0
+        link = -share * picked[Moment.AG] / torch.where(known, curvature, 1.0)
+        return torch.where(known, link, 0.0)[0].to(self.candidates.weight.dtype)
+
+    def _picked(self) -> tuple[Tensor, Tensor]:
+        """Return the moments (6, 1, N) of the chosen candidates, and of how many batches (N,)."""
+        pool = self.candidates
+        winner = pool.best_score.argmax(0, keepdim=True)
+        picked = pool.best_moments.gather(1, winner.expand(len(Moment), 1, -1))
+        return picked, pool.best_batches.gather(0, winner)[0].clamp_min(1)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what the candidates' buffers do not hold: Adam's state and the batch counter."""
-        return {"batches": self.batches, "adam": self._adam.state_dict()}
+        """Return what the candidates' buffers do not hold: Adam's state, counter and evidence."""
+        return {
+            "batches": self.batches,
+            "adam": self._adam.state_dict(),
+            "evidence": self.evidence.sums,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where `state` left off."""
         self._turns.fill_(int(state["batches"]))
         self._adam.load_state_dict(state["adam"])
+        # Files that were written before there was any have none.
+        if "evidence" in state:
+            self.evidence.sums.copy_(state["evidence"])
         # A state that was saved before the first step holds none.
         self._prepare()
         resume_scaling(self.candidates, int(state["batches"]), self.config)
@@ -273,7 +337,16 @@ def learn(learners: Sequence[SiteLearner], tables: Tables) -> None:
         alike.setdefault(learner.kind(), []).append(learner)
     for together in alike.values():
         memories, addresses = zip(*(learner.memory() for learner in together), strict=True)
+        # Read before the batch is booked, which may overwrite its sums. Whether it only measures is
+        # decided there.
+        weighed = [
+            (learner.evidence, learner.evidence.weigh(memory.sums, memory.direction), memory)
+            for learner, memory in zip(together, memories, strict=True)
+        ]
+        before = [memory.heldout_batches.clone() for _, _, memory in weighed]
         verdicts = take_turns(memories, addresses, together[0].rules, tables)
+        for (evidence, values, memory), batches in zip(weighed, before, strict=True):
+            evidence.add(values, memory.heldout_batches - batches)
         for learner, verdict in zip(together, verdicts, strict=True):
             learner.finish(verdict)
 

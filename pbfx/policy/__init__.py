@@ -4,7 +4,7 @@ A policy sees numbers and returns a word. It touches no model, keeps no state an
 so a decision can be replayed, tested and explained from the history alone.
 """
 
-from pbfx.policy.decision import Action, Decision, Policy, Situation, possible
+from pbfx.policy.decision import Action, Decision, Policy, Situation, finished, possible
 from pbfx.policy.fixed import EveryTime, Interval, Never
 from pbfx.policy.function import PolicyLike, asked, fault_of
 from pbfx.policy.plateau import Plateau
@@ -21,5 +21,6 @@ __all__ = [
     "Situation",
     "asked",
     "fault_of",
+    "finished",
     "possible",
 ]

@@ -7,6 +7,7 @@ import enum
 from typing import Protocol
 
 from pbfx.errors import TrackerError
+from pbfx.figures import SiteFigures
 from pbfx.phase import Phase
 
 
@@ -21,6 +22,9 @@ class Action(enum.StrEnum):
     RETRY = "retry"
     # End the dendrite phase: the best candidate of each neuron becomes a dendrite.
     PROMOTE = "promote"
+    # Restore the best network; one more neuron phase, in which dendrites train with everything
+    # else. Whatever ends that phase completes training.
+    FINISH = "finish"
     COMPLETE = "complete"
 
 
@@ -38,6 +42,9 @@ class Situation:
         attempt: how many sets of dendrites in a row were dropped before this one.
         accepted: best score of the networks accepted before this phase; None in the first.
         maximize: whether a larger score is better.
+        finishing: whether this is the last neuron phase, in which dendrites train too.
+        sites: of a dendrite phase: what the last epoch has measured at each site that an error has
+            reached.
     """
 
     phase: Phase
@@ -48,6 +55,8 @@ class Situation:
     attempt: int = 0
     accepted: float | None = None
     maximize: bool = True
+    finishing: bool = False
+    sites: tuple[SiteFigures, ...] = ()
 
     def better(self, new: float, old: float, margin: float = 0.0) -> bool:
         """Return whether `new` beats `old` by more than `margin`, in this score's direction."""
@@ -87,6 +96,27 @@ class Policy(Protocol):
         ...
 
 
+def finished(decision: Decision, situation: Situation, finish: bool) -> Decision:
+    """Put the last neuron phase before completion, and let whatever ends that phase complete.
+
+    Args:
+        decision: a policy's, which need not know of this phase.
+        situation: what it was made in.
+        finish: whether the phase is wanted, and the network that training would complete with has
+            dendrites.
+    """
+    if situation.finishing and decision.action is not Action.CONTINUE:
+        accepted, helped = situation.accepted, situation.helped
+        gain = f"{situation.best:.6g}" + ("" if accepted is None else f" against {accepted:.6g}")
+        verdict = "helped" if helped else "did not help"
+        reason = f"training the dendrites with everything else {verdict} ({gain})"
+        return Decision(Action.COMPLETE, reason, keep=helped)
+    if finish and decision.action is Action.COMPLETE:
+        reason = f"{decision.reason}; now the dendrites train with everything else"
+        return Decision(Action.FINISH, reason, decision.keep)
+    return decision
+
+
 def possible(decision: object, situation: Situation) -> Decision:
     """Return `decision` if it can be carried out in `situation`.
 
@@ -96,9 +126,14 @@ def possible(decision: object, situation: Situation) -> Decision:
     if not isinstance(decision, Decision):
         raise TrackerError(f"a policy must return a pbfx.Decision, got {decision!r}")
     if situation.phase is Phase.DENDRITE:
-        actions = [Action.CONTINUE, Action.PROMOTE, Action.RETRY, Action.COMPLETE]
+        actions = [Action.CONTINUE, Action.PROMOTE, Action.RETRY, Action.FINISH, Action.COMPLETE]
+    elif situation.finishing:
+        actions = [Action.CONTINUE, Action.COMPLETE]
     elif decision.keep or situation.accepted is not None:
-        actions = [Action.CONTINUE, Action.GROW, Action.RETRY, Action.COMPLETE]
+        actions = [
+            *(Action.CONTINUE, Action.GROW, Action.RETRY),
+            *(Action.FINISH, Action.COMPLETE),
+        ]
     else:
         # Before the first network there is none to go back to.
         actions = [Action.CONTINUE, Action.GROW]

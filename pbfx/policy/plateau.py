@@ -8,7 +8,8 @@ import math
 from pbfx.errors import ConfigError
 from pbfx.phase import Phase
 from pbfx.policy.decision import Action, Decision, Situation
-from pbfx.settings import PerDendrite, at, freeze_lists, number_faults
+from pbfx.policy.promise import why_not
+from pbfx.settings import PerDendrite, at, freeze_lists, named_values, number_faults
 
 _LEAST = {
     "patience": 1,
@@ -20,6 +21,7 @@ _LEAST = {
     "max_epochs": 1,
     "candidate_patience": 1,
     "max_candidate_epochs": 1,
+    "significance": 0.0,
 }
 
 
@@ -38,8 +40,13 @@ class Plateau:
         grace: epochs at the start of each phase that cannot make a plateau.
         tries: sets of dendrites tried in a row before training completes without them.
         max_epochs: longest neuron phase; None for no limit.
-        candidate_patience: epochs without a better candidate score that end a dendrite phase.
+        candidate_patience: epochs without a better candidate score that end a dendrite phase, once
+            some site is above chance.
         max_candidate_epochs: longest dendrite phase.
+        significance: chance in (0, 1) of growing on noise. Where no site's candidates correlate
+            with the error on unseen batches at this level by `max_candidate_epochs`, training
+            completes instead of growing. With fewer than 20 measuring batches nothing is concluded,
+            and dendrites grow. None always grows.
 
     Raises:
         ConfigError: naming every setting that is out of range.
@@ -54,10 +61,16 @@ class Plateau:
     max_epochs: PerDendrite[int | None] = None
     candidate_patience: PerDendrite[int] = 2
     max_candidate_epochs: PerDendrite[int] = 20
+    significance: PerDendrite[float | None] = 0.05
 
     def __post_init__(self) -> None:
         freeze_lists(self, *_LEAST)
-        faults = number_faults(self, _LEAST, optional=frozenset(("max_epochs",)))
+        faults = number_faults(self, _LEAST, optional=frozenset(("max_epochs", "significance")))
+        faults += [
+            f"{name} must be between 0 and 1, got {value!r}"
+            for name, value in named_values("significance", self.significance)
+            if not faults and value is not None and not 0 < value < 1
+        ]
         if faults:
             raise ConfigError("pbfx.Plateau: " + "; ".join(faults))
 
@@ -98,9 +111,20 @@ class Plateau:
                 best, waited = score, 0
             elif score is not None:
                 waited += 1
-        if epochs >= at(self.max_candidate_epochs, now.dendrites):
-            return Decision(Action.PROMOTE, f"{epochs} epochs of candidate learning are over")
+        significance = at(self.significance, now.dendrites)
+        longest = at(self.max_candidate_epochs, now.dendrites)
+        nothing = None if significance is None else why_not(now.sites, significance)
+        if epochs >= longest:
+            why = f"{epochs} epochs of candidate learning are over"
+            if nothing is not None:
+                return Decision(Action.COMPLETE, f"{why}; {nothing}")
+            return Decision(Action.PROMOTE, why)
         if waited >= at(self.candidate_patience, now.dendrites):
+            if nothing is not None:
+                # Candidates start almost linear, and what is linear has been learnt already: a
+                # signal may take its time to show.
+                reason = f"candidates are at chance so far, epoch {epochs} of at most {longest}"
+                return Decision(Action.CONTINUE, reason)
             reason = f"candidates' correlation with the error stopped rising at {best:.3f}"
             return Decision(Action.PROMOTE, reason)
         return Decision(

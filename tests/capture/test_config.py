@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 import pbfx
-from pbfx.config import ACTIVATIONS, LEARNING, Learning
+from pbfx.config import ACTIVATIONS, LEARNING, TUNING, Learning, Tuning
 from pbfx_kernels import reference
 
 BAD = [
@@ -18,6 +18,11 @@ BAD = [
     ({"exclude": ("fc", 1)}, r"exclude must be a glob or a tuple of globs, got \('fc', 1\)"),
     ({"filter_fn": "fc1"}, "filter_fn must be callable, got 'fc1'"),
     ({"learning": "perforate"}, "learning is unknown, got 'perforate': did you mean 'perforated'"),
+    ({"tuning": "newest"}, "tuning is unknown, got 'newest': valid: 'all', 'links'"),
+    ({"finish": 1}, "finish must be True or False, got 1"),
+    ({"initial_link": -0.1}, r"initial_link must be a number in \[0, 1\], got -0.1"),
+    ({"initial_link": 1.5}, r"initial_link must be a number in \[0, 1\], got 1.5"),
+    ({"initial_link": True}, r"initial_link must be a number in \[0, 1\], got True"),
     ({"activation": "Tanh"}, "activation is unknown, got 'Tanh': did you mean 'tanh'"),
     ({"activation": None}, "activation is unknown, got None"),
     ({"candidates": 0}, "candidates must be a whole number of at least 1, got 0"),
@@ -60,7 +65,10 @@ def test_all_faults_come_in_one_message():
         {"candidates": 1, "measure_every": 2, "priming_batches": 0, "moment_decay": 0.0, "seed": 0},
         {"candidate_lr": 1e-12, "moment_decay": 0.999999, "seed": 2**40},
         {"include": (), "exclude": ["a", "b"]},
+        {"finish": True, "initial_link": 0},
+        {"initial_link": 1.0},
         *({"learning": learning} for learning in LEARNING),
+        *({"tuning": tuning} for tuning in TUNING),
         *({"activation": activation} for activation in ACTIVATIONS),
     ],
 )
@@ -82,6 +90,7 @@ def test_a_config_is_frozen():
 def test_lists_of_names_agree_with_where_they_come_from():
     assert set(ACTIVATIONS) == set(reference.ACTIVATIONS)
     assert set(LEARNING) == set(get_args(Learning))
+    assert set(TUNING) == set(get_args(Tuning))
 
 
 def test_json_holds_everything_but_code():

@@ -349,6 +349,9 @@ def test_json_holds_everything():
                 "parameters": parameters,
                 "next_dendrite": one_more,
                 "rung": rung,
+                "heldout": None,
+                "p_value": None,
+                "gain": None,
             }
             for name, parameters, one_more, rung in (
                 ("down.0", 33, 21, "submodule"),

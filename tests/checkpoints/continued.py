@@ -55,7 +55,11 @@ class Run:
         while not self.tracker.complete:
             self.epoch()
         return {
-            "history": [epoch.to_json() for epoch in self.tracker.history],
+            # Times differ from run to run, and nothing else does.
+            "history": [
+                {k: v for k, v in epoch.to_json().items() if k != "seconds"}
+                for epoch in self.tracker.history
+            ],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "stream": torch.get_rng_state(),

@@ -18,6 +18,7 @@ from pbfx import (
     Never,
     Phase,
     Plateau,
+    SiteFigures,
     Situation,
     TrackerError,
 )
@@ -179,6 +180,61 @@ class TestPlateau:
         assert Plateau(patience=1).decide(rising).action is C
 
 
+def figures(p_value: float | None, batches: int = 40, site: str = "fc") -> SiteFigures:
+    heldout = None if p_value is None else 0.01
+    return SiteFigures(site, 4, 30, 0.1, 0.02, 0.5, heldout, batches, p_value)
+
+
+class TestWillItPay:
+    AT_CHANCE = (figures(0.5), figures(0.03, site="head"))
+
+    def test_at_chance_candidates_go_on_learning_and_then_training_completes(self) -> None:
+        policy = Plateau(candidate_patience=1, max_candidate_epochs=4)
+        waiting = policy.decide(dendrite(0.2, 0.1, 0.1, sites=self.AT_CHANCE))
+        assert waiting == Decision(C, "candidates are at chance so far, epoch 3 of at most 4")
+        decision = policy.decide(dendrite(0.2, 0.1, 0.1, 0.1, sites=self.AT_CHANCE))
+        assert (decision.action, decision.keep) == (Action.COMPLETE, True)
+        assert decision.reason == (
+            "4 epochs of candidate learning are over; no site's candidates correlate with the "
+            "error on unseen batches (head most: r = 0.0100 on 40 batches, p = 0.03, 2 tested): "
+            "dendrites would not pay"
+        )
+
+    def test_one_site_above_chance_is_enough(self) -> None:
+        policy = Plateau(candidate_patience=1, max_candidate_epochs=9)
+        sites = (figures(0.5), figures(0.02, site="head"))
+        assert policy.decide(dendrite(0.2, 0.1, sites=sites)).action is Action.PROMOTE
+
+    def test_the_more_sites_the_stricter(self) -> None:
+        policy = Plateau(max_candidate_epochs=1)
+        one = policy.decide(dendrite(0.1, sites=(figures(0.03),)))
+        assert one.action is Action.PROMOTE
+        two = policy.decide(dendrite(0.1, sites=(figures(0.03), figures(0.9, site="b"))))
+        assert two.action is Action.COMPLETE
+
+    def test_too_few_batches_conclude_nothing(self) -> None:
+        policy = Plateau(max_candidate_epochs=1)
+        for sites in (
+            (figures(0.9, 19),),
+            (figures(None, 1),),
+            (),
+            (figures(0.9), figures(0.9, 3)),
+        ):
+            assert policy.decide(dendrite(0.1, sites=sites)).action is Action.PROMOTE
+
+    def test_it_can_be_turned_off(self) -> None:
+        policy = Plateau(max_candidate_epochs=1, significance=None)
+        assert policy.decide(dendrite(0.1, sites=self.AT_CHANCE)).action is Action.PROMOTE
+        listed = Plateau(max_candidate_epochs=1, significance=[None, 0.05])
+        first, later = (dendrite(0.1, sites=self.AT_CHANCE, dendrites=d) for d in (0, 1))
+        assert listed.decide(first).action is Action.PROMOTE
+        assert listed.decide(later).action is Action.COMPLETE
+
+    def test_an_interval_grows_regardless(self) -> None:
+        decision = Interval(1, 1).decide(dendrite(0.1, sites=self.AT_CHANCE))
+        assert decision.action is Action.PROMOTE
+
+
 class TestInterval:
     def test_fixed_lengths(self) -> None:
         policy = Interval(3, 2)
@@ -284,6 +340,9 @@ class TestFunctions:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Plateau(significance=0), "significance must be between 0 and 1, got 0"),
+        (lambda: Plateau(significance=[0.1, 1.0]), "significance[1] must be between 0 and 1"),
+        (lambda: Plateau(significance="1"), "significance must be a finite number"),
         (lambda: Plateau(patience=[]), "patience must not be an empty list"),
         (lambda: Plateau(tries=[2, 0]), "tries[1] must be a whole number of at least 1, got 0"),
         (
@@ -339,6 +398,11 @@ SCORES = st.lists(
 )
 
 
+SITES = st.builds(
+    figures, st.none() | st.floats(0, 1), st.integers(0, 99), st.sampled_from(["", "fc", "head"])
+)
+
+
 @st.composite
 def situations(draw: st.DrawFn) -> Situation:
     scores = tuple(draw(SCORES))
@@ -354,6 +418,7 @@ def situations(draw: st.DrawFn) -> Situation:
         attempt=draw(st.integers(0, 3)),
         accepted=draw(st.none() | SCORES.map(lambda scores: scores[0])),
         maximize=draw(st.booleans()),
+        sites=tuple(draw(st.lists(SITES, max_size=3))),
     )
 
 
@@ -372,6 +437,7 @@ PLATEAUS = st.builds(
     max_epochs=per_dendrite(st.none() | st.integers(1, 8)),
     candidate_patience=per_dendrite(st.integers(1, 3)),
     max_candidate_epochs=per_dendrite(st.integers(1, 8)),
+    significance=per_dendrite(st.none() | st.sampled_from([0.01, 0.5])),
 )
 EPOCHS = per_dendrite(st.integers(1, 6))
 POLICIES = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import time
 import warnings
 
 import numpy as np
@@ -681,6 +682,37 @@ def test_step_is_cheap_when_nothing_happens() -> None:
         tracker.step(0.5)
     called = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
     assert called == set()
+
+
+def test_step_takes_less_than_a_millisecond_at_fifty_sites() -> None:
+    layers = [layer for _ in range(50) for layer in (nn.Linear(8, 8), nn.Tanh())]
+    model = pbfx.grow(pbfx.transform(nn.Sequential(*layers)))
+    tracker = pbfx.Tracker(model, sgd(model), policy=Plateau(patience=1000))
+    tracker.step(1.0)
+    took = []
+    for score in [0.0] * 100:
+        start = time.perf_counter()
+        tracker.step(score)
+        took.append(time.perf_counter() - start)
+    # The quickest of many, because the machine has other things to do.
+    assert min(took) < 1e-3
+
+
+def test_a_better_epoch_overwrites_the_copy_of_the_last() -> None:
+    model = pbfx.transform(Mlp())
+    optimizer = sgd(model)
+    tracker = pbfx.Tracker(model, optimizer, policy=Plateau(patience=1000))
+    tracker.step(0.0)
+    places = {name: tensor.data_ptr() for name, tensor in tracker._current.tensors.items()}
+    train(model, optimizer, TASK)
+    tracker.step(1.0)
+    assert tracker._current.score == 1.0
+    assert same(tracker._current.tensors, network(model))
+    assert places == {name: t.data_ptr() for name, t in tracker._current.tensors.items()}
+    # Into another dtype there is no copying over.
+    model.double()
+    tracker.step(2.0)
+    assert tracker._current.tensors["fc1.weight"].dtype is torch.float64
 
 
 def test_entering_twice_is_one_phase() -> None:

@@ -1,0 +1,121 @@
+"""Do a site's candidates correlate with the error on batches that they do not learn from?
+
+The batch is the unit: positions within a map, and examples within a batch, share what is peculiar
+to it. For the b-th measuring batch of the phase, with sums over its P positions,
+
+    t_b = Σ_{c,n} s_cn (Σ a g - Σ a Σ g / P)_cn           s = sign(Cov) / σ_g
+
+where s comes from the running moments of the batches that learnt before. Given those, s and the
+candidates are fixed, so that under the null hypothesis (on fresh data a and g do not correlate)
+each t_b has expectation 0, whatever the neurons have in common and however many candidates there
+are: nothing is chosen by what it is tested on. The t_b are martingale differences, and
+
+    t̄ / sqrt(Σ (t_b - t̄)² / (B (B - 1)))
+
+is compared with Student's t of B - 1 degrees of freedom, one-sided.
+
+In the phase's first epoch the data is fresh. From the second on the measuring batches hold examples
+that the candidates have learnt from before, and what they have overfitted there looks like
+correlation: the test then errs towards growing. A site that is at chance all the same has nothing.
+
+Source: Student 1908; de la Peña, Lai and Shao, *Self-Normalized Processes*, 2009.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pbfx_kernels import Moment
+
+# From here on Student's t is the normal distribution to three digits of its tail at 5 %.
+_NORMAL = 500
+
+
+class Evidence:
+    """Collects t_b on the device.
+
+    Args:
+        like: the candidates' `moments`, for device and dtype.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        # B, Σ t, Σ t², Σ P
+        self.sums = like.detach().new_zeros(4)
+
+    def weigh(self, sums: Tensor, direction: Tensor) -> Tensor:
+        """Return t_b and P of a batch that is still to be booked, (2,).
+
+        Args:
+            sums: (6 * C, N), the batch's.
+            direction: (C, N), from the batches before.
+        """
+        moments = sums.detach().view(len(Moment), *direction.shape)
+        count, products = moments[Moment.COUNT], moments[Moment.A] * moments[Moment.G]
+        inner = torch.addcdiv(moments[Moment.AG], products, count.clamp_min(1), value=-1)
+        return torch.stack(((inner * direction).sum(), count[0, 0]))
+
+    def add(self, weighed: Tensor, tested: Tensor) -> None:
+        """Take a batch in.
+
+        Args:
+            weighed: from `weigh`.
+            tested: (), 1 if it was a finite batch that only measured, else 0.
+        """
+        value, positions = weighed.nan_to_num(0, 0, 0).unbind()
+        self.sums.add_(torch.stack((torch.ones_like(value), value, value**2, positions)) * tested)
+
+    def judge(self, spread: Tensor) -> tuple[float | None, int, float | None]:
+        """Return the mean signed correlation, B, and the p-value. Waits for the device.
+
+        Args:
+            spread: (C, N), σ_a on measuring batches.
+
+        Returns:
+            None for what cannot be said yet: the correlation without a batch, the p-value with
+            fewer than two.
+        """
+        batches, total, squares, positions = self.sums.tolist()
+        number, scale = round(batches), positions * float(spread.sum())
+        correlation = total / scale if scale > 0 else 0.0
+        return correlation if number else None, number, p_value(number, total, squares)
+
+
+def p_value(number: int, total: float, squares: float) -> float | None:
+    """Return the chance of so large a mean of `number` values whose expectation is 0.
+
+    Args:
+        number: how many; with fewer than two nothing can be said.
+        total: their sum.
+        squares: the sum of their squares.
+    """
+    if number < 2:
+        return None
+    mean = total / number
+    rest = squares - number * mean**2
+    if rest <= 1e-12 * squares:
+        # They are all the same: all zero, or as clear as can be.
+        return 1.0 if mean <= 0 else 0.0
+    return survival(mean / math.sqrt(rest / (number * (number - 1))), number - 1)
+
+
+def survival(t: float, freedom: int) -> float:
+    """Return P(T > t) for Student's T with `freedom` degrees of freedom.
+
+    Source: Abramowitz and Stegun, *Handbook of Mathematical Functions*, 26.7.3 and 26.7.4.
+    """
+    if freedom > _NORMAL:
+        return 0.5 * math.erfc(t / math.sqrt(2))
+    angle = math.atan(abs(t) / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    # The sum of the series, term by term: the ratio of each to the one before is k / (k + 1) cos².
+    term, series = (cosine if odd else 1.0), 0.0
+    for k in range(1 + odd, freedom, 2):
+        series += term
+        term *= k / (k + 1) * cosine**2
+    within = 2 / math.pi * (angle + sine * series) if odd else sine * series
+    tail = max(0.0, (1 - within) / 2)
+    return tail if t >= 0 else 1 - tail
