@@ -19,7 +19,7 @@ from pbfx import checkpoint, restructure
 from pbfx.errors import TrackerError
 from pbfx.figures import SiteFigures
 from pbfx.history import Epoch, Step, finite_score, write_csv, write_sites_csv
-from pbfx.learning import SiteLearner
+from pbfx.learning import SiteLearner, hold_older
 from pbfx.optimizers import Schedule, Stepping, sync_optimizer
 from pbfx.parts import Survey, managed_parameters, parts_of, soma_weight_of, survey
 from pbfx.phase import Phase
@@ -106,7 +106,7 @@ class Tracker:
         self._current: Snapshot | None = None
         self._frozen: Frozen | None = None
         self._learners: dict[str, SiteLearner] = {}
-        self._holds: list[RemovableHandle] = []
+        self._holds: list[RemovableHandle] = hold_older(self.model, self.optimizer)
         # The parameters that the optimizer was last brought in line with.
         self._parameters = dict(self.model.named_parameters())
         self._since = time.perf_counter()
@@ -145,9 +145,9 @@ class Tracker:
         configs = [part.perforation.config for part in parts_of(self.model).values()]
         if isinstance(optimizer, torch.optim.Muon) and any(c.trains_stacks for c in configs):
             raise TrackerError(
-                "Muon steps matrices only, and the weights of dendrites, which tuning='all' and "
-                "finish=True train, are stacks of them; use another optimizer, or tuning='links' "
-                "and finish=False"
+                "Muon steps matrices only, and the weights of dendrites, which "
+                f"tuning={configs[0].tuning!r} with finish={configs[0].finish} trains, are stacks "
+                "of them; use another optimizer, or tuning='links' with finish=False"
             )
 
     @property
@@ -406,7 +406,11 @@ class Tracker:
         for handle in self._holds:
             handle.remove()
         self._frozen, self._learners = frozen, learners
-        self._holds = restructure.hold_outside(self.model) if learners else []
+        self._holds = (
+            restructure.hold_outside(self.model)
+            if learners
+            else hold_older(self.model, self.optimizer)
+        )
         for learner in learners.values():
             learner.attach()
 
@@ -481,8 +485,8 @@ class Tracker:
                 part.perforation.draws = state["draws"].get(path, part.perforation.draws)
             if self._frozen is not None:
                 restructure.thaw(self.model, self._frozen)
-            if self._finishing or state["finishing"]:
-                restructure.set_finishing(self.model, state["finishing"])
+            if self._finishing or state.get("finishing", False):
+                restructure.set_finishing(self.model, state.get("finishing", False))
             if state["frozen"] is not None:
                 frozen = Frozen(*(tuple(state["frozen"][key]) for key in ("learning", "training")))
                 restructure.freeze(self.model)
@@ -494,7 +498,7 @@ class Tracker:
         scores = [epoch.score for epoch in history if epoch.improved]
         self._best_score = scores[-1] if scores else None
         self._cycle, self._attempt = state["cycle"], state["attempt"]
-        self._finishing = state["finishing"]
+        self._finishing = state.get("finishing", False)
         self._best, self._current = best, current
         self._since = time.perf_counter()
         self._listen(frozen, learners)
