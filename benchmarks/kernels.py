@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks import neurons
+from benchmarks import incumbent, neurons
 from benchmarks.benchmark import Benchmark, Case
 from benchmarks.gate import gradient_fault, output_fault, require
 from benchmarks.neurons import LAYERS, Layer, Neuron, Tensors
@@ -34,6 +34,9 @@ COLUMNS = (
 )
 _TYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 _RIVALS = ("eager loop", "eager packed", "inductor", "packed + inductor", "inductor max")
+# The loop in which dendrites learn too.
+_FULL = "eager loop, full"
+_NAMES = ("x", "weight", "bias", "dendrites", "dendrites_bias", "to_soma", "to_dendrite")
 # An H200 has 60 MB of L2.
 _ROTATED_BYTES = 192 * 2**20
 _MOST_COPIES = 8
@@ -105,6 +108,14 @@ def _providers(args: argparse.Namespace, tensors: Tensors, mode: str) -> dict[st
         if args.max_autotune:
             mode_ = "max-autotune-no-cudagraphs"
             found["inductor max"] = compile_(neurons.loop(layer), mode=mode_)
+    if incumbent.missing() is None and args.incumbent:
+        try:
+            found[incumbent.NAME] = incumbent.neuron(tensors)
+        except incumbent.Unavailable as error:
+            print(f"{incumbent.NAME}: skipped, {error}")
+        else:
+            # It learns another way; the loop that learns like it is what its gradients are held to.
+            found[_FULL] = neurons.Full(neurons.loop(layer, frozen=False))
     return found
 
 
@@ -118,12 +129,17 @@ def _call(neuron: Neuron, tensors: Tensors, mode: str) -> Callable[[int], object
         with torch.no_grad():
             return neuron(*_arguments(tensors, turn))
 
-    def step(turn: int) -> tuple[Tensor, ...]:
-        arguments = _arguments(tensors, turn)
+    leaves = tensors.dendrites
+    if isinstance(neuron, neurons.Full) and mode == "step":
+        leaves = tuple(t.detach().requires_grad_() for t in leaves)
+
+    def step(turn: int) -> dict[str, Tensor]:
+        arguments = (*_arguments(tensors, turn)[:3], *leaves)
+        learning = {n: t for n, t in zip(_NAMES, arguments, strict=True) if t.requires_grad}
         out = neuron(*arguments)
-        return torch.autograd.grad(
-            out, (arguments[0], *tensors.learning), tensors.grad, allow_unused=True
-        )
+        grads = torch.autograd.grad(out, tuple(learning.values()), tensors.grad, allow_unused=True)
+        found = zip(learning, grads, strict=True)
+        return {name: grad for name, grad in found if grad is not None}
 
     return forward if mode == "forward" else step
 
@@ -136,7 +152,7 @@ def check(tensors: Tensors, providers: dict[str, Neuron], mode: str, dtype: str)
     wanted_plain = layer.soma(x[:_CHECKED], *rest[:2])
     del x, rest
     faults, grads = [], {}
-    for name in sorted(providers, key=lambda name: name != "eager loop"):
+    for name in sorted(providers, key=lambda name: name not in ("eager loop", _FULL)):
         if mode == "forward":
             out = _call(providers[name], tensors, mode)(0)
             assert isinstance(out, Tensor)
@@ -144,17 +160,18 @@ def check(tensors: Tensors, providers: dict[str, Neuron], mode: str, dtype: str)
             fault = output_fault(out[:_CHECKED], reference, dtype)
         else:
             found = _call(providers[name], tensors, mode)(0)
-            assert isinstance(found, tuple)
-            named = zip(("x", "weight", "bias", "to_soma"), found, strict=True)
-            grads[name] = {key: grad for key, grad in named if grad is not None}
-            fault = gradient_fault(grads[name], _without_links(grads, name), dtype)
+            assert isinstance(found, dict)
+            grads[name] = found
+            fault = gradient_fault(found, _reference(grads, name), dtype)
         if fault:
             faults.append(f"  {layer.name}, {mode}, {name}: {fault}")
     return faults
 
 
-def _without_links(grads: dict[str, dict[str, Tensor]], name: str) -> dict[str, Tensor]:
-    """Return the loop's gradients; the plain layer has none for the links."""
+def _reference(grads: dict[str, dict[str, Tensor]], name: str) -> dict[str, Tensor]:
+    """Return the gradients of the loop that learns as `name` does; plain has none for the links."""
+    if name in (_FULL, incumbent.NAME):
+        return grads[_FULL]
     reference = grads["eager loop"]
     return {key: grad for key, grad in reference.items() if key in grads[name] or name != "plain"}
 
@@ -171,7 +188,8 @@ def _measure(
         once = _call(neuron, tensors, mode)
         once(0)
         peaks[name] = _peak(once, device)
-        calls[name] = _repeated(once, count, device)
+        captured = not isinstance(neuron, neurons.Full) or neuron.captured
+        calls[name] = _repeated(once, count, device, captured)
     times = interleave(calls, device, args.seconds, dict.fromkeys(calls, 1), prepare=lambda _: None)
     each = {name: [t / count for t in values] for name, values in times.items()}
     return _case(args, tensors, dendrites, mode, roofline, each, peaks)
@@ -190,15 +208,15 @@ def _peak(once: Callable[[int], object], device: torch.device) -> float | None:
 
 
 def _repeated(
-    once: Callable[[int], object], count: int, device: torch.device
+    once: Callable[[int], object], count: int, device: torch.device, captured: bool
 ) -> Callable[[], object]:
-    """Return a call that goes through all inputs once; on a GPU, by replaying a graph."""
+    """Return a call that goes through all inputs once; on a GPU, by replaying a graph if it can."""
 
     def through() -> None:
         for turn in range(count):
             once(turn)
 
-    if device.type != "cuda":
+    if device.type != "cuda" or not captured:
         return through
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -283,6 +301,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-autotune", action="store_true", help="with --compile: Inductor's slow search too"
     )
+    parser.add_argument(
+        "--incumbent", action=argparse.BooleanOptionalAction, default=True,
+        help="perforatedai too, where it is installed (default yes); on a GPU its launches count",
+    )  # fmt: skip
     parser.add_argument(
         "--seconds", type=positive, default=0.3, help="of timing per case (default 0.3)"
     )

@@ -133,6 +133,23 @@ class Tensors:
 Neuron = Callable[..., Tensor]
 
 
+@dataclasses.dataclass(frozen=True)
+class Full:
+    """A neuron that learns by plain backpropagation: dendrites learn, and pass errors on.
+
+    Attributes:
+        neuron: computes it.
+        captured: whether its calls can be captured in a CUDA graph.
+    """
+
+    neuron: Neuron
+    captured: bool = True
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """Return the neuron's output."""
+        return self.neuron(*tensors)
+
+
 def draw(
     layer: Layer, dendrites: int, dtype: torch.dtype, device: torch.device, seed: int, copies: int
 ) -> Tensors:
@@ -164,13 +181,13 @@ def draw(
     )
 
 
-def loop(layer: Layer) -> Neuron:
+def loop(layer: Layer, frozen: bool = True) -> Neuron:
     """Return the rival that anyone can write: one op per dendrite, in the order of the equation."""
     tail = (1,) * layer.geometry.spatial
 
     def neuron(x: Tensor, weight: Tensor, bias: Tensor, *dendrites: Tensor) -> Tensor:
         v, c, to_soma, to_dendrite = dendrites
-        out, seen = layer.soma(x, weight, bias), x.detach()
+        out, seen = layer.soma(x, weight, bias), x.detach() if frozen else x
         activations: list[Tensor] = []
         for d in range(v.shape[0]):
             z = layer.soma(seen, v[d], c[d])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import dendrite_step, kernels, restructure, step, whole, zoo
+from benchmarks import comparison, dendrite_step, kernels, restructure, step, whole, zoo
 from benchmarks.benchmark import Benchmark
 from benchmarks.learning import command as learning
 
@@ -15,6 +15,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         dendrite_step.BENCHMARK,
         restructure.BENCHMARK,
         zoo.BENCHMARK,
+        comparison.BENCHMARK,
     )
 }
 

@@ -144,9 +144,8 @@ def judge(setting: Setting, runners: Iterable[Runner], exact: bool = True) -> li
         provider, name = runner.provider, runner.provider.name
         runner.model.eval()
         out = outputs[name] = _evaluate(setting, runner)
-        # The first of the loops is the reference; what weights cannot be copied into starts with
-        # links of zero, and so equals the plain model.
-        to_plain = name in ("plain", incumbent.NAME) or not setting.dendrites
+        # The first of the loops is the reference.
+        to_plain = name == "plain" or not setting.dendrites
         reference = outputs["plain"] if to_plain else outputs[LOOP_FROZEN]
         fault = output_fault(out, reference, setting.dtype)
         bitwise = exact and not setting.dendrites and name != incumbent.NAME

@@ -120,9 +120,9 @@ def dendrites(
     to_soma = _per_channel(to_soma.to(wide), soma.dim(), geometry)
     to_dendrite = _per_channel(to_dendrite.to(wide), soma.dim(), geometry)
     activations: list[Tensor] = []
-    # Added one by one, as the equation stands, and each as `s - (0 - T a)`: `0 - T a` is never -0.0,
-    # and `s - 0.0` is s for either zero, while `-0.0 + 0.0` is +0.0. So an untrained dendrite leaves
-    # every bit of what it is added to as it is.
+    # Added one by one, as the equation stands, and each as `s - (0 - T a)`: `0 - T a` is never
+    # -0.0, and `s - 0.0` is s for either zero, while `-0.0 + 0.0` is +0.0. So an untrained dendrite
+    # leaves every bit of what it is added to as it is.
     zero, out = soma.new_zeros((), dtype=wide), soma.to(wide)
     for d in range(weight.shape[0]):
         z_d = z[d].to(wide)

@@ -4,10 +4,10 @@ The two compute the same neuron, and store it differently. What differs beyond n
 
 - A norm between a layer and the place where dendrites join. pbfx joins after the norm
   (`docs/sites.md`), perforatedai at the layer that it wraps. Where the layer was wrapped alone, its
-  links are scaled by what the batch norm after it scales by; where layer and batch norm were wrapped
-  as one group, each dendrite has a batch norm of its own, which is folded into its weights. Both are
-  exact with running statistics, so outputs are equal in eval mode. Norms without running statistics
-  allow neither.
+  links are scaled by what the batch norm after it scales by; where layer and batch norm were
+  wrapped as one group, each dendrite has a batch norm of its own, which is folded into its weights.
+  Both are exact with running statistics, so outputs are equal in eval mode. Norms without running
+  statistics allow neither.
 - Layers that are registered under several names are stored under the first.
 """
 
@@ -70,7 +70,7 @@ def load_perforatedai(
         path: the file.
         model: a freshly built plain model, without the other package's wrappers, which is
             transformed first; or one from `pbfx.transform`, which is grown in place. Where the file
-            has a group of a layer and its batch norm (PAISequential), an `nn.Sequential` of the two.
+            has a group of a layer and its batch norm (PAISequential), an `nn.Sequential` of both.
         config: how to transform a plain model; None for gradient mode, as in the file, at the
             layers that the file has wrapped. Its activation must be the file's.
         activation: what the dendrites apply. The tensors do not say; None asks the settings
@@ -183,8 +183,8 @@ def _perforated(
         )
     if any(part.perforation.tracker is not None for part in parts.values()):
         raise CheckpointError(
-            f"{file}: a tracker manages the model, and its optimizer would miss the dendrites; load "
-            "before making optimizer and tracker"
+            f"{file}: a tracker manages the model, and its optimizer would miss the dendrites; "
+            "load before making optimizer and tracker"
         )
     return model
 

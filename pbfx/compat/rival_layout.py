@@ -2,10 +2,10 @@
 
 Learnt from files that 3.2.9 wrote when it was run. A layer at `fc1` that it wrapped is
 
-    fc1.main_module.<key>                        the layer's own state
-    fc1.dendrite_module.layers.<d>.<key>         dendrite d: the same keys, V_d and c_d
-    fc1.dendrites_to_top.<D - 1>                 (D, N), T; those with smaller numbers are of the past
-    fc1.dendrite_module.dendrites_to_dendrites.<d>    (d, N), row e is U_{d,e}; absent or empty for d = 0
+    fc1.main_module.<key>                     the layer's own state
+    fc1.dendrite_module.layers.<d>.<key>      dendrite d: the same keys, V_d and c_d
+    fc1.dendrites_to_top.<D - 1>              (D, N), T; smaller numbers are of the past
+    fc1.dendrite_module.dendrites_to_dendrites.<d>    (d, N), row e is U_{d,e}; d from 1 on
 
 where a group of layers (its PAISequential) has `model.<i>.` before its keys. Everything else of a
 wrapped layer is bookkeeping. Other modules keep their keys. The tracker's state is a text in a
@@ -119,7 +119,9 @@ def activation_beside(path: Path) -> str | None:
     try:
         value = json.loads(found[0].read_text(encoding="utf-8")).get("pai_forward_function")
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{found[0]} cannot be read as the run's settings: {error}") from error
+        raise CheckpointError(
+            f"{found[0]} cannot be read as the run's settings: {error}"
+        ) from error
     if value is None:
         return None
     # "torch.sigmoid", "torch._C._nn.gelu", "torch.nn.functional.silu", "SiLU()".

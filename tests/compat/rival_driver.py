@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compat.rival_nets import INPUTS, NETS
 from safetensors.torch import save_file
 from torch import nn
+
+from compat.rival_nets import INPUTS, NETS
 
 # A job takes well under a second once the package is imported.
 JOB_SECONDS = 120
@@ -164,15 +165,15 @@ def _child(job: dict[str, Any], send: Any) -> None:
     with tempfile.TemporaryDirectory() as folder, open(os.devnull) as nothing:
         os.chdir(folder)
         sys.stdin = nothing
-        log = Path(folder, "log").open("w")
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+        log = os.open("log", os.O_CREAT | os.O_WRONLY)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
         warnings.simplefilter("ignore")
         try:
             send.send({"result": JOBS[job["kind"]](job)})
         # It calls sys.exit, and its debugger without a terminal ends in BdbQuit.
         except BaseException as error:
-            log.flush()
+            sys.stdout.flush()
             tail = Path(folder, "log").read_text()[-400:]
             last = traceback.extract_tb(error.__traceback__)[-1].name
             send.send({"error": f"{type(error).__name__}: {error} in {last}: {tail}"})

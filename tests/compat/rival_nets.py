@@ -7,6 +7,7 @@ where the other package wraps it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ class Tokens(nn.Module):
     """A linear layer over three axes, and a convolution over one."""
 
     # The other package has to be told which axis holds the neurons.
-    axes = {"up": [-1, -1, 0], "conv": [-1, 0, -1]}
+    axes: ClassVar[dict[str, list[int]]] = {"up": [-1, -1, 0], "conv": [-1, 0, -1]}
 
     def __init__(self, group: Group = sequential) -> None:
         super().__init__()

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from compat.make_rival_files import FILES, SCRIPTS, SEEDS, decision_jobs
-from compat.rival_rules import ALL, Difference, decide, events
 from torch import nn
 
 import pbfx
+from compat.make_rival_files import FILES, SCRIPTS, SEEDS, decision_jobs
+from compat.rival_rules import ALL, Difference, decide, events
 from pbfx.compat.decisions import DEFAULTS, SWITCH_MODES, policy_of
 
 JOBS = decision_jobs()

@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 import torch
-from compat.make_rival_files import FILES, NETWORKS
-from compat.rival_nets import NETS, Mixed, Normed, Tokens
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pbfx
+from compat.make_rival_files import FILES, NETWORKS
+from compat.rival_nets import NETS, Mixed, Normed, Tokens
 from pbfx.compat import load_perforatedai
 from pbfx.parts import structure_of
 
@@ -97,7 +97,7 @@ def test_dendrites_before_a_norm_are_announced(caplog):
 
 
 def test_the_activation_is_asked_for_where_no_settings_lie(tmp_path):
-    tensors, path = copy_of("tokens-1", tmp_path)
+    _, path = copy_of("tokens-1", tmp_path)
     (path.parent / "tokens_config.json").unlink()
     with pytest.raises(pbfx.CheckpointError, match='pass activation="sigmoid"'):
         load_perforatedai(path, Tokens())
@@ -241,7 +241,9 @@ def test_other_files_are_refused_and_never_unpickled(tmp_path):
     with pytest.raises(pbfx.CheckpointError, match="is not a safetensors file"):
         load_perforatedai(path, Mixed(), activation="tanh")
     torch.save(Mixed().state_dict(), path)
-    with pytest.raises(pbfx.CheckpointError, match="a pickle of torch.save, which is never opened"):
+    with pytest.raises(
+        pbfx.CheckpointError, match=r"a pickle of torch\.save, which is never opened"
+    ):
         load_perforatedai(path, Mixed(), activation="tanh")
     save_file(Mixed().state_dict(), path)
     with pytest.raises(pbfx.CheckpointError, match="no key has 'main_module' in it"):

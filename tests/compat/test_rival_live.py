@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compat.make_rival_files import FILES, NETWORKS, SCRIPTS, decision_jobs
-from compat.rival_nets import NETS
-from compat.rival_rules import events
 from safetensors.torch import load_file
 from torch import Tensor
 
+from compat.make_rival_files import FILES, NETWORKS, SCRIPTS, decision_jobs
+from compat.rival_nets import NETS
+from compat.rival_rules import events
 from pbfx.compat import load_perforatedai
 
 ROOT = Path(__file__).resolve().parents[2]
