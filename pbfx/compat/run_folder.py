@@ -37,6 +37,7 @@ class RunFolder:
         self.extras: list[dict[str, float]] = []
         self.seconds: list[float] = []
         self.pending: dict[str, float] = {}
+        self._written: dict[str, str] = {}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -60,11 +61,16 @@ class RunFolder:
             lookback: how many scores the running score averages.
         """
         extras = self._names()
+
+        def told(index: int) -> list[Any]:
+            known = self.extras[index] if index < len(self.extras) else {}
+            return [known.get(name, "") for name in extras]
+
         tables: dict[str, tuple[Row, Iterable[Row]]] = {
             "Scores.csv": (
                 ("Epochs", "Validation Scores", "Validation Running Scores", *extras),
                 (
-                    (number, epoch.score, running, *self._extras_at(number))
+                    (number, epoch.score, running, *told(number))
                     for number, (epoch, running) in enumerate(
                         zip(history, running_scores(history, lookback), strict=True)
                     )
@@ -86,7 +92,7 @@ class RunFolder:
             "_best_arch_scores.csv": (
                 ("Param Counts", "Max Valid Scores", *extras),
                 (
-                    (history[best].parameters, history[best].score, *self._extras_at(best))
+                    (history[best].parameters, history[best].score, *told(best))
                     for best in best_epochs(history, self.maximize)
                 ),
             ),
@@ -102,9 +108,15 @@ class RunFolder:
         for ending, (header, rows) in tables.items():
             text = io.StringIO(newline="")
             csv.writer(text).writerows([header, *rows])
-            replace(self.file(ending), text.getvalue().encode())
-        record = {"extras": self.extras, "seconds": self.seconds}
-        replace(self.file("_record.json"), json.dumps(record).encode())
+            self._write(ending, text.getvalue())
+        self._write("_record.json", json.dumps({"extras": self.extras, "seconds": self.seconds}))
+
+    def _write(self, ending: str, text: str) -> None:
+        path = self.file(ending)
+        # Half of the tables say the same for a whole phase.
+        if self._written.get(ending) != text or not path.exists():
+            replace(path, text.encode())
+            self._written[ending] = text
 
     def read(self, epochs: int) -> None:
         """Take up what an earlier process wrote about the first epochs, if it is there."""
@@ -131,10 +143,6 @@ class RunFolder:
 
     def _names(self) -> list[str]:
         return list(dict.fromkeys(name for extra in self.extras for name in extra))
-
-    def _extras_at(self, index: int) -> list[Any]:
-        known = self.extras[index] if index < len(self.extras) else {}
-        return [known.get(name, "") for name in self._names()]
 
 
 def running_scores(history: Sequence[Epoch], lookback: int) -> list[float]:

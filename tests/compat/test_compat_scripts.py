@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import pbfx
+from pbfx.compat.__main__ import main
 from pbfx.compat.provide import MODULES, provide
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +26,14 @@ TUTORIAL, SEQUENCES = "mnist_tutorial.py", "norms_and_sequences.py"
 QUICK = ("--real", "--quick", "--batch-size", "16", "--save-name", "R")
 
 pytestmark = pytest.mark.usefixtures("script")
+
+
+@pytest.fixture
+def _provided():
+    """Take the names back when the test is over."""
+    yield
+    for name in [n for n in sys.modules if n.partition(".")[0] == "perforatedai"]:
+        del sys.modules[name]
 
 
 def run_with_the_import_changed(
@@ -108,10 +117,17 @@ def test_the_tutorial_runs_with_only_its_import_changed(
     check_real_run(caplog.text, script / "R")
 
 
-def test_the_tutorial_runs_unmodified(script: Path):
+@pytest.mark.usefixtures("_provided")
+def test_the_tutorial_runs_unmodified(
+    script: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     check_capacity(run_unmodified(TUTORIAL, script), script / "PB")
-    told = run_unmodified(TUTORIAL, script, *QUICK)
-    check_real_run(told, script / "R")
+    # The second run by the same entrance, without the seconds that a process takes to start.
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    with caplog.at_level(logging.INFO, "pbfx.compat"):
+        main([str(SCRIPTS / TUTORIAL), *QUICK])
+    check_real_run(caplog.text, script / "R")
 
 
 def check_sequences(told: str, folder: Path) -> None:
@@ -136,14 +152,6 @@ def test_norms_and_3d_outputs_run_by_their_loss(
             SEQUENCES, script, monkeypatch, "--loss", "--dendrites", "1", "--patience", "2"
         )
     check_sequences(caplog.text, script / "PAI")
-
-
-@pytest.fixture
-def _provided():
-    """Take the names back when the test is over."""
-    yield
-    for name in [n for n in sys.modules if n.partition(".")[0] == "perforatedai"]:
-        del sys.modules[name]
 
 
 @pytest.mark.usefixtures("_provided")

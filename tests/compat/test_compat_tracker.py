@@ -379,7 +379,7 @@ def test_the_tables_cost_milliseconds_a_score():
         since = time.perf_counter()
         GPA.pai_tracker.add_validation_score(0.01 * epoch, model)
         times.append(time.perf_counter() - since)
-    # The median: the machine may be busy. It was 2 ms where this was written.
+    # It was 6 ms on two busy CPU cores, and the machine may be busier than that.
     assert sorted(times)[30] < 0.05
 
 
