@@ -7,6 +7,8 @@ while not tracker.complete:
     tracker.step(validate(model))
 """
 
+from pbfx.by_hand import grow
+from pbfx.capacity import Capacity
 from pbfx.checkpoint import load, save
 from pbfx.config import Config
 from pbfx.errors import (
@@ -23,6 +25,8 @@ from pbfx.errors import (
 from pbfx.explain import Explanation, explain
 from pbfx.figures import SiteFigures
 from pbfx.history import Epoch, Step
+from pbfx.lower import lower
+from pbfx.lowered import LoweredModule
 from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
 from pbfx.policy import (
@@ -35,7 +39,7 @@ from pbfx.policy import (
     Policy,
     Situation,
 )
-from pbfx.restructure import grow
+from pbfx.rates import RateSearch
 from pbfx.tracker import Tracker
 from pbfx.transform import transform
 
@@ -43,6 +47,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Action",
+    "Capacity",
     "CaptureError",
     "CheckpointError",
     "Config",
@@ -53,6 +58,7 @@ __all__ = [
     "EveryTime",
     "Explanation",
     "Interval",
+    "LoweredModule",
     "Never",
     "PassError",
     "PbfxError",
@@ -60,6 +66,7 @@ __all__ = [
     "Phase",
     "Plateau",
     "Policy",
+    "RateSearch",
     "RestructureError",
     "ScoreError",
     "SiteFigures",
@@ -70,6 +77,7 @@ __all__ = [
     "explain",
     "grow",
     "load",
+    "lower",
     "save",
     "transform",
 ]

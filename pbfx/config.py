@@ -17,12 +17,14 @@ Tuning = Literal["links", "newest", "all", "full"]
 Objective = Literal["covariance", "correlation"]
 Bias = Literal["drawn", "bend"]
 Capture = Literal["trace", "export"]
+Sites = Literal["all", "auto"]
 
 LEARNING = ("perforated", "gradient", "sham")
 TUNING = ("links", "newest", "all", "full")
 OBJECTIVES = ("covariance", "correlation")
 BIASES = ("drawn", "bend")
 CAPTURE = ("trace", "export")
+SITES = ("all", "auto")
 # The kernels' table, repeated here so that importing the configuration imports no kernels; a test
 # compares the two.
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "gelu", "silu")
@@ -85,6 +87,12 @@ class Config:
         capture: `"trace"` (symbolic tracing, of the whole model or of the largest modules that
             allow it) or `"export"` (torch.export of the whole model, for calls like the
             `example_inputs` of `pbfx.transform`).
+        sites: `"all"` (a dendrite phase grows one dendrite per neuron at every site) or `"auto"`
+            (it grows only where its measurements predict that it pays; see `docs/selection.md`).
+        top_k: with `"auto"`, how many sites grow at most in one dendrite phase, those with the
+            largest predicted gain per parameter; None for any number.
+        growth_parameters: with `"auto"`, how many parameters one dendrite phase may add, links
+            included; None for any number.
 
     Raises:
         ConfigError: naming every setting that is out of range, at construction.
@@ -110,6 +118,9 @@ class Config:
     moment_decay: PerDendrite[float] = 0.95
     seed: int = 0
     capture: Capture = "trace"
+    sites: Sites = "all"
+    top_k: int | None = None
+    growth_parameters: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -178,6 +189,12 @@ class Config:
                 else f"{name} must be a glob or a tuple of globs, got {value!r}"
             )
 
+        def auto_only(name: str) -> str:
+            if getattr(self, name) is None:
+                return ""
+            elsewhere = f"{name} chooses among sites, which needs sites='auto', got {self.sites!r}"
+            return whole(name, 1) or ("" if self.sites == "auto" else elsewhere)
+
         callable_filter = self.filter_fn is None or callable(self.filter_fn)
         return [
             globs("include"),
@@ -197,6 +214,12 @@ class Config:
             between("moment_decay", 0.0, 1.0, "[)"),
             whole("seed", 0),
             one_of("capture", CAPTURE),
+            one_of("sites", SITES),
+            auto_only("top_k"),
+            auto_only("growth_parameters"),
+            'sites="auto" needs a dendrite phase to measure in, which learning="gradient" has not'
+            if self.sites == "auto" and self.learning == "gradient"
+            else "",
         ]
 
     @property

@@ -7,6 +7,8 @@ checkpoint holds four tensors per site whatever D is:
     bias          (D, N)                    c, where the site's dendrites have one
     to_soma       (D, N)                    T: zero at birth, so growing never changes the output
     to_dendrite   (D, D, N)                 U, strictly lower-triangular: the cascade
+    channels      (N,)                      whose they are; absent where all the op's neurons have
+                                            dendrites. Else N counts those that do
 
 A change of D replaces these parameters by new ones. It never resizes a tensor in place: autograd
 remembers the shape of a leaf for as long as anyone holds an old loss.
@@ -26,9 +28,10 @@ from torch import Tensor, nn
 
 import pbfx_kernels
 from pbfx.config import Config
+from pbfx.sited import Sited, in_torch_func
 from pbfx.sites import Site
 from pbfx.spread import Spread
-from pbfx.structure import Counts
+from pbfx.structure import Counts, channels_of
 from pbfx_kernels import Geometry, Moment
 
 # The candidates' buffers that are kept as their weights are.
@@ -79,7 +82,7 @@ def draw_weights(site: Site, like: Tensor, count: int, seed: str) -> tuple[Tenso
     return weight, uniform(count, site.neurons) if site.biased else None
 
 
-class Candidates(nn.Module):
+class Candidates(Sited):
     """C candidates per neuron: they read what the soma reads, and feed nothing.
 
     The forward returns the neuron's output unchanged. The backward leaves each candidate's learning
@@ -108,8 +111,8 @@ class Candidates(nn.Module):
     def __init__(
         self, site: Site, config: Config, weight: Tensor, bias: Tensor | None, dendrites: int
     ) -> None:
-        super().__init__()
-        self.site, self.activation = site, config.activation
+        super().__init__(site, weight.device)
+        self.activation = config.activation
         count, neurons = weight.shape[0], site.neurons
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias)
@@ -175,10 +178,11 @@ class Candidates(nn.Module):
         """Return `neuron` unchanged; on the way back, measure the error that arrives there."""
         # Nothing comes back from a forward without gradients, such as a validation pass, and of one
         # that torch.func differentiates nothing stays behind.
-        if not torch.is_grad_enabled() or _in_torch_func():
+        if not torch.is_grad_enabled() or in_torch_func():
             return neuron
+        part, x = self.take(neuron, x)
         out, z = pbfx_kernels.candidates(
-            neuron,
+            part,
             pad(x, self.site),
             activations,
             self.site.op_weight(self.weight),
@@ -188,19 +192,19 @@ class Candidates(nn.Module):
             self.direction,
             self.error_mean,
             self.activation,
-            fit_form(self.site, neuron, x),
+            fit_form(self.site, part, x),
             self.regression,
         )
         if self.spread is not None and self.spread.open:
             self.spread.add(z, self.site.geometry.channel_axis)
-        return out
+        return self.put(neuron, out)
 
 
-class Dendrites(nn.Module):
+class Dendrites(Sited):
     """The D accepted dendrites of a site, and in the dendrite phase its candidates.
 
     Args:
-        site: where they grow.
+        site: where they grow, and on which channels.
         config: activation and mode of learning.
         weight: the soma's weight, for dtype and device.
     """
@@ -211,8 +215,8 @@ class Dendrites(nn.Module):
     finishing: bool = False
 
     def __init__(self, site: Site, config: Config, weight: Tensor) -> None:
-        super().__init__()
-        self.site, self.activation, self.learning = site, config.activation, config.learning
+        super().__init__(site, weight.device)
+        self.activation, self.learning = config.activation, config.learning
         self.tuning = config.tuning
         neurons = site.neurons
         like = weight.detach()
@@ -222,10 +226,7 @@ class Dendrites(nn.Module):
         self.to_dendrite = nn.Parameter(like.new_zeros(0, 0, neurons))
         self.candidates = None
         self.set_trainable()
-        # torch's fused fast paths (nn.TransformerEncoderLayer, nn.MultiheadAttention in eval) read
-        # the weights around the modules, which would leave dendrites out without a word. They stand
-        # aside where a module inside has a hook.
-        self.register_forward_pre_hook(_keep_out_of_fast_paths)
+        keep_out_of_fast_paths(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dendrites:
         super()._apply(_per_dendrite(fn, self.weight), recurse)
@@ -238,12 +239,17 @@ class Dendrites(nn.Module):
 
     @property
     def counts(self) -> Counts:
-        """D, and C of the candidates if there are any."""
-        return Counts(self.count, 0 if self.candidates is None else self.candidates.count)
+        """D, C of the candidates if there are any, and the channels if there is a choice."""
+        candidates = 0 if self.candidates is None else self.candidates.count
+        return Counts(self.count, candidates, self.site.channels)
 
     def extra_repr(self) -> str:
         """Show D and the activation in the model's printout."""
-        return f"dendrites={self.count}, activation={self.activation!r}, learning={self.learning!r}"
+        some = "" if self.site.channels is None else f", channels={list(self.site.channels)}"
+        return (
+            f"dendrites={self.count}, activation={self.activation!r}, learning={self.learning!r}"
+            f"{some}"
+        )
 
     @property
     def backpropagates(self) -> bool:
@@ -334,28 +340,29 @@ class Dendrites(nn.Module):
             soma: what the soma gave, (..., N) for linear, (B, N, *space) for conv.
             x: what the soma read.
         """
+        whole, (soma, x) = soma, self.take(soma, x)
         if not self.count:
-            return soma, soma.new_empty((0, *soma.shape))
+            return whole, soma.new_empty((0, *soma.shape))
         # Only candidates read the activations, and only where gradients are wanted.
         keep = self.candidates is not None and torch.is_grad_enabled()
         x, evaluate = pad(x, self.site), functools.partial(pbfx_kernels.dendrites, keep=keep)
         weight, bias, to_dendrite = self.site.op_weight(self.weight), self.bias, self.to_dendrite
         if self.backpropagates:
             evaluate = pbfx_kernels.reference.dendrites
-        elif self.weight.requires_grad and torch.is_grad_enabled() and not _in_torch_func():
+        elif self.weight.requires_grad and torch.is_grad_enabled() and not in_torch_func():
             # The weights learn from their neuron's error, and what they read does not. In the
             # dendrite phase nothing of this requires gradients.
             evaluate, x = pbfx_kernels.reference.dendrites, x.detach()
             if self.holds_older:
                 weight, to_dendrite = _newest_learns(weight), _newest_learns(to_dendrite)
                 bias = None if bias is None else _newest_learns(bias)
-        elif _in_torch_func():
+        elif in_torch_func():
             # Its transforms do not go through the op; the reference blocks the same errors if what
             # they must not reach is detached.
             evaluate = pbfx_kernels.reference.dendrites
             x, weight, to_dendrite = x.detach(), weight.detach(), to_dendrite.detach()
             bias = None if bias is None else bias.detach()
-        return evaluate(
+        out, activations = evaluate(
             soma,
             x,
             weight,
@@ -365,6 +372,38 @@ class Dendrites(nn.Module):
             self.activation,
             fit_form(self.site, soma, x),
         )
+        return self.put(whole, out), activations
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.site.channels is not None:
+            # On the CPU, because whoever loads it has to read the numbers.
+            destination[f"{prefix}channels"] = torch.tensor(self.site.channels, device="cpu")
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load as usual; the channels themselves are structure, which the owner has taken on."""
+        key, ours = f"{prefix}channels", self.site.channels
+        if key in state_dict:
+            theirs = channels_of(state_dict[key], key)
+            if ours is None:
+                error_msgs.append(f"{key} lists channels, and these dendrites are on all of them")
+            elif theirs != ours:
+                error_msgs.append(f"{key} is {list(theirs)}, but these dendrites' is {list(ours)}")
+            state_dict = {name: value for name, value in state_dict.items() if name != key}
+        elif ours is not None and strict:
+            missing_keys.append(key)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 def _newest_learns(stack: Tensor) -> Tensor:
@@ -372,8 +411,17 @@ def _newest_learns(stack: Tensor) -> Tensor:
     return torch.cat([stack[:-1].detach(), stack[-1:]])
 
 
-def _keep_out_of_fast_paths(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Do nothing; that there is a hook is what counts."""
+def keep_out_of_fast_paths(module: nn.Module) -> None:
+    """Let torch's fused fast paths stand aside for `module`.
+
+    nn.TransformerEncoderLayer and nn.MultiheadAttention in eval read the weights around the modules
+    inside, which would leave dendrites out without a word. They stand aside where one has a hook.
+    """
+    module.register_forward_pre_hook(_do_nothing)
+
+
+def _do_nothing(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Be a hook; that there is one is what counts."""
 
 
 def fit_form(site: Site, soma: Tensor, x: Tensor) -> Geometry:
@@ -401,12 +449,6 @@ def _per_dendrite(fn: Callable[[Tensor], Tensor], *stacks: Tensor) -> Callable[[
         return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
 
     return apply
-
-
-def _in_torch_func() -> bool:
-    """Return whether torch.func (grad, vmap, jvp, ...) is transforming what runs now."""
-    # Dynamo does not know the question, and compiles torch.func's transforms by itself.
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def pad(x: Tensor, site: Site) -> Tensor:

@@ -8,6 +8,7 @@ import math
 import numbers
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class Epoch:
         learning_rates: of each parameter group, as used in this epoch.
         seconds: wall time since the call before, or since the tracker was made or loaded. Times
             differ from run to run, so epochs that differ in nothing else are equal.
+        rate_factor: of a search for a learning rate: what the rates were multiplied by; None in
+            other epochs.
         sites: of a dendrite phase: what was measured at each site, see `SiteFigures`.
     """
 
@@ -55,6 +58,7 @@ class Epoch:
     parameters: int
     learning_rates: tuple[float, ...]
     seconds: float | None = dataclasses.field(default=None, compare=False)
+    rate_factor: float | None = None
     sites: tuple[SiteFigures, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +88,8 @@ class Step:
     """What one call of `Tracker.step` did.
 
     Attributes:
-        restructured: whether the model changed its structure; false means that nothing moved.
+        restructured: whether the model changed its structure. Where it did not, every parameter is
+            the object that it was; a search for a learning rate may have set values back.
         complete: whether training is over; the best network has then been restored.
         phase: who learns from now on.
         dendrites: dendrites per neuron of the most grown site.
@@ -125,6 +130,13 @@ def finite_score(score: Any) -> float:
             "diverged run can be resumed from its last checkpoint with a smaller learning rate"
         )
     return value
+
+
+def write_history(history: Sequence[Epoch], directory: Path) -> None:
+    """Write `history.csv`, and `sites.csv` once there is a line for it."""
+    write_csv(history, directory / "history.csv")
+    if any(epoch.sites for epoch in history):
+        write_sites_csv(history, directory / "sites.csv")
 
 
 def write_csv(history: Sequence[Epoch], path: str | os.PathLike[str]) -> None:

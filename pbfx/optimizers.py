@@ -24,6 +24,8 @@ Stepping = Literal["auto", "epoch", "batch"]
 _SCHEDULED = frozenset(
     ("lr", "initial_lr", "max_lr", "min_lr", "momentum", "betas", "max_momentum", "base_momentum")
 )
+# Of those, the learning rates.
+_RATES = frozenset(("lr", "initial_lr", "max_lr", "min_lr"))
 # Optimizers whose per-element state does not start at zero: state key -> group key of the first
 # value.
 _FIRST_VALUE = {"step_size": "lr", "sum": "initial_accumulator_value"}
@@ -130,6 +132,53 @@ def _start_adagrad(optimizer: torch.optim.Adagrad) -> None:
                 }
 
 
+def hold(
+    optimizer: Optimizer, parameters: Parameters, before: Parameters, names: list[list[str | None]]
+) -> None:
+    """Fill the optimizer's groups with the parameters that `names` lists.
+
+    Args:
+        optimizer: edited in place.
+        parameters: the model's by name.
+        before: those when the optimizer was last right.
+        names: for each group; `None` stands for a parameter that is not the model's (a criterion's,
+            say). Those keep their order among themselves.
+
+    Raises:
+        TrackerError: if the names do not fit; nothing has moved.
+    """
+    groups = optimizer.param_groups
+    ours = {id(p) for p in (*parameters.values(), *before.values())}
+    foreign = [[p for p in group["params"] if id(p) not in ours] for group in groups]
+    unknown = sorted({n for group in names for n in group if n is not None} - parameters.keys())
+    fault = None
+    if unknown:
+        fault = f"the model has no parameter {unknown[0]!r}; load its state dict first"
+    elif len(groups) != len(names):
+        fault = f"the optimizer has {len(groups)} parameter groups, not {len(names)}"
+    elif [len(rest) for rest in foreign] != [group.count(None) for group in names]:
+        fault = "the optimizer's groups hold another number of parameters from elsewhere"
+    if fault:
+        raise TrackerError(f"the saved tracker does not fit: {fault}")
+    for group, rest, wanted in zip(groups, foreign, names, strict=True):
+        others = iter(rest)
+        group["params"][:] = [next(others) if n is None else parameters[n] for n in wanted]
+
+
+def return_to(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a state dict, and let the groups stay the same dicts, and rates the same tensors."""
+    outer, groups = optimizer.param_groups, list(optimizer.param_groups)
+    optimizer.load_state_dict(copy.deepcopy(dict(state)))
+    for group, loaded in zip(groups, optimizer.param_groups, strict=True):
+        for key, value in loaded.items():
+            if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
+                group[key].copy_(value)
+            else:
+                group[key] = value
+    outer[:] = groups
+    optimizer.param_groups = outer
+
+
 class Schedule:
     """The learning rates and the scheduler as they were at the start, to step and to return to.
 
@@ -194,6 +243,20 @@ class Schedule:
                 else:
                     group[key] = copy.deepcopy(value)
         self._seen = self._position()
+
+    def scale(self, factor: float) -> None:
+        """Multiply the rates, and those that the schedule is derived from, by `factor`."""
+        for group in self.optimizer.param_groups:
+            for key in _RATES & group.keys():
+                if isinstance(group[key], Tensor):
+                    group[key].mul_(factor)
+                else:
+                    group[key] = group[key] * factor
+        for part in self.parts()[1:]:
+            for key in ("base_lrs", "max_lrs"):
+                rates = getattr(part, key, None)
+                if isinstance(rates, list):
+                    setattr(part, key, [rate * factor for rate in rates])
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the schedule stands and where it started."""

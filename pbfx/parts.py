@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from pbfx.dendrites import Candidates, Dendrites
 from pbfx.errors import RestructureError
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, perforated_parts
+from pbfx.sites import on_channels
 from pbfx.structure import Structure
 
 
@@ -52,6 +53,19 @@ def survey(model: nn.Module) -> Survey:
 def parameter_count(model: nn.Module) -> int:
     """Return how many parameters the network of `model` has, as `Survey` counts them."""
     return _walk(model).parameters
+
+
+def growth_parameters(parts: Mapping[str, PerforatedModule], dendrites: int = 1) -> int:
+    """Return how many parameters so many more dendrites at every site add."""
+    total = 0
+    for part in parts.values():
+        counts = part.structure().sites
+        for site in part.perforation.sites:
+            grown = counts.get(site.name)
+            has, channels = (0, None) if grown is None else (grown.dendrites, grown.channels)
+            site = on_channels(site, channels)
+            total += sum(site.dendrite_parameters(has + more) for more in range(dendrites))
+    return total
 
 
 def _walk(model: nn.Module) -> Survey:

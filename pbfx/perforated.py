@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,16 +21,18 @@ from pbfx.perforation import Perforation
 from pbfx.phase import Phase
 from pbfx.pipeline import run_passes
 from pbfx.plain_graph import named
-from pbfx.sites import Site
-from pbfx.structure import Structure, structure_of_keys
+from pbfx.sites import Site, on_channels
+from pbfx.structure import Counts, Structure, structure_of_keys
 
 # What fx.GraphModule itself keeps on an instance; everything else belongs to the user, `meta` too,
 # which fx starts empty and only carries along.
-_GRAPH_MODULE_STATE = (
+GRAPH_MODULE_STATE = (
     frozenset(fx.GraphModule(nn.Module(), fx.Graph()).__dict__)
     - frozenset(nn.Module().__dict__)
     - {"meta"}
 )
+
+Graph = TypeVar("Graph", bound=fx.GraphModule)
 
 
 class _Start(nn.Module):
@@ -53,7 +55,7 @@ class PerforatedModule(fx.GraphModule):
     def __init__(self, root: nn.Module, perforation: Perforation, class_name: str) -> None:
         super().__init__(root, fx.Graph(), class_name)
         for name, value in root.__dict__.items():
-            if name not in _GRAPH_MODULE_STATE:
+            if name not in GRAPH_MODULE_STATE:
                 self.__dict__[name] = value
         self.perforation = perforation
         self.rebuild()
@@ -62,7 +64,8 @@ class PerforatedModule(fx.GraphModule):
     @staticmethod
     def over(root: nn.Module, perforation: Perforation) -> PerforatedModule:
         """Return a perforated module in the place of `root`, an instance of its class too."""
-        return _kind(perforation.kind)(root, perforation, perforation.kind.__name__)
+        kind = mixed_with(PerforatedModule, perforation.kind)
+        return kind(root, perforation, perforation.kind.__name__)
 
     def rebuild(self) -> None:
         """Derive the graph for the present structure and phase, and recompile.
@@ -90,11 +93,12 @@ class PerforatedModule(fx.GraphModule):
             if (module := self._lookup(site.dendrites)) is not None
         }
 
-    def ensure_dendrites(self, site: Site) -> Dendrites:
-        """Return the dendrites module of `site`, made empty if there is none yet."""
+    def ensure_dendrites(self, site: Site, channels: tuple[int, ...] | None = None) -> Dendrites:
+        """Return the dendrites module of `site`, made empty on `channels` if there is none yet."""
         module = self._lookup(site.dendrites)
         if module is None:
-            module = Dendrites(site, self.perforation.config, self.get_parameter(site.home))
+            like = self.get_parameter(site.home)
+            module = Dendrites(on_channels(site, channels), self.perforation.config, like)
             owner, _, name = site.dendrites.rpartition(".")
             self.get_submodule(owner).add_module(name, module)
         return module
@@ -107,6 +111,7 @@ class PerforatedModule(fx.GraphModule):
     def new_candidates(self, site: Site, count: int) -> Candidates:
         """Draw a fresh pool of `count` candidates per neuron for `site`."""
         dendrites = self.ensure_dendrites(site)
+        site = on_channels(site, dendrites.site.channels)
         weight, bias = self.draw(site, count)
         if bias is not None:
             bias += bend_of(self.perforation.config)
@@ -129,13 +134,20 @@ class PerforatedModule(fx.GraphModule):
         return Structure({name: module.counts for name, module in self.grown().items()})
 
     def adopt(self, structure: Structure) -> None:
-        """Take on `structure`: the first D dendrites of each site survive, new ones are zero."""
+        """Take on `structure`: the first D dendrites of each site survive, new ones are zero.
+
+        None survives where they are to be on other channels.
+        """
         for site in self.perforation.sites:
             counts = structure.sites.get(site.name)
             if counts is None:
                 self.drop_dendrites(site)
                 continue
-            dendrites = self.ensure_dendrites(site)
+            known = self._lookup(site.dendrites)
+            if known is not None and known.site.channels != counts.channels:
+                self.drop_dendrites(site)
+            dendrites = self.ensure_dendrites(site, counts.channels)
+            site = on_channels(site, counts.channels)
             dendrites.resize(counts.dendrites)
             dendrites.candidates = None
             if counts.candidates:
@@ -153,7 +165,7 @@ class PerforatedModule(fx.GraphModule):
             self.train(self.training)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if "perforation" not in self.__dict__ or name in _GRAPH_MODULE_STATE:
+        if "perforation" not in self.__dict__ or name in GRAPH_MODULE_STATE:
             super().__setattr__(name, value)
         else:
             assign(self, name, value, super().__setattr__, self)
@@ -254,13 +266,14 @@ class PerforatedModule(fx.GraphModule):
         return replica
 
 
-def _kind(own: type[nn.Module]) -> type[PerforatedModule]:
-    """Return a class of perforated modules, instances of `own` too where that can be."""
+def mixed_with(ours: type[Graph], own: type[nn.Module]) -> type[Graph]:
+    """Return a class of graph modules of `ours`, instances of `own` too where that can be."""
     if issubclass(own, fx.GraphModule) or _customises_access(own):
-        return PerforatedModule
+        return ours
     # Methods of our own first; everything else is the user's.
-    bases = (PerforatedModule, _Start, own)
-    return type(own.__name__, bases, {"__module__": own.__module__})
+    bases = (ours, _Start, own)
+    mixed: Any = type(own.__name__, bases, {"__module__": own.__module__})
+    return mixed
 
 
 def _state(module: PerforatedModule) -> dict[str, Any]:
@@ -275,13 +288,13 @@ def _state(module: PerforatedModule) -> dict[str, Any]:
 
 
 def _without_ours(state: dict[str, Any]) -> dict[str, Any]:
-    ours = _GRAPH_MODULE_STATE | {"perforation"}
+    ours = GRAPH_MODULE_STATE | {"perforation"}
     return {name: value for name, value in state.items() if name not in ours}
 
 
 def _blank(own: type[nn.Module]) -> PerforatedModule:
     """Return a module without any state, for `_restore`."""
-    kind = _kind(own)
+    kind = mixed_with(PerforatedModule, own)
     return kind.__new__(kind)
 
 
@@ -310,7 +323,7 @@ def _imitate(twin: PerforatedModule, model: PerforatedModule) -> None:
     inside count as well, since hooks may have split one of the two.
     """
     theirs = _dendrites(model)
-    known = {name: module.count for name, module in _dendrites(twin).items()}
+    known = {name: module.counts for name, module in _dendrites(twin).items()}
     changed = False
     for path, part in perforated_parts(twin).items():
         names = {site.name: join(path, site.name) for site in part.perforation.sites}
@@ -319,7 +332,8 @@ def _imitate(twin: PerforatedModule, model: PerforatedModule) -> None:
             part.adopt(Structure(wanted))
             changed = True
     for name, mine in _dendrites(twin).items() if changed else ():
-        first = known.get(name, 0)
+        before = known.get(name, Counts())
+        first = before.dendrites if before.channels == mine.site.channels else 0
         for role, values in theirs[name].named_parameters(recurse=False):
             mine.get_parameter(role)[first:].copy_(values[first:])
         pool = theirs[name].candidates
@@ -354,7 +368,7 @@ def hides(module: nn.Module) -> str | None:
             own |= vars(base).keys()
     taken = {"perforation", *dir(PerforatedModule)} - set(dir(nn.Module))
     if isinstance(module, fx.GraphModule):
-        taken -= set(dir(fx.GraphModule)) | set(_GRAPH_MODULE_STATE)
+        taken -= set(dir(fx.GraphModule)) | set(GRAPH_MODULE_STATE)
     clash = sorted(own & taken)
     return (
         f"its attribute {clash[0]!r} would hide behind PerforatedModule.{clash[0]}"

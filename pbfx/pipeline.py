@@ -11,13 +11,22 @@ import dataclasses
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from pbfx.artefacts import trace_json, trace_text
 from pbfx.errors import PassError
-from pbfx.passes import attach_candidates, hold_eval, insert_dendrites, unfold_layers
+from pbfx.passes import (
+    attach_candidates,
+    drop_reads,
+    fuse_neurons,
+    hold_eval,
+    insert_dendrites,
+    pack_dendrites,
+    unfold_layers,
+)
 from pbfx.passes.context import PassContext
 
 logger = logging.getLogger(__name__)
@@ -35,16 +44,59 @@ PASSES: tuple[Pass, ...] = (
     hold_eval,
 )
 
+# For inference: from the source graph to one of packed weights.
+LOWERING: tuple[Pass, ...] = (
+    unfold_layers,
+    # Before dendrites nodes are there, which would be in its way, and while dropouts still stand
+    # between soma and norm.
+    fuse_neurons,
+    # Those whose soma was left an op of its own.
+    insert_dendrites,
+    pack_dendrites,
+    hold_eval,
+    # Last, because every pass before it leaves reads behind.
+    drop_reads,
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: rewrites, how the counts of node targets changed, and its time."""
+    """What one pass did.
+
+    Attributes:
+        name: of the pass.
+        rewrites: how many it made.
+        added: ops that there are more of now, and how many more.
+        removed: ops that there are fewer of now, and how many fewer.
+        seconds: that it took, with the checks around it.
+    """
 
     name: str
     rewrites: int
     added: dict[str, int]
     removed: dict[str, int]
     seconds: float
+
+    def diff(self) -> str:
+        """Return what was added and removed in one line: `+2 Neurons -2 Linear -1 BatchNorm1d`."""
+        counts = [(f"+{n}", op) for op, n in self.added.items()]
+        counts += [(f"-{n}", op) for op, n in self.removed.items()]
+        return " ".join(f"{count} {op}" for count, op in counts)
+
+
+def sum_records(records: Sequence[PassRecord]) -> PassRecord:
+    """Return what one pass did to several graphs."""
+    change: collections.Counter[str] = collections.Counter()
+    for record in records:
+        change.update(record.added)
+        change.subtract(record.removed)
+    return PassRecord(
+        records[0].name,
+        sum(record.rewrites for record in records),
+        {op: n for op, n in change.items() if n > 0},
+        {op: -n for op, n in change.items() if n < 0},
+        sum(record.seconds for record in records),
+    )
 
 
 def run_passes(
@@ -58,7 +110,7 @@ def run_passes(
     records = []
     for rewrite in passes:
         name = rewrite.__name__
-        before, started = _targets(gm.graph), time.perf_counter()
+        before, started = _ops(gm), time.perf_counter()
         try:
             rewrites = rewrite(gm, ctx)
             _lint(gm.graph)
@@ -74,7 +126,7 @@ def run_passes(
                 f"pass {name} is not idempotent on {type(gm).__name__}: a second run made "
                 f"{again} rewrites"
             )
-        after = _targets(gm.graph)
+        after = _ops(gm)
         record = PassRecord(
             name,
             rewrites,
@@ -82,13 +134,25 @@ def run_passes(
             dict(before - after),
             time.perf_counter() - started,
         )
-        logger.debug("%s: %d rewrites, +%s -%s", name, rewrites, record.added, record.removed)
+        milliseconds = record.seconds * 1e3
+        logger.debug("%s: %d rewrites in %.1f ms %s", name, rewrites, milliseconds, record.diff())
         records.append(record)
+    trace_json("passes", lambda: [dataclasses.asdict(record) for record in records])
+    trace_text("graph", lambda: str(gm.graph))
     return tuple(records)
 
 
-def _targets(graph: fx.Graph) -> collections.Counter[str]:
-    return collections.Counter(str(node.target) for node in graph.nodes)
+def _ops(gm: fx.GraphModule) -> collections.Counter[str]:
+    return collections.Counter(op_name(gm, node) for node in gm.graph.nodes)
+
+
+def op_name(root: nn.Module, node: fx.Node) -> str:
+    """Return what `node` computes, in a word: a class, a function, a method, or fx's own word."""
+    if node.op == "call_module":
+        return type(root.get_submodule(str(node.target))).__name__
+    if node.op == "call_function":
+        return getattr(node.target, "__name__", str(node.target))
+    return str(node.target) if node.op == "call_method" else node.op
 
 
 def _lint(graph: fx.Graph) -> None:

@@ -1,4 +1,4 @@
-"""Change a model's topology: grow, enter and leave the dendrite phase. All or nothing.
+"""Change a model's topology: enter and leave the dendrite phase, promote. All or nothing.
 
 Every verb here edits the perforated parts of a model in place. `restructuring` wraps them with the
 promise that users rely on: if anything fails, the model, the optimizer and the scheduler are as
@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pbfx.absorbed import Absorbed
+from pbfx.config import Config
 from pbfx.dendrites import Dendrites
-from pbfx.errors import ConfigError, RestructureError, nearest
-from pbfx.learning import SiteLearner, new_cohort
+from pbfx.learning import SiteLearner, new_cohort, prospect_of, select
 from pbfx.optimizers import Schedule, sync_optimizer
 from pbfx.parts import candidate_parameters, managed_parameters, parts_of, soma_weight_of
 from pbfx.passes.hold_eval import held_by_graph
@@ -28,6 +29,7 @@ from pbfx.paths import join
 from pbfx.perforated import PerforatedModule
 from pbfx.perforation import Perforation
 from pbfx.phase import Phase
+from pbfx.sites import Site, rows_of
 from pbfx.undo import undoing
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,33 @@ def restructuring(
             sync_optimizer(
                 optimizer, before, after, managed_parameters(model), soma_weight_of(model)
             )
+
+
+def take_over(
+    model: nn.Module, optimizer: Optimizer, schedule: Schedule, network: frozenset[str]
+) -> None:
+    """Bring a new optimizer in line with `model`.
+
+    Args:
+        model: as it is now, in either phase.
+        optimizer: holds some of its parameters; edited in place, wholly or not at all.
+        schedule: of that optimizer.
+        network: names of parameters that it must hold as well. A dendrite phase has frozen them,
+            so an optimizer that was made of what requires gradients would never step them again.
+
+    Raises:
+        RestructureError: from whatever failed.
+    """
+    now = dict(model.named_parameters())
+    of_dendrites = soma_weight_of(model)
+    with undoing(model, optimizer, schedule):
+        sync_optimizer(
+            optimizer,
+            now,
+            now,
+            [*managed_parameters(model), *network],
+            lambda name: now[name] if name in network else of_dendrites(name),
+        )
 
 
 def start_dendrite_phase(model: nn.Module) -> tuple[Frozen, dict[str, SiteLearner]]:
@@ -152,30 +181,94 @@ def thaw(model: nn.Module, frozen: Frozen) -> None:
 
 
 def promote(model: nn.Module, learners: dict[str, SiteLearner]) -> None:
-    """Turn the best candidate of each neuron into a dendrite; drop the rest of the pools.
+    """Turn the best candidates into dendrites, one per neuron; drop the rest of the pools.
 
     A site that no error has reached while others learnt grows nothing: no forward calls its op, as
-    where one reads a layer's weight around the layer.
+    where one reads a layer's weight around the layer. With `sites="auto"` only those neurons grow
+    whose candidates are predicted to pay.
     """
-    heard = {name for name, learner in learners.items() if learner.batches}
+    heard = _heard(learners)
+    growing, reasons = _growing(model, heard)
+    for reason in reasons:
+        logger.info("%s", reason)
     for path, part in parts_of(model).items():
         grown = part.grown()
         for site in part.perforation.sites:
             full = join(path, site.name)
             if full not in learners:
                 continue
-            dendrites = grown[site.name]
-            dendrites.candidates = None
-            if full in heard or not heard:
-                learner = learners[full]
-                share = part.perforation.config.initial_link
-                dendrites.append(*learner.chosen(), learner.first_link(share) if share else None)
+            grown[site.name].candidates = None
+            if growing.get(full):
+                _accept(part, site, growing[full], learners[full])
                 continue
-            logger.info("no dendrite at %s: no error has reached it in this phase", full)
-            if not dendrites.count:
+            if full not in heard:
+                logger.info("no dendrite at %s: no error has reached it in this phase", full)
+            if not grown[site.name].count:
                 part.drop_dendrites(site)
         part.perforation.phase = Phase.NEURON
         part.rebuild()
+
+
+def why_nothing_grows(model: nn.Module, learners: dict[str, SiteLearner]) -> str | None:
+    """Return why `promote` would grow no dendrite at all, or None if it would grow one."""
+    growing, reasons = _growing(model, _heard(learners))
+    if any(growing.values()):
+        return None
+    for reason in reasons:
+        logger.info("%s", reason)
+    return f"no dendrite is predicted to pay at any of {len(growing)} sites"
+
+
+def _heard(learners: dict[str, SiteLearner]) -> dict[str, SiteLearner]:
+    """Return the learners that an error has reached; all, if none has."""
+    return {name: learner for name, learner in learners.items() if learner.batches} or learners
+
+
+def _growing(
+    model: nn.Module, learners: dict[str, SiteLearner]
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Return for each site which of its pool's neurons get a dendrite, and reasons for people."""
+    # Parts that were transformed together compete for the same budget.
+    groups: list[tuple[Config, dict[str, SiteLearner]]] = []
+    for path, part in parts_of(model).items():
+        config = part.perforation.config
+        known = [together for other, together in groups if other == config]
+        if not known:
+            groups.append((config, {}))
+        together = known[0] if known else groups[-1][1]
+        names = (join(path, site.name) for site in part.perforation.sites)
+        together.update({name: learners[name] for name in names if name in learners})
+    growing: dict[str, tuple[int, ...]] = {}
+    reasons: list[str] = []
+    for config, together in groups:
+        if config.sites == "all":
+            growing |= {n: tuple(range(x.candidates.site.neurons)) for n, x in together.items()}
+            continue
+        prospects = [prospect_of(name, learner) for name, learner in together.items()]
+        for choice in select(prospects, config.top_k, config.growth_parameters):
+            growing[choice.site] = choice.channels
+            reasons.append(choice.reason)
+    return growing, reasons
+
+
+def _accept(
+    part: PerforatedModule, site: Site, channels: tuple[int, ...], learner: SiteLearner
+) -> None:
+    """Append the best candidate of each of these neurons of the pool."""
+    pool, (weight, bias, links) = learner.candidates.site, learner.chosen()
+    share = part.perforation.config.initial_link
+    to_soma = learner.first_link(share) if share else None
+    dendrites = part.ensure_dendrites(site)
+    if len(channels) < pool.neurons:
+        # The first dendrites of a site settle on which neurons it has them.
+        assert not dendrites.count, "a site that has dendrites grows on all of its channels"
+        part.drop_dendrites(site)
+        dendrites = part.ensure_dendrites(site, channels)
+        kept = torch.tensor(channels, device=weight.device)
+        weight, links = rows_of(site, weight, dendrites.site), links[:, kept]
+        bias = None if bias is None else bias[kept]
+        to_soma = None if to_soma is None else to_soma[kept]
+    dendrites.append(weight, bias, links, to_soma)
 
 
 def set_finishing(model: nn.Module, finishing: bool) -> None:
@@ -184,60 +277,3 @@ def set_finishing(model: nn.Module, finishing: bool) -> None:
         for dendrites in part.grown().values():
             dendrites.set_finishing(finishing)
         part.rebuild()
-
-
-def grow(model: nn.Module, n: int = 1, sites: Sequence[str] | None = None) -> nn.Module:
-    """Add accepted dendrites by hand.
-
-    They read random directions and start with zero soma weight, so the output does not change.
-
-    Args:
-        model: a model with perforated parts; edited in place.
-        n: how many dendrites per neuron to add, at least 1.
-        sites: paths of the sites to grow, as `pbfx.explain` shows them; None for all.
-
-    Returns:
-        `model` itself. Make the optimizer after growing: its parameters are new objects.
-
-    Raises:
-        ConfigError: if `n` is not a positive whole number or a site is unknown.
-        RestructureError: if the model has no perforated parts, is in the dendrite phase, or has a
-            tracker, which would not know.
-    """
-    parts = parts_of(model)
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ConfigError(f"pbfx.grow: n must be a whole number of at least 1, got {n!r}")
-    known = {join(path, s.name) for path, part in parts.items() for s in part.perforation.sites}
-    wanted = known if sites is None else set([sites] if isinstance(sites, str) else sites)
-    for name in sorted(wanted - known):
-        raise ConfigError(f"pbfx.grow: there is no site {name!r}; {nearest(name, known)}")
-    for path, part in parts.items():
-        where = f" in {path!r}" if path else ""
-        if part.perforation.phase is Phase.DENDRITE:
-            raise RestructureError(
-                f"pbfx.grow: the model{where} is in its dendrite phase; let the tracker finish it "
-                "first"
-            )
-        if part.perforation.tracker is not None:
-            raise RestructureError(
-                f"pbfx.grow: a tracker manages the model{where}, and its optimizer would miss the "
-                "new parameters; grow before making the optimizer and the tracker"
-            )
-    with restructuring(model):
-        for path, part in parts.items():
-            grow_part(
-                part, n, {s.name for s in part.perforation.sites if join(path, s.name) in wanted}
-            )
-    return model
-
-
-def grow_part(part: PerforatedModule, n: int, names: set[str]) -> None:
-    """Append `n` random dendrites to each of the named sites of one part, and rebuild its graph."""
-    for site in part.perforation.sites:
-        if site.name in names:
-            for _ in range(n):
-                weight, bias = part.draw(site, 1)
-                dendrites = part.ensure_dendrites(site)
-                links = weight.new_zeros(dendrites.count, site.neurons)
-                dendrites.append(weight[0], None if bias is None else bias[0], links)
-    part.rebuild()

@@ -53,14 +53,23 @@ class Snapshot:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the snapshot as plain data and tensors."""
-        dendrites = {name: counts.dendrites for name, counts in self.structure.sites.items()}
-        return {"score": self.score, "dendrites": dendrites, "tensors": self.tensors}
+        sites = self.structure.sites
+        return {
+            "score": self.score,
+            "dendrites": {name: counts.dendrites for name, counts in sites.items()},
+            "channels": {n: list(c.channels) for n, c in sites.items() if c.channels is not None},
+            "tensors": self.tensors,
+        }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Snapshot:
         """Return the snapshot that `state_dict` described."""
-        structure = Structure({name: Counts(count) for name, count in state["dendrites"].items()})
-        return cls(state["score"], structure, dict(state["tensors"]))
+        channels = {name: tuple(numbers) for name, numbers in state.get("channels", {}).items()}
+        sites = {
+            name: Counts(count, channels=channels.get(name))
+            for name, count in state["dendrites"].items()
+        }
+        return cls(state["score"], Structure(sites), dict(state["tensors"]))
 
     def restore(self, model: nn.Module) -> None:
         """Prune or grow `model` to this structure and copy the tensors back."""

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,17 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pbfx import checkpoint, restructure
+from pbfx.belonging import check, check_optimizer
+from pbfx.budget import Budget
+from pbfx.by_hand import grow_part
+from pbfx.capacity import Capacity, CapacityTest
 from pbfx.errors import TrackerError
 from pbfx.figures import SiteFigures
-from pbfx.history import Epoch, Step, finite_score, write_csv, write_sites_csv
+from pbfx.history import Epoch, Step, finite_score, write_history
 from pbfx.learning import SiteLearner, hold_older
-from pbfx.optimizers import Schedule, Stepping, sync_optimizer
-from pbfx.parts import Survey, managed_parameters, parts_of, soma_weight_of, survey
+from pbfx.optimizers import Schedule, Stepping, hold
+from pbfx.parts import Survey, growth_parameters, parts_of, survey
+from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
 from pbfx.policy import (
     Action,
@@ -30,14 +36,16 @@ from pbfx.policy import (
     PolicyLike,
     Situation,
     asked,
-    fault_of,
     finished,
+    growth_epochs,
     possible,
 )
+from pbfx.rates import RateSearch, Search
 from pbfx.restructure import Frozen
 from pbfx.settings import PerDendrite, at
 from pbfx.snapshot import Snapshot
 from pbfx.undo import undoing
+from pbfx.waypoint import Waypoint
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +70,20 @@ class Tracker:
             indexed by the number of dendrites after it; the last value stands for all beyond.
         reset_optimizer_state: whether the optimizer forgets its moments after each growth; by
             default parameters that survive keep theirs. May be a list likewise.
-        directory: where to write `last.safetensors` (to resume), `best.safetensors` and
-            `history.csv` at every call; None writes nothing.
+        max_parameters: budget: a growth after which the network would have more is declined, and
+            training completes. All sites are counted.
+        max_flops: likewise for the FLOPs of a forward pass of `example_inputs`, in eval.
+        max_epochs: calls of `step` after which training completes; a growth that could not be
+            judged by then is declined.
+        example_inputs: the model's positional arguments, a tuple or one tensor; for `max_flops`.
+        learning_rates: `pbfx.RateSearch()` tries several rates after each growth.
+        test_capacity: prove the set-up instead of training: grow three times, one epoch per phase,
+            then say in `Step.reason`, in the log and in `capacity` what the real run will need, and
+            complete. Network, optimizer and schedule are set back to what they were when the
+            tracker was made; see docs/training.md for what is not. Budgets do not apply.
+        directory: where to write `last.safetensors` (to resume), `best.safetensors`,
+            `history.csv` and, from the first dendrite phase on, `sites.csv` at every call; None
+            writes nothing. A capacity test writes into `capacity_test` inside.
 
     Raises:
         TrackerError: if the parts do not belong together; nothing has been touched.
@@ -82,6 +102,12 @@ class Tracker:
         scheduler_steps: Stepping = "auto",
         reset_learning_rate: PerDendrite[bool] = True,
         reset_optimizer_state: PerDendrite[bool] = False,
+        max_parameters: int | None = None,
+        max_flops: int | None = None,
+        max_epochs: int | None = None,
+        example_inputs: Any = None,
+        learning_rates: RateSearch | None = None,
+        test_capacity: bool = False,
         directory: str | os.PathLike[str] | None = None,
     ) -> None:
         # torch.compile returns a wrapper around the module that it was given; that one is
@@ -90,11 +116,15 @@ class Tracker:
         self.optimizer = optimizer
         self.policy: PolicyLike = Plateau() if policy is None else policy
         self.max_dendrites, self.maximize = max_dendrites, maximize
-        self._check_parts()
+        self.learning_rates = learning_rates
+        check(self.model, optimizer, self.policy, max_dendrites, learning_rates)
         self._stepping: Stepping = scheduler_steps
         self._schedule = Schedule(optimizer, scheduler, scheduler_steps)
         self.reset_learning_rate = reset_learning_rate
         self.reset_optimizer_state = reset_optimizer_state
+        self.budget = Budget(max_parameters, max_flops, max_epochs, example_inputs)
+        if test_capacity and directory is not None:
+            directory = Path(directory) / "capacity_test"
         self.directory = None if directory is None else _folder(directory)
 
         self.complete = False
@@ -107,48 +137,17 @@ class Tracker:
         self._frozen: Frozen | None = None
         self._learners: dict[str, SiteLearner] = {}
         self._holds: list[RemovableHandle] = hold_older(self.model, self.optimizer)
+        # The search for a rate that is under way, and the factor that this phase's has settled on.
+        self._search: Search | None = None
+        self._factor: float | None = None
+        self.capacity: Capacity | None = None
+        self._capacity = self._capacity_test() if test_capacity else None
         # The parameters that the optimizer was last brought in line with.
         self._parameters = dict(self.model.named_parameters())
         self._since = time.perf_counter()
         self._token = object()
         for part in parts_of(self.model).values():
             part.perforation.tracker = self._token
-
-    def _check_parts(self) -> None:
-        parts = parts_of(self.model)
-        self._check_optimizer(self.optimizer)
-        if fault := fault_of(self.policy):
-            raise TrackerError(fault)
-        count = self.max_dendrites
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise TrackerError(f"max_dendrites must be a whole number of at least 0, got {count!r}")
-        for path, part in parts.items():
-            if part.perforation.phase is Phase.DENDRITE:
-                raise TrackerError(
-                    f"the perforated part {path or type(part).__name__!r} is in its dendrite "
-                    "phase; to resume a run, make the tracker on the plain transformed model, "
-                    "then pbfx.load"
-                )
-
-    def _check_optimizer(self, optimizer: Any) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TrackerError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-            )
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        if trainable and not any(id(p) in held for p in trainable):
-            raise TrackerError(
-                "the optimizer holds none of the model's parameters; make it from the transformed "
-                "model: optimizer = torch.optim.SGD(model.parameters(), ...)"
-            )
-        configs = [part.perforation.config for part in parts_of(self.model).values()]
-        if isinstance(optimizer, torch.optim.Muon) and any(c.trains_stacks for c in configs):
-            raise TrackerError(
-                "Muon steps matrices only, and the weights of dendrites, which "
-                f"tuning={configs[0].tuning!r} with finish={configs[0].finish} trains, are stacks "
-                "of them; use another optimizer, or tuning='links' with finish=False"
-            )
 
     @property
     def phase(self) -> Phase:
@@ -195,16 +194,22 @@ class Tracker:
         improved = phase is Phase.NEURON and (best is None or self._better(value, best))
         if phase is Phase.NEURON:
             self._keep(value)
+        seconds = time.perf_counter() - self._since
         candidate_score, sites = self._measure()
         situation = self._situation(value, candidate_score, sites, found)
-        decision = self._decide(situation, found)
-        self._record(value, improved, candidate_score, sites, decision, found)
+        if self._capacity is not None:
+            decision = self._test_capacity(self._capacity, situation, seconds, found)
+        else:
+            decision = self._decide(situation, found)
+        self._record(value, improved, candidate_score, sites, decision, seconds, found)
         if improved:
             # Before growing: the file is to hold the network that scored.
             self._write_best()
         if decision.action is Action.CONTINUE:
             if phase is Phase.NEURON:
                 self._schedule.step(value)
+            if self._search is not None:
+                self._carry_on(self._search)
         else:
             self._restructure(decision)
             found = survey(self.model)
@@ -233,60 +238,92 @@ class Tracker:
         """Go on with another optimizer, at any time and in either phase.
 
         For scripts that make a new one, where the tracker would have kept theirs up to date. Its
-        rates are those that later growths return to.
+        rates are those that later growths return to; a search for a rate ends.
 
         Args:
             optimizer: made over the parameters that the model has now.
             scheduler: a learning-rate scheduler of that optimizer, or None.
 
         Raises:
-            TrackerError: if the parts do not belong together; the tracker keeps its optimizer.
+            TrackerError: if the parts do not belong together, or a capacity test is on, which sets
+                the optimizer back at its end; the tracker keeps its own.
             RestructureError: if the optimizer cannot step what is the tracker's to give it; the
                 tracker keeps its own.
         """
-        self._check_optimizer(optimizer)
-        stepping = self._stepping if scheduler is not None else "auto"
-        schedule = Schedule(optimizer, scheduler, stepping)
-        now = dict(self.model.named_parameters())
-        frozen = self._frozen_and_held()
-        of_dendrites = soma_weight_of(self.model)
-        with undoing(self.model, optimizer, schedule):
-            sync_optimizer(
-                optimizer,
-                now,
-                now,
-                [*managed_parameters(self.model), *frozen],
-                lambda name: now[name] if name in frozen else of_dendrites(name),
+        if self._capacity is not None:
+            raise TrackerError(
+                "a capacity test sets its optimizer back at the end, so it keeps the one that it "
+                "began with; adopt another once it is complete"
             )
+        check_optimizer(self.model, optimizer)
+        schedule = Schedule(optimizer, scheduler, self._stepping if scheduler else "auto")
+        network: set[str] = set()
+        if self._frozen is not None:
+            held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            frozen = frozenset(self._frozen.learning)
+            named = self.model.named_parameters()
+            network = {name for name, p in named if name in frozen and id(p) in held}
+        restructure.take_over(self.model, optimizer, schedule, frozenset(network))
         self.optimizer, self._schedule = optimizer, schedule
-        self._parameters = now
+        self._parameters = dict(self.model.named_parameters())
+        self._search, self._factor = None, None
         if not self._learners:
             for handle in self._holds:
                 handle.remove()
             self._holds = hold_older(self.model, optimizer)
 
-    def _frozen_and_held(self) -> set[str]:
-        """Return what the optimizer holds and the dendrite phase has frozen.
-
-        A new one made of what requires gradients would lack it, and never step it again.
-        """
-        if self._frozen is None:
-            return set()
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        learning = set(self._frozen.learning)
-        named = self.model.named_parameters()
-        return {name for name, p in named if name in learning and id(p) in held}
-
     def _better(self, new: float, old: float) -> bool:
         return new > old if self.maximize else new < old
 
     def _decide(self, situation: Situation, found: Survey) -> Decision:
+        spent = len(self.history) + 1
+        if self._search is not None:
+            decision = Decision(Action.CONTINUE, self._search.judge(situation.scores[-1]))
+            return possible(self.budget.in_time(decision, situation, spent), situation)
         decision = asked(self.policy, situation)
         if isinstance(decision, Decision):
+            grows = decision.action is Action.GROW and situation.phase is Phase.NEURON
+            if grows and not situation.finishing:
+                phases = not _grows_at_once(found.parts.values())
+                epochs = growth_epochs(self.policy, situation.dendrites, phases)
+                decision = self.budget.affordable(decision, self.model, found, spent, epochs)
+            if decision.action is Action.PROMOTE and self._learners:
+                # A growth of nothing would go on for ever under a policy that counts dendrites.
+                why = restructure.why_nothing_grows(self.model, self._learners)
+                if why is not None:
+                    decision = Decision(Action.COMPLETE, f"{decision.reason}; {why}")
             wanted = any(p.perforation.config.finish for p in found.parts.values())
             kept = self._kept(decision)
             grown = kept is not None and kept.structure.dendrites > 0
             decision = finished(decision, situation, wanted and grown)
+            decision = self.budget.in_time(decision, situation, spent)
+        return possible(decision, situation)
+
+    def _carry_on(self, search: Search) -> None:
+        """Do what the search for a learning rate has said. Structure and code stay."""
+        parts = self.model, self.optimizer, self._schedule
+        with undoing(*parts, recompile=False):
+            over = search.carry_on(*parts)
+        if over:
+            self._search, self._factor = None, search.factors[search.best]
+
+    def _capacity_test(self) -> CapacityTest:
+        found = survey(self.model)
+        more = max(0, self.max_dendrites - found.dendrites)
+        parameters = found.parameters + growth_parameters(found.parts, more)
+        start = Waypoint.take(self.model, self.optimizer, self._schedule)
+        return CapacityTest(start, found.dendrites, parameters)
+
+    def _test_capacity(
+        self, test: CapacityTest, situation: Situation, seconds: float, found: Survey
+    ) -> Decision:
+        kept = [t for s in (self._best, self._current) if s for t in s.tensors.values()]
+        epoch = self.phase, found.dendrites, seconds, found.parameters
+        test.note(self.model, self.optimizer, kept, epoch)
+        decision = test.decide(situation)
+        if decision.action is Action.COMPLETE:
+            self.capacity = test.result(self.model, self.max_dendrites)
+            decision = Decision(Action.COMPLETE, str(self.capacity), decision.keep)
         return possible(decision, situation)
 
     def _kept(self, decision: Decision) -> Snapshot | None:
@@ -324,6 +361,9 @@ class Tracker:
     ) -> Situation:
         same = itertools.takewhile(lambda e: e.cycle == self._cycle, reversed(self.history))
         now = list(same)[::-1]
+        if self._search is None:
+            # What other rates have led to was thrown away.
+            now = [epoch for epoch in now if epoch.rate_factor in (None, self._factor)]
         return Situation(
             phase=self.phase,
             scores=(*(epoch.score for epoch in now), score),
@@ -344,6 +384,7 @@ class Tracker:
         candidate_score: float | None,
         sites: tuple[SiteFigures, ...],
         decision: Decision,
+        seconds: float,
         found: Survey,
     ) -> None:
         if improved:
@@ -362,7 +403,8 @@ class Tracker:
                 candidate_score=candidate_score,
                 parameters=found.parameters,
                 learning_rates=tuple(float(group["lr"]) for group in self.optimizer.param_groups),
-                seconds=time.perf_counter() - self._since,
+                seconds=seconds,
+                rate_factor=None if self._search is None else self._search.factor,
                 sites=sites,
             ),
         )
@@ -371,30 +413,43 @@ class Tracker:
         """Carry out a decision; the tracker's own state changes only when the model's has."""
         kept = self._kept(decision)
         source = self._current if decision.action is Action.GROW else kept
-        frozen, learners = None, {}
-        with restructure.restructuring(self.model, self.optimizer, self._schedule):
-            if decision.action is Action.PROMOTE:
-                assert self._frozen is not None
-                restructure.promote(self.model, self._learners)
-                restructure.thaw(self.model, self._frozen)
-            else:
-                assert source is not None
-                source.restore(self.model)
-                if self._frozen is not None:
+        over = decision.action is Action.COMPLETE
+        if over and self._capacity is not None:
+            source = self._capacity.start.network
+        frozen, learners, search = None, {}, None
+        parts = self.model, self.optimizer, self._schedule
+        with undoing(*parts, recompile=False):
+            with restructure.restructuring(*parts):
+                if decision.action is Action.PROMOTE:
+                    assert self._frozen is not None
+                    restructure.promote(self.model, self._learners)
                     restructure.thaw(self.model, self._frozen)
-                if decision.action is Action.FINISH or self._finishing:
-                    restructure.set_finishing(self.model, decision.action is Action.FINISH)
-                elif decision.action is not Action.COMPLETE:
-                    frozen, learners = self._grow()
-            if decision.action is not Action.COMPLETE:
-                if at(self.reset_learning_rate, self.dendrites):
-                    self._schedule.reset()
-                if at(self.reset_optimizer_state, self.dendrites):
-                    self.optimizer.state.clear()
+                else:
+                    assert source is not None
+                    source.restore(self.model)
+                    if self._frozen is not None:
+                        restructure.thaw(self.model, self._frozen)
+                    if decision.action is Action.FINISH or self._finishing:
+                        restructure.set_finishing(self.model, decision.action is Action.FINISH)
+                    elif not over:
+                        frozen, learners = self._grow()
+                if not over:
+                    if at(self.reset_learning_rate, self.dendrites):
+                        self._schedule.reset()
+                    if at(self.reset_optimizer_state, self.dendrites):
+                        self.optimizer.state.clear()
+            if over and self._capacity is not None:
+                self._capacity.start.restore(*parts)
+                for path, part in parts_of(self.model).items():
+                    part.perforation.draws = self._capacity.start.draws[path]
+                    part.perforation.figures = ()
+            elif not over and not learners and decision.action is not Action.FINISH:
+                search = self._new_search()
         self._listen(frozen, learners)
         self._parameters = dict(self.model.named_parameters())
         self._cycle += 1
         self._current = None
+        self._search, self._factor = search, None
         if decision.action is Action.RETRY:
             self._attempt += 1
         elif decision.action in (Action.GROW, Action.FINISH):
@@ -402,6 +457,9 @@ class Tracker:
             self._finishing = decision.action is Action.FINISH
         elif decision.action is Action.COMPLETE:
             self.complete, self._best, self._finishing = True, kept, False
+            if self._capacity is not None:
+                # Its networks are not the run's.
+                self._capacity = self._best = None
 
     def _listen(self, frozen: Frozen | None, learners: dict[str, SiteLearner]) -> None:
         """Let `learners` take the place of those that have listened to backward passes so far."""
@@ -421,11 +479,20 @@ class Tracker:
     def _grow(self) -> tuple[Frozen | None, dict[str, SiteLearner]]:
         """Start a dendrite phase, or add dendrites at once where the mode of learning has none."""
         parts = parts_of(self.model).values()
-        if all(part.perforation.config.learning == "gradient" for part in parts):
+        if _grows_at_once(parts):
             for part in parts:
-                restructure.grow_part(part, 1, {site.name for site in part.perforation.sites})
+                grow_part(part, 1, dict.fromkeys(site.name for site in part.perforation.sites))
             return None, {}
         return restructure.start_dendrite_phase(self.model)
+
+    def _new_search(self) -> Search | None:
+        """Start to search for a learning rate, where that is wanted and no test is under way."""
+        if self.learning_rates is None or self._capacity is not None:
+            return None
+        start = Waypoint.take(self.model, self.optimizer, self._schedule)
+        search = Search(self.learning_rates, self.dendrites, self.maximize, start)
+        self._schedule.scale(search.factor)
+        return search
 
     def _write_best(self) -> None:
         if self.directory is not None:
@@ -434,9 +501,7 @@ class Tracker:
     def _write_last(self) -> None:
         if self.directory is not None:
             checkpoint.save(self.model, self.directory / "last.safetensors", self)
-            write_csv(self.history, self.directory / "history.csv")
-            if any(epoch.sites for epoch in self.history):
-                write_sites_csv(self.history, self.directory / "sites.csv")
+            write_history(self.history, self.directory)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later process needs beside the model's own state dict.
@@ -452,6 +517,9 @@ class Tracker:
             "cycle": self._cycle,
             "attempt": self._attempt,
             "finishing": self._finishing,
+            "search": None if self._search is None else self._search.state_dict(),
+            "factor": self._factor,
+            "capacity": None if self._capacity is None else self._capacity.state_dict(),
             "history": [epoch.to_json() for epoch in self.history],
             "best": None if self._best is None else self._best.state_dict(),
             "current": None if self._current is None else self._current.state_dict(),
@@ -477,12 +545,24 @@ class Tracker:
         frozen, learners = None, {}
         with undoing(self.model, self.optimizer, self._schedule):
             history = tuple(Epoch.from_json(epoch) for epoch in state["history"])
+            # Absent from files that were written before there were any.
+            search, capacity = state.get("search"), state.get("capacity")
+            if search is not None:
+                search = Search.from_state_dict(search, self.maximize)
+            if capacity is not None:
+                capacity = CapacityTest.from_state_dict(capacity)
+            if (capacity is None) != (self._capacity is None) and not state["complete"]:
+                was, now = ("a capacity test", "no capacity test")[:: 1 if capacity else -1]
+                raise TrackerError(
+                    f"the saved run was {was}, this tracker is for {now}; give it the same "
+                    "test_capacity"
+                )
             best, current = (
                 None if state[key] is None else Snapshot.from_state_dict(state[key])
                 for key in ("best", "current")
             )
             parameters = dict(self.model.named_parameters())
-            self._hold(parameters, state["groups"])
+            hold(self.optimizer, parameters, self._parameters, state["groups"])
             self.optimizer.load_state_dict(state["optimizer"])
             self._schedule.load_state_dict(state["schedule"])
             for path, part in parts_of(self.model).items():
@@ -504,34 +584,18 @@ class Tracker:
         self._cycle, self._attempt = state["cycle"], state["attempt"]
         self._finishing = state.get("finishing", False)
         self._best, self._current = best, current
+        self._search, self._factor = search, state.get("factor")
+        self._capacity = capacity
         self._since = time.perf_counter()
         self._listen(frozen, learners)
         figures = next((epoch.sites for epoch in reversed(history) if epoch.sites), ())
         for part in parts_of(self.model).values():
             part.perforation.figures = figures
 
-    def _hold(self, parameters: dict[str, nn.Parameter], names: list[list[str | None]]) -> None:
-        """Fill the optimizer's groups with the parameters that `names` lists.
 
-        `None` stands for a parameter that is not the model's (a criterion's, say); those keep their
-        order among themselves.
-        """
-        groups = self.optimizer.param_groups
-        ours = {id(p) for p in (*parameters.values(), *self._parameters.values())}
-        foreign = [[p for p in group["params"] if id(p) not in ours] for group in groups]
-        unknown = sorted({n for group in names for n in group if n is not None} - parameters.keys())
-        fault = None
-        if unknown:
-            fault = f"the model has no parameter {unknown[0]!r}; load its state dict first"
-        elif len(groups) != len(names):
-            fault = f"the optimizer has {len(groups)} parameter groups, not {len(names)}"
-        elif [len(rest) for rest in foreign] != [group.count(None) for group in names]:
-            fault = "the optimizer's groups hold another number of parameters from elsewhere"
-        if fault:
-            raise TrackerError(f"the saved tracker does not fit: {fault}")
-        for group, rest, wanted in zip(groups, foreign, names, strict=True):
-            others = iter(rest)
-            group["params"][:] = [next(others) if n is None else parameters[n] for n in wanted]
+def _grows_at_once(parts: Iterable[PerforatedModule]) -> bool:
+    """Return whether growing takes no dendrite phase."""
+    return all(part.perforation.config.learning == "gradient" for part in parts)
 
 
 def _folder(directory: str | os.PathLike[str]) -> Path:

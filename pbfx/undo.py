@@ -20,9 +20,18 @@ from pbfx.perforated import perforated_parts, update_followers
 
 @contextmanager
 def undoing(
-    model: nn.Module, optimizer: Optimizer | None = None, schedule: Schedule | None = None
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    schedule: Schedule | None = None,
+    recompile: bool = True,
 ) -> Iterator[None]:
     """Run the body; if it fails, put model, optimizer and schedule back as they were.
+
+    Args:
+        model: what the body changes.
+        optimizer: likewise.
+        schedule: likewise.
+        recompile: whether code may change and not only values.
 
     Raises:
         RestructureError: from whatever failed.
@@ -41,7 +50,8 @@ def undoing(
             f"restructuring failed and was undone: {type(error).__name__}: {error}"
         ) from error
     finally:
-        drop_compiled_code()
+        if recompile:
+            drop_compiled_code()
 
 
 def drop_compiled_code() -> None:

@@ -10,6 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import pbfx
+
+# ‖out - ref‖ / ‖ref‖, as in tests/kernels/tolerances.py.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
 
 class Convolutional(nn.Module):
     """Batch norm, both kinds of dropout, arithmetic on a buffer, a loose constant."""
@@ -201,3 +206,32 @@ def randomise(model: nn.Module, seed: int = 5, scale: float = 0.5) -> None:
             if name.endswith((".to_soma", ".to_dendrite")) or "_dendrites.to_" in name:
                 values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(values * scale)
+
+
+def assert_near(found: list[Tensor], expected: list[Tensor]) -> None:
+    """Assert that two lists of tensors are equal up to what their dtype rounds."""
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        if not other.is_floating_point():
+            assert torch.equal(one, other)
+            continue
+        scale = other.double().norm().item() or 1.0
+        error = (one.double() - other.double()).norm().item() / scale
+        # Written so that NaN fails.
+        assert error <= TOLERANCES[other.dtype], error
+
+
+@torch.no_grad()
+def assert_lowers(model: nn.Module, x: Tensor) -> nn.Module:
+    """Assert that the lowered model computes what `model` does in eval mode, and return it."""
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    lowered = pbfx.lower(model)
+    assert [module.training for module in model.modules()] == modes
+    assert_near(run(lowered.train(), x.clone()), run(model.eval(), x.clone()))
+    for module, mode in zip(model.modules(), modes, strict=True):
+        module.training = mode
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    return lowered

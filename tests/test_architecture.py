@@ -20,24 +20,31 @@ KERNELS = ROOT / "kernels" / "pbfx_kernels"
 # or a folder directly under pbfx/.
 LAYERS: list[tuple[str, str]] = [
     (
-        "errors config settings figures phase files encoding paths",
+        "errors config settings figures phase files encoding paths artefacts",
         "say what is wrong, wanted, stored; know no graph",
     ),
     (
         "topology cells attention sites capture structure kept plain_graph",
         "read the model; rewrite nothing",
     ),
-    ("dendrites spread", "own the parameters of one site; know no graph around it"),
+    (
+        "dendrites spread sited neurons",
+        "own the parameters of one site; know no graph around it",
+    ),
     ("learning", "train dendrites; know no pass"),
     (
-        "passes pipeline perforation perforated absorbed",
+        "passes pipeline perforation perforated absorbed lowered",
         "rewrite graphs; `perforated` is what they rewrite",
     ),
     (
-        "transform assembly restructure parts snapshot undo optimizers checkpoint explain",
+        "transform assembly restructure by_hand parts snapshot undo optimizers checkpoint explain "
+        "lower",
         "the verbs, each made of passes",
     ),
-    ("policy history tracker", "when to restructure, and the call that does it"),
+    (
+        "policy history waypoint budget rates capacity belonging tracker",
+        "when to restructure, and the call that does it",
+    ),
     ("backend", "torch.compile: lowers what the verbs made"),
     ("compat integrations cli __main__ demo", "outermost: nothing below imports them"),
 ]

@@ -35,7 +35,9 @@ __all__ = [
     "candidates_backward",
     "dendrites",
     "dendrites_backward",
+    "join",
     "preactivations",
+    "product",
     "weight_gradient",
 ]
 
@@ -45,7 +47,7 @@ _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype for links and sums: float32, or float64 where `dtype` is float64."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def preactivations(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -67,10 +69,16 @@ def preactivations(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geo
         return x.new_empty((0, *geometry.output_shape(x.shape, weight.shape[1:])))
     weight = _flatten_weight(weight, geometry)
     bias = None if bias is None else _flatten_stack(bias, -1, geometry.groups)
+    flat = product(x, weight, bias, geometry)
+    return _unflatten_stack(flat, geometry.channel_axis, geometry.groups, stacked, neurons)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Evaluate one GEMM or convolution: `weight` is that of one op, of any number of neurons."""
     if geometry.spatial == 0:
-        flat = F.linear(x, weight, bias)
-    elif geometry.transposed:
-        flat = _TRANSPOSED[geometry.spatial - 1](
+        return F.linear(x, weight, bias)
+    if geometry.transposed:
+        return _TRANSPOSED[geometry.spatial - 1](
             x,
             weight,
             bias,
@@ -80,12 +88,10 @@ def preactivations(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geo
             geometry.groups,
             geometry.dilation,
         )
-    else:
-        convolution = _CONVOLUTIONS[geometry.spatial - 1]
-        flat = convolution(
-            x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-        )
-    return _unflatten_stack(flat, geometry.channel_axis, geometry.groups, stacked, neurons)
+    convolution = _CONVOLUTIONS[geometry.spatial - 1]
+    return convolution(
+        x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    )
 
 
 def dendrites(
@@ -115,26 +121,57 @@ def dendrites(
             `soma`, signed zeros included.
         activations: a, `(D, *soma)`, dtype of `soma`.
     """
-    wide = accumulation_dtype(soma.dtype)
     z = _preactivations_in(soma.dtype, x, weight, bias, geometry)
-    to_soma = _per_channel(to_soma.to(wide), soma.dim(), geometry)
-    to_dendrite = _per_channel(to_dendrite.to(wide), soma.dim(), geometry)
+    out, activations = join(soma, z.unbind(), to_soma, to_dendrite, activation, geometry)
+    if not activations:
+        # An op may not hand back its argument.
+        return soma.clone(), soma.new_empty((0, *soma.shape))
+    return out, torch.stack([a.to(soma.dtype) for a in activations])
+
+
+def join(
+    soma: Tensor,
+    z: Sequence[Tensor],
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+) -> tuple[Tensor, list[Tensor]]:
+    """Evaluate what follows the products: the cascade, the activations, and the sum with the soma.
+
+    Args:
+        soma: `(*soma)`; its dtype is the dtype of the computation.
+        z: `V_d x + c_d`, D tensors `(*soma)`.
+        to_soma: T, `(D, N)`.
+        to_dendrite: U, `(D, D, N)`.
+        activation: f, one of `ACTIVATIONS`.
+        geometry: the form of the soma.
+
+    Returns:
+        out: `(*soma)`, dtype of `soma`; see `dendrites`.
+        activations: a, D tensors `(*soma)`, in `accumulation_dtype`.
+    """
+    wide = accumulation_dtype(soma.dtype)
+    to_soma = _per_channel(_cast(to_soma, wide), soma.dim(), geometry)
+    to_dendrite = _per_channel(_cast(to_dendrite, wide), soma.dim(), geometry)
     activations: list[Tensor] = []
     # Added one by one, as the equation stands, and each as `s - (0 - T a)`: `0 - T a` is never
     # -0.0, and `s - 0.0` is s for either zero, while `-0.0 + 0.0` is +0.0. So an untrained dendrite
     # leaves every bit of what it is added to as it is.
-    zero, out = soma.new_zeros((), dtype=wide), soma.to(wide)
-    for d in range(weight.shape[0]):
-        z_d = z[d].to(wide)
+    zero, out = soma.new_zeros((), dtype=wide), _cast(soma, wide)
+    for d, z_d in enumerate(z):
+        z_d = _cast(z_d, wide)
         for e, a_e in enumerate(activations):
             z_d = z_d + to_dendrite[d, e] * a_e
         a_d = activate(activation, z_d)
         out = out - (zero - to_soma[d] * a_d)
         activations.append(a_d)
-    if not activations:
-        # An op may not hand back its argument.
-        return soma.clone(), soma.new_empty((0, *soma.shape))
-    return out.to(soma.dtype), torch.stack([a.to(soma.dtype) for a in activations])
+    return _cast(out, soma.dtype), activations
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast where there is something to cast, so that exported graphs hold no idle casts."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def dendrites_backward(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:

@@ -18,7 +18,7 @@ What refuses keeps its own forward, and the modules inside are captured instead 
 request torch.export captures the whole model instead, for calls like an example (`exported`).
 """
 
-from pbfx.capture.clone import REGISTRIES, redirect, shared_clone
+from pbfx.capture.clone import REGISTRIES, python_modules, redirect, shared_clone
 from pbfx.capture.exported import Example
 from pbfx.capture.guards import CONSTANT
 from pbfx.capture.ladder import Capture, Captured, Rung, capture, capture_clone
@@ -34,6 +34,7 @@ __all__ = [
     "capture",
     "capture_clone",
     "is_torch_layer",
+    "python_modules",
     "redirect",
     "shared_clone",
 ]

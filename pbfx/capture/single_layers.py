@@ -8,7 +8,6 @@ Neither is for a graph to take apart: both stay one node.
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,8 +33,15 @@ def output_padding(default: Any, *arguments: Any) -> list[int]:
         default: its own output padding, which holds where no size is asked for.
         arguments: of `nn.ConvTranspose2d._output_padding`, which computes the rest.
     """
-    layer: Any = types.SimpleNamespace(output_padding=default)
+    layer: Any = _Asked(default)
     return nn.ConvTranspose2d._output_padding(layer, *arguments)
+
+
+class _Asked:
+    """What the method reads of its layer; a class of ours, because Dynamo goes into such."""
+
+    def __init__(self, output_padding: Any) -> None:
+        self.output_padding = output_padding
 
 
 @contextmanager

@@ -20,6 +20,7 @@ what was left out, with the reason.
   pbfx explain torchvision.models:resnet18
   pbfx explain --draw net.png train:make_model
   pbfx explain --exclude 'head.*' --json package.module:Net
+  pbfx explain --lowered package.module:Net
 
 The model may be plain or transformed. Modules are found where Python finds them
 and in the current folder. What the model's code prints goes to stderr.
@@ -34,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a class or function that gives the model when called without arguments, or the model",
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    parser.add_argument(
+        "--lowered", action="store_true", help="also lower it for inference and say what that does"
+    )
     parser.add_argument("--draw", metavar="PATH", help="also write a picture: .png or .svg")
     for name, text in (
         ("include", "sites that may grow; a glob over paths, may be repeated (*)"),
@@ -51,7 +55,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     config = None
     if args.include or args.exclude:
         config = Config(include=tuple(args.include or ("*",)), exclude=tuple(args.exclude or ()))
-    explanation = explain(model, config)
+    explanation = explain(model, config, lowered=args.lowered)
     if args.draw is not None:
         explanation.draw(args.draw)
     text = json.dumps(explanation.to_json(), indent=2) if args.json else str(explanation)

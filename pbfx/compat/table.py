@@ -85,7 +85,7 @@ SETTINGS: tuple[Setting, ...] = (
         "testing_dendrite_capacity",
         True,
         Kind.FLAG,
-        "`pbfx.Tracker(policy=pbfx.EveryTime(), max_dendrites=3)`",
+        "`pbfx.Tracker(test_capacity=True)`",
         ("testingDendriteCapacity", "testingDendriteCapactity"),
     ),
     Setting(
@@ -164,8 +164,8 @@ SETTINGS: tuple[Setting, ...] = (
         "find_best_lr",
         True,
         Kind.FLAG,
-        "`pbfx.Tracker(reset_learning_rate=)`: rate and schedule start again after a growth, and "
-        "no epochs are spent on a search",
+        "`pbfx.Tracker(learning_rates=pbfx.RateSearch())`, if set and there is a scheduler; if "
+        "never set, rate and schedule start again and no epochs are spent",
         ("findBestLR",),
     ),
     Setting(

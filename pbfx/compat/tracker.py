@@ -171,6 +171,7 @@ class ScriptTracker:
             max_dendrites=self.settings.now("max_dendrites"),
             maximize=self.maximize,
             reset_learning_rate=reset != TOTAL_EPOCHS,
+            learning_rates=self._search() if scheduler is not None else None,
             directory=self.folder if saving else None,
         )
         record = RunFolder(self.folder, self.maximize)
@@ -180,6 +181,11 @@ class ScriptTracker:
         self.tracker, self.record, self.scheduler = tracker, record, scheduler
         self._resume = None
         self._since = time.perf_counter()
+
+    def _search(self) -> pbfx.RateSearch | None:
+        """Return the search for a rate after each growth, if the script asks for it by name."""
+        wanted = self.settings.given("find_best_lr") and self.settings.now("find_best_lr")
+        return pbfx.RateSearch() if wanted else None
 
     def add_validation_score(
         self, accuracy: Any, net: nn.Module, force_switch: bool | str = False, *more: Any

@@ -5,11 +5,20 @@
 
 from pbfx.explain.explanation import Explanation
 from pbfx.explain.read import explain
-from pbfx.explain.records import KeptReport, PartReport, SiteReport, SkippedReport
+from pbfx.explain.records import (
+    ApartReport,
+    KeptReport,
+    LoweredReport,
+    PartReport,
+    SiteReport,
+    SkippedReport,
+)
 
 __all__ = [
+    "ApartReport",
     "Explanation",
     "KeptReport",
+    "LoweredReport",
     "PartReport",
     "SiteReport",
     "SkippedReport",

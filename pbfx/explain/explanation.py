@@ -9,9 +9,16 @@ from typing import Any
 from pbfx.explain.flow import Flow
 from pbfx.explain.flow_picture import draw_flows
 from pbfx.explain.picture import save
-from pbfx.explain.records import KeptReport, PartReport, SiteReport, SkippedReport
+from pbfx.explain.records import (
+    KeptReport,
+    LoweredReport,
+    PartReport,
+    SiteReport,
+    SkippedReport,
+)
 from pbfx.explain.table import (
     kept_lines,
+    lowered_lines,
     part_lines,
     parts_table,
     sites_table,
@@ -44,6 +51,7 @@ class Explanation:
             recurrent layers of several steps are not.
         flows: the data flow of each part, for the picture.
         modules: the paths of all modules in their order, for the picture.
+        lowered: what `pbfx.lower` makes of each part, or None where that was not asked for.
     """
 
     class_name: str
@@ -55,6 +63,7 @@ class Explanation:
     linear_conv_parameters: int
     flows: tuple[Flow, ...] = dataclasses.field(repr=False)
     modules: tuple[str, ...] = dataclasses.field(repr=False, compare=False)
+    lowered: tuple[LoweredReport, ...] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def coverage(self) -> float | None:
@@ -69,6 +78,7 @@ class Explanation:
         sections.append(kept_lines(self.kept) + part_lines(self.parts, self.kept))
         sections.append(sites_table(self.sites) if self.sites else [])
         sections.append(skipped_lines(self.skipped))
+        sections.append(lowered_lines(self.lowered or ()))
         return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -130,6 +140,13 @@ class Explanation:
 def _plain(record: Any) -> dict[str, Any]:
     """Return a record as JSON values."""
     named = isinstance(record, SkippedReport)
-    found = record._asdict() if named else dataclasses.asdict(record)
+    return _values(record._asdict() if named else dataclasses.asdict(record))
+
+
+def _values(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _values(item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_values(item) for item in value]
     # A rung is a string of a class of its own.
-    return {name: str(value) if isinstance(value, str) else value for name, value in found.items()}
+    return str(value) if isinstance(value, str) else value

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -12,16 +13,27 @@ from pbfx.config import Config
 from pbfx.errors import ConfigError
 from pbfx.explain.explanation import Explanation
 from pbfx.explain.flow import Flow, flow_of
-from pbfx.explain.records import KeptReport, PartReport, SiteReport, SkippedReport
+from pbfx.explain.records import (
+    ApartReport,
+    KeptReport,
+    LoweredReport,
+    PartReport,
+    SiteReport,
+    SkippedReport,
+)
 from pbfx.explain.weights import linear_conv_parameters, soma_parameters
 from pbfx.kept import kept_modules
+from pbfx.lower import lower_with_reports
+from pbfx.neurons import Neurons
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, perforated_parts
-from pbfx.sites import Site, Skipped
+from pbfx.sites import Site, Skipped, on_channels
 from pbfx.transform import look_alike
 
 
-def explain(model: nn.Module, config: Config | None = None) -> Explanation:
+def explain(
+    model: nn.Module, config: Config | None = None, *, lowered: bool = False
+) -> Explanation:
     """Return where `model` can grow dendrites, what each site costs, and what was left out and why.
 
     A model that has not been transformed is explained as `pbfx.transform` would return it; it is
@@ -31,6 +43,7 @@ def explain(model: nn.Module, config: Config | None = None) -> Explanation:
     Args:
         model: transformed or plain; a `torch.compile`d one is explained as what it wraps.
         config: for a plain model, where dendrites may grow; `Config()` if None.
+        lowered: whether to lower the model as well, and say what that makes of it.
 
     Raises:
         CaptureError: if a plain model cannot be cloned, as one with lazy modules.
@@ -48,7 +61,29 @@ def explain(model: nn.Module, config: Config | None = None) -> Explanation:
             "pbfx.explain: the model is transformed already, with a config of its own; leave out "
             "config, or explain the plain model"
         )
-    return _Reader(model).explanation()
+    explanation = _Reader(model).explanation()
+    if not lowered:
+        return explanation
+    return dataclasses.replace(explanation, lowered=tuple(_lowered(model)))
+
+
+def _lowered(model: nn.Module) -> Iterator[LoweredReport]:
+    """Yield what lowering makes of each part of a transformed model."""
+    parts = perforated_parts(model)
+    for path, module in lower_with_reports(model)[1] if parts else ():
+        called = [module.get_submodule(n.target) for n in module.graph.find_nodes(op="call_module")]
+        fused = dict.fromkeys(m.site.name for m in called if isinstance(m, Neurons))
+        yield LoweredReport(
+            path=path,
+            class_name=_name(parts[path]),
+            ops_before=len(parts[path].graph.nodes),
+            ops_after=len(module.graph.nodes),
+            passes=module.records,
+            fused=tuple(join(path, name) for name in fused),
+            apart=tuple(
+                ApartReport(join(path, name), reason) for name, reason in module.notes.items()
+            ),
+        )
 
 
 class _Reader:
@@ -72,7 +107,8 @@ class _Reader:
             for site in part.perforation.sites:
                 dendrites = grown.get(site.name)
                 count = 0 if dendrites is None else dendrites.count
-                sites.append(_report(path, part, site, count))
+                channels = None if dendrites is None else dendrites.site.channels
+                sites.append(_report(path, part, site, count, on_channels(site, channels)))
                 self._grows |= soma_parameters(part, site)
             skipped += self._skipped(path, part.perforation.skipped)
         for path, kept in self._kept.items():
@@ -145,10 +181,10 @@ class _Reader:
         return [flow_of(path, part, counts, left, apart) for path, part in self._parts.items()]
 
 
-def _report(path: str, part: PerforatedModule, site: Site, count: int) -> SiteReport:
-    neurons = site.neurons
-    soma = math.prod(site.shape) + (neurons if site.bias else 0)
-    own = math.prod(site.shape) + (neurons if site.biased else 0)
+def _report(path: str, part: PerforatedModule, site: Site, count: int, grown: Site) -> SiteReport:
+    neurons = grown.neurons
+    soma = math.prod(site.shape) + (site.neurons if site.bias else 0)
+    own = math.prod(grown.shape) + (neurons if site.biased else 0)
     # Each new dendrite also has a link to the soma and one from every older dendrite.
     links = count * neurons + count * (count - 1) // 2 * neurons
     full = join(path, site.name).replace("_orig_mod.", "")
@@ -160,8 +196,10 @@ def _report(path: str, part: PerforatedModule, site: Site, count: int) -> SiteRe
         calls=site.calls,
         dendrites=count,
         parameters=soma + own * count + links,
-        next_dendrite=own + neurons * (count + 1),
+        next_dendrite=grown.dendrite_parameters(count),
         rung=part.perforation.rung,
+        channels=neurons,
+        neurons=site.neurons,
         heldout=None if known is None else known.heldout,
         p_value=None if known is None else known.p_value,
         gain=None if known is None else known.gain,

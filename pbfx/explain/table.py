@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 
 from pbfx.explain.collapse import collapse, collapse_alike, write
-from pbfx.explain.records import KeptReport, PartReport, SiteReport, SkippedReport
+from pbfx.explain.records import (
+    KeptReport,
+    LoweredReport,
+    PartReport,
+    SiteReport,
+    SkippedReport,
+)
+from pbfx.pipeline import sum_records
 
 # A terminal's width by custom.
 COLUMNS = 80
@@ -22,7 +30,11 @@ def sites_table(sites: Sequence[SiteReport]) -> list[str]:
     alike = collapse_alike(
         (
             s.name,
-            (s.op, s.norm or "", s.calls, s.dendrites, s.parameters, s.next_dendrite, *_pays(s)),
+            (
+                *(s.op, s.norm or "", s.calls, s.dendrites),
+                "" if s.channels == s.neurons else f"{s.channels} of {s.neurons}",
+                *(s.parameters, s.next_dendrite, *_pays(s)),
+            ),
         )
         for s in sites
     )
@@ -34,28 +46,42 @@ def sites_table(sites: Sequence[SiteReport]) -> list[str]:
             norm,
             str(calls),
             str(dendrites),
+            channels,
             f"{parameters * len(names):,}",
             f"+{one_more * len(names):,}",
             *pays,
         )
-        for pattern, (op, norm, calls, dendrites, parameters, one_more, *pays), names in alike
+        for pattern, (
+            op,
+            norm,
+            calls,
+            dendrites,
+            channels,
+            parameters,
+            one_more,
+            *pays,
+        ), names in alike
     ]
     total = (
         "total",
         f" x{len(sites)}",
-        *("", "", "", ""),
+        *("", "", "", "", ""),
         f"{sum(s.parameters for s in sites):,}",
         f"+{sum(s.next_dendrite for s in sites):,}",
         *("", ""),
     )
     if len(sites) > 1:
         rows.append(total)
-    head = ("site", "", "op", "norm", "calls", "dendrites", "parameters", "one more", "r", "p")
-    shown = [0, 1, 2, 5, 6, 7]
+    head = (
+        *("site", "", "op", "norm", "calls", "dendrites", "channels", "parameters", "one more"),
+        *("r", "p"),
+    )
+    shown = [0, 1, 2, 5, 7, 8]
     shown += [3] * any(s.norm for s in sites)
     shown += [4] * any(s.calls > 1 for s in sites)
+    shown += [6] * any(s.channels != s.neurons for s in sites)
     # Measured in a dendrite phase: correlation with the error on unseen batches, and its p-value.
-    shown += [8, 9] * any(s.heldout is not None for s in sites)
+    shown += [9, 10] * any(s.heldout is not None for s in sites)
     return table([tuple(row[i] for i in sorted(shown)) for row in (head, *rows)])
 
 
@@ -110,6 +136,32 @@ def skipped_lines(skipped: Sequence[SkippedReport]) -> list[str]:
     for name, op, reason in skipped:
         groups.setdefault((op, reason), []).append(name)
     return _grouped(groups, "no dendrites at")
+
+
+def lowered_lines(reports: Sequence[LoweredReport]) -> list[str]:
+    """Return what lowering makes of all parts together."""
+    if not reports:
+        return []
+    before, after = sum(r.ops_before for r in reports), sum(r.ops_after for r in reports)
+    parts = f" in {len(reports)} graphs" if len(reports) > 1 else ""
+    lines = wrap(f"lowered for inference: {before} ops{parts} become {after}")
+    for records in zip(*(report.passes for report in reports), strict=True):
+        record = sum_records(records)
+        if record.rewrites:
+            what = f"{record.rewrites} rewrite{'s' * (record.rewrites > 1)}"
+            # A number stays with what it counts.
+            change = re.sub(r"([+-]\d+) ", "\\1\0", record.diff())
+            text = f"{record.name}: {what} in {record.seconds * 1e3:.1f} ms: {change}"
+            lines += [line.replace("\0", " ") for line in wrap(text, first="  ")]
+    fused = [name for report in reports for name in report.fused]
+    if fused:
+        texts = [_shorten(write(pattern), COLUMNS - 4) for pattern, _ in collapse(fused)]
+        lines += wrap(f"one product each at {', '.join(texts)}")
+    groups: dict[tuple[str, str], list[str]] = {}
+    for report in reports:
+        for site in report.apart:
+            groups.setdefault(("site", site.reason), []).append(site.name)
+    return lines + _grouped(groups, "soma apart from its dendrites at")
 
 
 def _grouped(groups: dict[tuple[str, str], list[str]], verdict: str) -> list[str]:

@@ -1,7 +1,27 @@
-"""How a dendrite is trained: the moments of activation and error, and the learner of one site."""
+"""How dendrites are trained: moments of activation and error, a site's learner, the choice."""
 
 from pbfx.learning.learner import SiteLearner, new_cohort
 from pbfx.learning.moments import Statistics, statistics
 from pbfx.learning.newest import hold_older
+from pbfx.learning.selection import (
+    Choice,
+    Prospect,
+    predicted_gains,
+    prospect_of,
+    samples_per_batch,
+    select,
+)
 
-__all__ = ["SiteLearner", "Statistics", "hold_older", "new_cohort", "statistics"]
+__all__ = [
+    "Choice",
+    "Prospect",
+    "SiteLearner",
+    "Statistics",
+    "hold_older",
+    "new_cohort",
+    "predicted_gains",
+    "prospect_of",
+    "samples_per_batch",
+    "select",
+    "statistics",
+]

@@ -16,7 +16,6 @@ learns and measures in turn as the step itself would.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -248,12 +247,10 @@ class SiteLearner:
         found, slope = self.prospects()
         spread = statistics(pool.best_moments).activation_variance.sqrt()
         heldout, batches, p_value = self.evidence.judge(spread)
-        own = math.prod(site.shape) + (site.neurons if site.biased else 0)
         return SiteFigures(
             site=name,
             neurons=site.neurons,
-            # Its links to its neuron and from the older dendrites are parameters too.
-            parameters=own + site.neurons * (pool.dendrites + 1),
+            parameters=site.dendrite_parameters(pool.dendrites),
             correlation=correlation,
             gain=float((found.correlation**2).sum() / 2),
             slope=float((slope**2).sum()),

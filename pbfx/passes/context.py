@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 
 from torch import fx
 
 from pbfx.dendrites import Dendrites
+from pbfx.paths import join
 from pbfx.phase import Phase
 from pbfx.sites import Site
 
 
 @dataclasses.dataclass(frozen=True)
 class PassContext:
-    """The sites that may carry dendrites, and the phase that the graph is for."""
+    """The sites that may carry dendrites, and what the graph is for.
+
+    Attributes:
+        sites: of the graph.
+        phase: that the graph is for.
+        lowering: whether it is for inference, in eval mode for good.
+        fold_norms: whether lowering may fold norms into weights.
+        notes: what lowering left apart and why, by the name of the site; passes write it.
+    """
 
     sites: tuple[Site, ...]
     phase: Phase
+    lowering: bool = False
+    fold_norms: bool = True
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def grown(self, gm: fx.GraphModule) -> dict[str, tuple[Site, Dendrites]]:
         """Return the sites that own a dendrites module now, by its path."""
@@ -47,3 +60,18 @@ def part(node: fx.Node, index: int) -> fx.Node | None:
         if user.target is operator.getitem and user.args == (node, index):
             return user
     return None
+
+
+def free_path(gm: fx.GraphModule, dendrites: str, word: str) -> str:
+    """Return a path for a module beside the dendrites of a site, `word` in the place of theirs.
+
+    Args:
+        gm: where it must be free.
+        dendrites: path of the site's dendrites, `fc.dendrites` or `w_dendrites`.
+        word: such as "neurons".
+    """
+    owner, _, name = dendrites.rpartition(".")
+    base = join(owner, name.removesuffix("dendrites") + word)
+    taken = {path for path, _ in gm.named_modules(remove_duplicate=False)}
+    others = (f"{base}_{number}" for number in itertools.count(1))
+    return next(path for path in itertools.chain((base,), others) if path not in taken)

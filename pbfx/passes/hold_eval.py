@@ -6,10 +6,12 @@
 
 In the dendrite phase the network is frozen, and freezing has to include its noise: with dropout
 active the error is noise too, and candidates learn nothing (measured: held-out correlations stay at
-chance). The user's loop calls `model.train()` at will, so the graph must not read that flag. Norms
-that keep no running statistics use the batch's in either mode and stay as they are. Modules whose
-mode no graph shows (attention, recurrent nets), and those with hooks, which have to go on firing,
-stay too: `PerforatedModule.train` leaves them in eval.
+chance). The user's loop calls `model.train()` at will, so the graph must not read that flag. A
+lowered graph is for inference, and held in eval for good.
+
+Norms that keep no running statistics use the batch's in either mode and stay as they are. Modules
+whose mode no graph shows (attention, recurrent nets), and those with hooks, which have to go on
+firing, stay too: `train` of the perforated or lowered module leaves them in eval.
 """
 
 from __future__ import annotations
@@ -38,15 +40,15 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 def hold_eval(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Rewrite everything whose result depends on a training flag; return how many nodes."""
-    if ctx.phase is not Phase.DENDRITE:
+    if ctx.phase is not Phase.DENDRITE and not ctx.lowering:
         return 0
     rewrites = 0
     for node in list(gm.graph.nodes):
         if node.op == "call_module":
             module = gm.get_submodule(str(node.target))
-            if _is_a(module, DROPOUTS):
+            if computes_as(module, DROPOUTS):
                 node.replace_all_uses_with(read_input(node))
-            elif _is_a(module, NORMS) and module.running_mean is not None:
+            elif computes_as(module, NORMS) and module.running_mean is not None:
                 node.replace_all_uses_with(_eval_norm(gm.graph, node, module))
             else:
                 continue
@@ -76,7 +78,7 @@ def held_by_graph(part: fx.GraphModule, source: fx.Graph) -> list[nn.Module]:
     return [part, *inert, *(modules[path] for path in before - now if path in modules)]
 
 
-def _is_a(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+def computes_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     """Return whether `module` does what one of `kinds` does, and has no hooks that must fire."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     return not hooked and any(

@@ -6,7 +6,7 @@ so a decision can be replayed, tested and explained from the history alone.
 
 from pbfx.policy.decision import Action, Decision, Policy, Situation, finished, possible
 from pbfx.policy.fixed import EveryTime, Interval, Never
-from pbfx.policy.function import PolicyLike, asked, fault_of
+from pbfx.policy.function import PolicyLike, asked, fault_of, growth_epochs
 from pbfx.policy.plateau import Plateau
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "asked",
     "fault_of",
     "finished",
+    "growth_epochs",
     "possible",
 ]

@@ -49,6 +49,11 @@ class Interval:
         reason = f"{length} epochs are over; all {now.max_dendrites} dendrites are grown"
         return Decision(Action.COMPLETE, reason, now.helped)
 
+    def growth_epochs(self, dendrites: int, dendrite_phase: bool) -> int:
+        """Return how many epochs a growth at so many dendrites takes."""
+        learning = at(self.dendrite_epochs, dendrites) if dendrite_phase else 0
+        return learning + at(self.neuron_epochs, dendrites + 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class EveryTime:

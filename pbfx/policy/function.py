@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from pbfx.policy.decision import Decision, Policy, Situation
 
@@ -27,3 +27,12 @@ def asked(policy: PolicyLike, situation: Situation) -> object:
     """Return what `policy`, of either kind, says to `situation`; it may be anything."""
     decide = getattr(policy, "decide", None)
     return decide(situation) if callable(decide) else policy(situation)  # pyright: ignore[reportCallIssue]
+
+
+def growth_epochs(policy: PolicyLike, dendrites: int, dendrite_phase: bool) -> int:
+    """Return the fewest epochs that a growth takes until `policy` can judge it.
+
+    A policy may say so by a method of this name; otherwise each phase has one.
+    """
+    ask: Any = getattr(policy, "growth_epochs", None)
+    return 1 + dendrite_phase if ask is None else ask(dendrites, dendrite_phase)

@@ -80,6 +80,15 @@ class Plateau:
             return self._dendrite(situation)
         return self._neuron(situation)
 
+    def growth_epochs(self, dendrites: int, dendrite_phase: bool) -> int:
+        """Return the fewest epochs from a growth at so many dendrites to its judgement."""
+        longest = at(self.max_epochs, dendrites + 1)
+        wait = max(at(self.patience, dendrites + 1), at(self.grace, dendrites + 1)) + 1
+        neuron = wait if longest is None else min(wait, longest)
+        learning = 1 + at(self.candidate_patience, dendrites)
+        learning = min(learning, at(self.max_candidate_epochs, dendrites))
+        return neuron + (learning if dendrite_phase else 0)
+
     def _neuron(self, now: Situation) -> Decision:
         epochs, waited = len(now.scores), self._waited(now)
         patience, longest = at(self.patience, now.dendrites), at(self.max_epochs, now.dendrites)

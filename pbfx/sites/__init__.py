@@ -9,12 +9,13 @@ and nothing else; choosing applies the user's patterns to the sites of all parts
 from torch import nn
 
 from pbfx.sites.adapters import folded_weights
+from pbfx.sites.channels import channels_together, on_channels, rows_of, why_no_subset
 from pbfx.sites.choose import choose_sites
 from pbfx.sites.describe import describe_sites
-from pbfx.sites.functions import read_input, soma_weight
+from pbfx.sites.functions import is_transpose, read_call, read_input, soma_weight
 from pbfx.sites.layers import is_site_module, why_no_layer
 from pbfx.sites.norms import Join, find_join, is_permutation
-from pbfx.sites.site import Padding, Site, Skipped, convolution_form, leaves
+from pbfx.sites.site import Padding, Site, Skipped, Subset, convolution_form, leaves
 from pbfx.sites.unfold import UNFOLDABLE, graph_of_cell, is_cell, unfold
 
 
@@ -29,6 +30,8 @@ __all__ = [
     "Padding",
     "Site",
     "Skipped",
+    "Subset",
+    "channels_together",
     "choose_sites",
     "convolution_form",
     "describe_sites",
@@ -39,9 +42,14 @@ __all__ = [
     "is_op",
     "is_permutation",
     "is_site_module",
+    "is_transpose",
     "leaves",
+    "on_channels",
+    "read_call",
     "read_input",
+    "rows_of",
     "soma_weight",
     "unfold",
     "why_no_layer",
+    "why_no_subset",
 ]

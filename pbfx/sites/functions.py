@@ -128,13 +128,13 @@ def read_call(node: fx.Node) -> Call | None:
 def _read_parameter(node: Any) -> tuple[str | None, bool]:
     """Return the path of the attribute that `node` reads, and whether it is then transposed."""
     flipped = False
-    while isinstance(node, fx.Node) and _is_transpose(node) and isinstance(node.args[0], fx.Node):
+    while isinstance(node, fx.Node) and is_transpose(node) and isinstance(node.args[0], fx.Node):
         node, flipped = node.args[0], not flipped
     read = isinstance(node, fx.Node) and node.op == "get_attr"
     return (str(node.target), flipped) if read else (None, False)  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def _is_transpose(node: fx.Node) -> bool:
+def is_transpose(node: fx.Node) -> bool:
     """Return whether `node` transposes a matrix: `W.t()`, `W.T`, `W.mT`, `W.transpose(0, 1)`."""
     rest = node.args[1:]
     if node.target is getattr:

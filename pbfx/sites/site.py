@@ -20,6 +20,19 @@ class Padding:
 
 
 @dataclasses.dataclass(frozen=True)
+class Subset:
+    """Which neurons of an op have dendrites, in increasing order, where not all of them do.
+
+    Attributes:
+        channels: the neurons, as channels of the op's output.
+        inputs: of a convolution in groups the input channels of their groups, None for all.
+    """
+
+    channels: tuple[int, ...]
+    inputs: tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Site:
     """One place that can carry dendrites.
 
@@ -41,6 +54,8 @@ class Site:
         input_first: whether a linear weight is stored (K, N), as `x @ W` takes it.
         norm: the kind of norm after which the dendrites join, None for the op's own output.
         calls: how often the graph calls the op.
+        subset: the neurons that this is about, None for all. `shape` and `geometry` are then
+            those of an op that has no others.
     """
 
     name: str
@@ -56,6 +71,12 @@ class Site:
     input_first: bool = False
     norm: str | None = None
     calls: int = 1
+    subset: Subset | None = None
+
+    @property
+    def channels(self) -> tuple[int, ...] | None:
+        """The channels of the op's output that are meant, None for all."""
+        return None if self.subset is None else self.subset.channels
 
     @property
     def op_shape(self) -> tuple[int, ...]:
@@ -77,6 +98,14 @@ class Site:
         taps = math.prod(self.op_shape[2:])
         skipped = math.prod(self.geometry.stride) if self.geometry.transposed else 1
         return max(inputs * taps / skipped, 1.0)
+
+    def dendrite_parameters(self, dendrites: int) -> int:
+        """Return how many parameters one more dendrite per neuron adds to so many.
+
+        Its link to its neuron and those from the older dendrites are parameters too.
+        """
+        own = math.prod(self.shape) + (self.neurons if self.biased else 0)
+        return own + self.neurons * (dendrites + 1)
 
     def op_weight(self, weight: Tensor) -> Tensor:
         """Return stacked weights (D, *shape) as the kernels take them, a view."""

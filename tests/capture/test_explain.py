@@ -166,7 +166,7 @@ def test_the_table_fits_80_columns():
 def test_where_columns_do_not_fit_every_row_is_a_paragraph():
     path = "a_long_name." * 9 + "conv"
     site = SiteReport(
-        path, "conv_transpose3d", "InstanceNorm3d", 2, 3, 10**15, 10**14, Rung.SUBMODULE
+        path, "conv_transpose3d", "InstanceNorm3d", 2, 3, 10**15, 10**14, Rung.SUBMODULE, 8, 8
     )
     lines = sites_table([site, dataclasses.replace(site, name="b", norm=None)])
     assert max(map(len, lines)) <= 80
@@ -349,19 +349,22 @@ def test_json_holds_everything():
                 "parameters": parameters,
                 "next_dendrite": one_more,
                 "rung": rung,
+                "channels": neurons,
+                "neurons": neurons,
                 "heldout": None,
                 "p_value": None,
                 "gain": None,
             }
-            for name, parameters, one_more, rung in (
-                ("down.0", 33, 21, "submodule"),
-                ("down.2", 18, 12, "submodule"),
-                ("up", 28, 20, "op"),
+            for name, parameters, one_more, rung, neurons in (
+                ("down.0", 33, 21, "submodule", 3),
+                ("down.2", 18, 12, "submodule", 2),
+                ("up", 28, 20, "op", 4),
             )
         ],
         "skipped": [],
         "growable_parameters": 35,
         "linear_conv_parameters": 35,
+        "lowered": None,
         "coverage": 100.0,
     }
     assert all(type(part["rung"]) is str for part in found["parts"])

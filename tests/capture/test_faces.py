@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pbfx
-from models import assert_equal, randomise, run
+from models import assert_equal, assert_lowers, randomise, run
 
 F64 = torch.float64
 
@@ -57,6 +57,12 @@ PRODUCTS = {
 }
 
 
+APART = {
+    "addmm by keyword": "its function is given more than weights and a form",
+    "addmm of a residual": "its bias is computed",
+}
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_by_a_parameter(name: str):
     body, weight, input_first = PRODUCTS[name]
@@ -86,6 +92,7 @@ def test_products_by_a_parameter(name: str):
         for out in (ours(x), expected)
     )
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    assert assert_lowers(ours, x).notes == ({} if name not in APART else {weight: APART[name]})
 
 
 def test_candidates_of_a_product_learn():
@@ -210,6 +217,7 @@ def test_layers_whose_weight_is_computed(kind: str, space: bool):
     assert_equal(run(pbfx.grow(ours), x), expected)
     randomise(ours)
     grown = ours.grown()["0"]
+    assert_lowers(ours, x)
     ours(x).square().sum().backward()
     assert grown.to_soma.grad.abs().sum() > 0
     assert ours.get_parameter(site.home).grad.abs().sum() > 0
@@ -248,6 +256,7 @@ def test_quantisation_aware_layers():
         assert_equal(run(ours, x), run(model, x))
         randomise(pbfx.grow(ours))
         assert not torch.equal(ours(x), model(x))
+        assert set(assert_lowers(ours, x).notes.values()) == {"it rounds its weight at each call"}
         ours(x).square().sum().backward()
     assert all(grown.to_soma.grad.abs().sum() > 0 for grown in ours.grown().values())
 
@@ -305,3 +314,4 @@ def test_fast_paths_stand_aside_for_dendrites(names: tuple[str, ...]):
     slow = layer(x)
     torch.testing.assert_close(fast, slow.detach())
     torch.testing.assert_close(torch.nn.TransformerEncoder(layer, 1)(x), slow)
+    assert_lowers(layer, x)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pbfx
+from models import assert_lowers
 
 # torch's own remark about its 'same' padding, once in a process.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -44,7 +45,9 @@ def check(model: nn.Module, x: Tensor) -> None:
     y = model(x)
     assert y.abs().sum() > 0 or not y.numel()
     # Another order of sums is the only difference.
-    torch.testing.assert_close(echo(model)(x), y + F.relu(y), rtol=1e-12, atol=1e-12)
+    ours = echo(model)
+    torch.testing.assert_close(ours(x), y + F.relu(y), rtol=1e-12, atol=1e-12)
+    assert_lowers(ours, x)
 
 
 def inputs(dims: int, channels: int = 4, batch: tuple[int, ...] = (2,)) -> Tensor:

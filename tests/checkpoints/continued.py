@@ -125,6 +125,16 @@ def lbfgs() -> Parts:
     return regression(96), model, optimizer, None, pbfx.Interval(3, 2), {"max_dendrites": 1}
 
 
+def auto() -> Parts:
+    """Dendrites on some channels of some sites, in the best network and in the present one."""
+    config = pbfx.Config(
+        priming_batches=2, measure_every=2, candidate_lr=1e-2, sites="auto", growth_parameters=20
+    )
+    model = pbfx.transform(Mlp(), config)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    return regression(384), model, optimizer, None, pbfx.Interval(2, 3), {"max_dendrites": 2}
+
+
 # How each kind is built, and whether its loop steps the scheduler.
 KINDS: dict[str, tuple[Callable[[], Parts], bool]] = {
     "momentum": (momentum, False),
@@ -133,6 +143,7 @@ KINDS: dict[str, tuple[Callable[[], Parts], bool]] = {
     "gradient": (gradient, False),
     "inside": (inside, False),
     "lbfgs": (lbfgs, False),
+    "auto": (auto, False),
 }
 
 

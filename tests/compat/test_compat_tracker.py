@@ -159,6 +159,21 @@ def test_set_up_with_other_arguments_makes_a_pair_that_the_tracker_adopts():
     assert second.param_groups[0]["lr"] == 0.01
 
 
+def test_a_search_for_the_rate_is_made_where_the_script_asks_for_it():
+    for asked in (False, True):
+        model = perforated(
+            testing_dendrite_capacity=False,
+            n_epochs_to_switch=1,
+            max_dendrites=1,
+            dont_give_up_unless_learning_rate_lowered=False,
+            **({"find_best_lr": True} if asked else {}),
+        )
+        grow_until_complete(model, [0.5, 0.5, 0.6, 0.7, 0.65, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7])
+        assert GPA.pai_tracker.tracker.complete
+        factors = {epoch.rate_factor for epoch in GPA.pai_tracker.history}
+        assert (len(factors) > 1) == asked
+
+
 def test_every_form_of_optimizer_and_scheduler():
     model = perforated(testing_dendrite_capacity=False)
     tracker = GPA.pai_tracker

@@ -7,11 +7,19 @@ variable once, when it is first imported, so the suite runs this file in a proce
 
 import pytest
 import torch
-from kernel_cases import BY_NAME, SITES, Site, Tensors, make_dendrites, oracle_dendrites
+from kernel_cases import (
+    BY_NAME,
+    SITES,
+    Site,
+    Tensors,
+    make_dendrites,
+    make_neurons,
+    oracle_dendrites,
+)
 from tolerances import assert_close, relative_error
 from torch import Tensor
 
-from pbfx_kernels import ACTIVATIONS, Geometry, packed, reference
+from pbfx_kernels import ACTIVATIONS, Geometry, neurons, packed, reference
 from pbfx_kernels.dispatch import evaluate_dendrites, recompute_to_soma_gradient
 from pbfx_kernels.fused_neuron import fused_neuron, interleave
 from pbfx_kernels.strategy import Strategy
@@ -247,3 +255,16 @@ def _strided(tensor: Tensor) -> Tensor:
     buffer = tensor.new_full((*reversed(tensor.shape), 2), torch.nan)[..., 0]
     view = buffer.permute(*reversed(range(tensor.dim())))
     return view.copy_(tensor)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("site", FULL, ids=lambda site: site.name)
+def test_packed_neurons(site: Site, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a GPU, which only its device decides."""
+    monkeypatch.setattr(neurons, "_runs_kernel", lambda *_: True)
+    case, form = make_neurons(site, 3, bias, torch.float32), site.geometry
+    assert_close(neurons.neurons(*case.together, "tanh", form), case.expected)
+    soma = case.soma.float()
+    before = soma.clone()
+    assert_close(neurons.joined(soma, *case.apart, "tanh", form), case.expected)
+    assert torch.equal(soma, before)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pbfx_kernels import Geometry
+from pbfx_kernels.neurons import pack, pack_bias
 
 F64 = torch.float64
 # Of tensors, and of None where a site has no bias.
@@ -182,6 +183,51 @@ def oracle_dendrites(site: Site, tensors: Tensors, activation: str) -> tuple[Ten
         activations.append(ACTIVATION_MODULES[activation](z).detach())
         out = out + site.per_channel(named["to_soma"][d]) * activations[-1]
     return out, activations
+
+
+@dataclass
+class PackedSite:
+    """A site for inference: what `neurons` and `joined` take, and what they have to give.
+
+    `together` and `apart` hold x, weight, bias, to_soma and to_dendrite, with and without the soma
+    in weight and bias; `soma` and `expected` are float64.
+    """
+
+    together: list[Tensor | None]
+    apart: list[Tensor | None]
+    soma: Tensor
+    expected: Tensor
+
+
+def make_neurons(site: Site, d: int, bias: bool = True, dtype: torch.dtype = F64) -> PackedSite:
+    """Draw a site with D dendrites, everything rounded to `dtype`."""
+    case, n = make_dendrites(site, d, bias=bias), site.neurons
+    fan = max(1, torch.Size(site.weight).numel() // max(n, 1))
+    drawn = case.tensors | {
+        "w": _normal(*site.weight) * fan**-0.5,
+        "b": _normal(n) if bias else None,
+    }
+    low = {name: None if t is None else t.to(dtype) for name, t in drawn.items()}
+    wide = {name: None if t is None else t.double() for name, t in low.items()}
+    wide["soma"] = site.soma(wide["x"], wide["w"], wide["b"])
+    links = low["to_soma"], low["to_dendrite"]
+    stacks = {
+        "together": (
+            torch.cat([low["w"][None], low["weight"]]),
+            torch.cat([low["b"][None], low["bias"]]) if bias else None,
+        ),
+        "apart": (low["weight"], low["bias"]),
+    }
+    packed = {
+        name: [
+            low["x"],
+            pack(weight, site.geometry),
+            None if offsets is None else pack_bias(offsets, site.geometry),
+            *links,
+        ]
+        for name, (weight, offsets) in stacks.items()
+    }
+    return PackedSite(**packed, soma=wide["soma"], expected=oracle_dendrites(site, wide, "tanh")[0])
 
 
 @dataclass

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import pbfx
-from models import assert_equal, randomise, run
+from models import assert_equal, assert_lowers, randomise, run
 from pbfx.learning.scaling import scale_candidates
 from pbfx.passes import insert_dendrites
+from pbfx.pipeline import op_name
 from pbfx.restructure import learners_of, start_dendrite_phase
 from pbfx.sites import describe_sites
 from pbfx.spread import Spread
@@ -103,6 +104,8 @@ JOINED = {
     ),
     "in place afterwards": (lambda s, x: s.act(s.bn2(s.conv(x))), IMAGE, "BatchNorm2d", 0),
 }
+FOLDED = {"batch 2d", "batch 1d", "batch norm function", "batch norm over tokens"}
+FOLDED |= {"rows", "sizes are no readers", "in place afterwards"}
 
 
 @pytest.mark.parametrize("name", JOINED)
@@ -133,6 +136,13 @@ def test_dendrites_join_after_the_norm(name: str):
     # A second run finds them.
     ctx = pbfx.passes.context.PassContext(ours.perforation.sites, pbfx.Phase.NEURON)
     assert insert_dendrites(ours, ctx) == 0
+    # Lowered, the norm is folded into the weights, or the soma stays apart.
+    randomise(ours)
+    lowered = assert_lowers(ours, x)
+    folds = name in FOLDED
+    assert lowered.notes == ({} if folds else {site.name: f"the {kind} behind it cannot be folded"})
+    assert folds != any(kind in (n.op, op_name(lowered, n)) for n in lowered.graph.nodes)
+    assert_lowers(ours.train(), x)
 
 
 def plainly(model: Net, name: str, x: Tensor, grown: nn.Module) -> Tensor:
@@ -227,6 +237,8 @@ def test_other_ops_keep_their_dendrites_at_their_output(name: str):
     assert_equal(run(pbfx.grow(ours), x), expected)
     (dendrites,) = [n for n in ours.graph.nodes if n.target == site.dendrites]
     assert dendrites.args[0].target in (site.name, F.linear)
+    randomise(ours)
+    assert assert_lowers(ours, x).notes == {}
 
 
 def test_an_operator_that_assigns_keeps_dendrites_where_x_is_still_x():

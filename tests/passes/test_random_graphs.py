@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import pbfx
-from models import assert_equal, randomise, run
+from models import assert_equal, assert_lowers, randomise, run
+from pbfx.dendrites import Dendrites
 from pbfx.parts import candidate_parameters
 from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
@@ -328,6 +329,19 @@ def test_growth_keeps_the_output_and_the_keys(model: Random, dendrites: int):
     assert_equal(run(ours, x), expected)
     assert [key for key in ours.state_dict() if "dendrites" not in key] == keys
     assert ours.structure().dendrites == dendrites
+
+
+@given(models(), st.integers(0, 3))
+def test_lowering_computes_the_same(model: Random, dendrites: int):
+    ours, x = pbfx.transform(model), model._input()
+    # Running statistics that matter.
+    run(ours.train(), x)
+    if dendrites:
+        randomise(pbfx.grow(ours, dendrites))
+    lowered = assert_lowers(ours, x)
+    modules = list(lowered.modules())
+    assert not any(isinstance(m, (nn.Dropout, Dendrites)) for m in modules), lowered.code
+    assert not any(n.op == "get_attr" and n.target == "training" for n in lowered.graph.nodes)
 
 
 @given(

@@ -1,0 +1,201 @@
+"""Somas and dendrites packed for inference: one product over all their weights, one epilogue.
+
+    r = x [W; V_1; ...; V_D]ᵀ + [b; c_1; ...; c_D]
+    a_d = f(r_d + Σ_{e<d} U_{d,e} ⊙ a_e)        out = r_0 + Σ_d T_d ⊙ a_d
+
+Weights are packed once, by `pack`, and not at every call. Where the soma is computed elsewhere,
+because a norm that cannot be folded stands behind it, the packed weight holds the dendrites alone.
+
+On a CUDA device the epilogue is one Triton kernel. Under `torch.compile` and `torch.export`, where
+gradients are wanted, and everywhere else it is plain torch, so that a compiler can fuse it and an
+exported graph holds nothing but aten ops.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from pbfx_kernels import reference
+from pbfx_kernels.candidate_autograd import no_autocast
+from pbfx_kernels.geometry import Geometry
+from pbfx_kernels.strategy import fallback_reason, problem_of
+
+
+def pack(stacked: Tensor, geometry: Geometry) -> Tensor:
+    """Make one weight of S, channels in the order (group, s, neuron of the group).
+
+    Args:
+        stacked: `(S, N, K)`, `(S, N, channels / groups, *kernel)` or, transposed, `(S, channels,
+            N / groups, *kernel)`.
+        geometry: the form of one of them.
+
+    Returns:
+        `(S * N, ...)`, or transposed `(channels, S * N / groups, *kernel)`, contiguous.
+    """
+    if geometry.transposed:
+        # Groups lie on the channels' axis, so neurons merge freely.
+        return stacked.movedim(0, 1).flatten(1, 2).contiguous()
+    groups = geometry.groups
+    split = stacked.unflatten(1, (groups, stacked.shape[1] // groups))
+    return split.movedim(1, 0).flatten(0, 2).contiguous()
+
+
+def pack_bias(stacked: Tensor, geometry: Geometry) -> Tensor:
+    """Make one bias of S, `(S, N)` to `(S * N,)`, in the order of `pack`."""
+    groups = geometry.groups
+    split = stacked.unflatten(1, (groups, stacked.shape[1] // groups))
+    return split.movedim(1, 0).flatten().contiguous()
+
+
+def neurons(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+) -> Tensor:
+    """Evaluate somas with their dendrites.
+
+    Args:
+        x: `(..., K)` or `(B, channels, *spatial)`, the batch optional.
+        weight: of `pack`, `[W; V_1; ...; V_D]`.
+        bias: of `pack_bias`, likewise, or None.
+        to_soma: T, `(D, N)`; D may be 0.
+        to_dendrite: U, `(D, D, N)`.
+        activation: f, one of `ACTIVATIONS`.
+        geometry: the form of the soma.
+
+    Returns:
+        `(*soma)`, in the dtype of the soma's own op.
+    """
+    count = to_soma.shape[0]
+    if not count or not _runs_kernel((x, weight), _dtype_of_product(x), to_soma, geometry):
+        r = reference.product(x, weight, bias, geometry)
+        if not count:
+            return r
+        soma, *z = _split(r, count + 1, geometry)
+        return reference.join(soma, z, to_soma, to_dendrite, activation, geometry)[0]
+    offsets = None
+    if bias is not None and geometry.spatial:
+        # A library adds the bias of a convolution in a pass of its own over all that it wrote; the
+        # epilogue adds the dendrites' for nothing.
+        bias, offsets = None, _unpacked_bias(bias, count + 1, geometry)
+    soma, z = _halves(reference.product(x, weight, bias, geometry), count + 1, geometry)
+    if offsets is not None:
+        own, offsets = offsets.to(soma.dtype).tensor_split((1,))
+        soma = soma.add_(own.reshape(-1, *(1,) * geometry.spatial))
+    return _epilogue(soma, z, offsets, to_soma, to_dendrite, activation, geometry)
+
+
+def joined(
+    soma: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+) -> Tensor:
+    """Add packed dendrites to what a soma gave.
+
+    Args:
+        soma: `(*soma)`; its dtype is the dtype of the computation.
+        x: the soma's input, `(..., K)` or `(B, channels, *spatial)`, the batch optional.
+        weight: of `pack`, `[V_1; ...; V_D]`; D at least 1.
+        bias: of `pack_bias`, likewise, or None.
+        to_soma: T, `(D, N)`.
+        to_dendrite: U, `(D, D, N)`.
+        activation: f, one of `ACTIVATIONS`.
+        geometry: the form of this call of the soma.
+
+    Returns:
+        `(*soma)`, dtype of `soma`.
+    """
+    count, dtype = to_soma.shape[0], soma.dtype
+    x, weight = x.to(dtype), weight.to(dtype)
+    with no_autocast(soma):
+        if _runs_kernel((x, weight, soma), dtype, to_soma, geometry):
+            z = reference.product(x, weight, None, geometry)
+            offsets = None if bias is None else _unpacked_bias(bias, count, geometry)
+            return _epilogue(soma, z, offsets, to_soma, to_dendrite, activation, geometry)
+        z = reference.product(x, weight, None if bias is None else bias.to(dtype), geometry)
+        parts = _split(z, count, geometry)
+        return reference.join(soma, parts, to_soma, to_dendrite, activation, geometry)[0]
+
+
+def _split(r: Tensor, stacked: int, geometry: Geometry) -> tuple[Tensor, ...]:
+    """Undo the order of `pack` on the channels of a product: S tensors `(*soma)`."""
+    axis, groups = geometry.channel_axis, geometry.groups
+    if groups == 1:
+        return r.chunk(stacked, axis)
+    split = r.unflatten(axis, (groups, stacked, r.shape[axis] // (groups * stacked)))
+    return tuple(split.select(axis - 1, s).flatten(axis - 1, axis) for s in range(stacked))
+
+
+def _halves(r: Tensor, stacked: int, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Return the somas' part of a product, and the dendrites', which stays packed."""
+    axis, groups = geometry.channel_axis, geometry.groups
+    each = r.shape[axis] // (groups * stacked)
+    if groups == 1:
+        return r.narrow(axis, 0, each), r.narrow(axis, each, each * (stacked - 1))
+    split = r.unflatten(axis, (groups, stacked, each))
+    soma = split.select(axis - 1, 0).flatten(axis - 1, axis)
+    return soma, split.narrow(axis - 1, 1, stacked - 1).flatten(axis - 2, axis)
+
+
+def _unpacked_bias(bias: Tensor, stacked: int, geometry: Geometry) -> Tensor:
+    """Undo `pack_bias`: `(S * N,)` to `(S, N)`."""
+    return bias.view(geometry.groups, stacked, -1).movedim(1, 0).flatten(1)
+
+
+def _epilogue(
+    soma: Tensor,
+    z: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+) -> Tensor:
+    from pbfx_kernels.epilogue import dendrites_epilogue
+    from pbfx_kernels.layout import writable
+
+    out = writable(soma, geometry.channel_axis)
+    dendrites_epilogue(soma, z, bias, to_soma, to_dendrite, activation, geometry, out, None)
+    return out
+
+
+def _dtype_of_product(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _runs_kernel(
+    inputs: tuple[Tensor, ...], dtype: torch.dtype, to_soma: Tensor, geometry: Geometry
+) -> bool:
+    """Return whether the epilogue of this call is the Triton kernel; it knows no gradients.
+
+    Args:
+        inputs: what the neurons read, and the other tensors that may want gradients.
+        dtype: of the soma's output.
+        to_soma: T.
+        geometry: the form of the soma.
+    """
+    x = inputs[0]
+    # Compilers fuse plain torch with what follows, and tracers cannot look into a launch.
+    if torch.compiler.is_compiling() or x.device.type != "cuda" or not x.numel():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return False
+    count, each = to_soma.shape
+    form = torch.empty((count, each, *(1,) * (1 + geometry.spatial)), device="meta")
+    problem = dataclasses.replace(problem_of(x, form, geometry), dtype=dtype)
+    return fallback_reason(problem) is None

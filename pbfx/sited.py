@@ -1,0 +1,83 @@
+"""What belongs to a site and may be on some of its channels only: its dendrites, its candidates.
+
+    part = output[channels]      ... work on `part` ...      output[channels] = part
+
+The numbers of the channels are part of the structure, as D is, and no buffer: averages over buffers
+(`AveragedModel(use_buffers=True)`) round whole numbers, and half precision has none above 2048. The
+tensors here are made from the site's own numbers, anew after every move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pbfx.sites import Site
+
+
+class Sited(nn.Module):
+    """A module at a site.
+
+    Args:
+        site: where; if it is a subset, the module works on that part of the op's output.
+        device: where the module's tensors are.
+    """
+
+    site: Site
+    weight: nn.Parameter
+    channels: Tensor | None
+    inputs: Tensor | None
+
+    def __init__(self, site: Site, device: torch.device) -> None:
+        super().__init__()
+        self.site = site
+        self._place(device)
+
+    def _place(self, device: torch.device) -> None:
+        subset = self.site.subset
+        channels, inputs = (None, None) if subset is None else (subset.channels, subset.inputs)
+        self.channels = None if channels is None else torch.tensor(channels, device=device)
+        self.inputs = None if inputs is None else torch.tensor(inputs, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._place(self.weight.device)
+        return self
+
+    def take(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the part of the op's output, and of its input, that the site is about.
+
+        Args:
+            output: (..., N) or (B, N, *space) of the whole op.
+            x: what the op read.
+
+        Returns:
+            (..., n) or (B, n, *space), and `x` or the channels of it that a group reads.
+        """
+        axis = self.site.geometry.channel_axis
+        if self.channels is not None:
+            # A replica of DataParallel has parameters and buffers of its own, and nothing else.
+            output = output.index_select(axis, self.channels.to(output.device))
+        if self.inputs is not None:
+            x = x.index_select(axis, self.inputs.to(x.device))
+        return output, x
+
+    def put(self, output: Tensor, part: Tensor) -> Tensor:
+        """Return `output` with `part` in the place of what `take` took."""
+        if self.channels is None:
+            return part
+        axis, channels = self.site.geometry.channel_axis, self.channels.to(output.device)
+        if in_torch_func():
+            # `part` may have a batch axis that `output` has not, as where links are mapped over.
+            return output.index_copy(axis, channels, part)
+        # A clone keeps the layout, `index_copy` does not; what follows rounds by its layout.
+        return output.clone().index_copy_(axis, channels, part)
+
+
+def in_torch_func() -> bool:
+    """Return whether torch.func (grad, vmap, jvp, ...) is transforming what runs now."""
+    # Dynamo does not know the question, and compiles torch.func's transforms by itself.
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
