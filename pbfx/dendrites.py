@@ -31,7 +31,7 @@ from pbfx.config import Config
 from pbfx.sited import Sited, in_torch_func
 from pbfx.sites import Site
 from pbfx.spread import Spread
-from pbfx.structure import Counts, channels_of
+from pbfx.structure import Counts
 from pbfx_kernels import Geometry, Moment
 
 # The candidates' buffers that are kept as their weights are.
@@ -209,6 +209,7 @@ class Dendrites(Sited):
         weight: the soma's weight, for dtype and device.
     """
 
+    lists_channels = True
     candidates: Candidates | None
     # Whether the last neuron phase has begun, in which perforated dendrites train by
     # backpropagation.
@@ -373,37 +374,6 @@ class Dendrites(Sited):
             fit_form(self.site, soma, x),
         )
         return self.put(whole, out), activations
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.site.channels is not None:
-            # On the CPU, because whoever loads it has to read the numbers.
-            destination[f"{prefix}channels"] = torch.tensor(self.site.channels, device="cpu")
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Load as usual; the channels themselves are structure, which the owner has taken on."""
-        key, ours = f"{prefix}channels", self.site.channels
-        if key in state_dict:
-            theirs = channels_of(state_dict[key], key)
-            if ours is None:
-                error_msgs.append(f"{key} lists channels, and these dendrites are on all of them")
-            elif theirs != ours:
-                error_msgs.append(f"{key} is {list(theirs)}, but these dendrites' is {list(ours)}")
-            state_dict = {name: value for name, value in state_dict.items() if name != key}
-        elif ours is not None and strict:
-            missing_keys.append(key)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
 
 
 def _newest_learns(stack: Tensor) -> Tensor:

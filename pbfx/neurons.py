@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pbfx.dendrites import Dendrites, fit_form, keep_out_of_fast_paths, pad
 from pbfx.errors import ConfigError
+from pbfx.sited import Sited
 from pbfx.sites import Site
 from pbfx_kernels.neurons import joined, neurons, pack, pack_bias
 
@@ -30,12 +31,12 @@ class Stacks(NamedTuple):
     to_dendrite: Tensor
 
 
-class _Packed(nn.Module):
+class _Packed(Sited):
     """The parameters that both kinds of packed site have."""
 
     def __init__(self, site: Site, activation: str, stacks: Stacks) -> None:
-        super().__init__()
-        self.site, self.activation = site, activation
+        super().__init__(site, stacks.weight.device)
+        self.activation = activation
         self.weight = _frozen(pack(stacks.weight, site.geometry))
         self.bias = None if stacks.bias is None else _frozen(pack_bias(stacks.bias, site.geometry))
         self.to_soma = _frozen(stacks.to_soma)
@@ -126,11 +127,11 @@ class PackedDendrites(_Packed):
     """The dendrites of a site whose soma stays an op of its own.
 
     Args:
-        site: whose dendrites these are.
-        dendrites: at least one of them reaches the soma.
+        dendrites: at least one of them reaches the soma; perhaps on some of its neurons only.
     """
 
-    def __init__(self, site: Site, dendrites: Dendrites) -> None:
+    def __init__(self, dendrites: Dendrites) -> None:
+        site = dendrites.site
         super().__init__(site, dendrites.activation, stacks_of(site, dendrites.weight, dendrites))
 
     def forward(self, soma: Tensor, x: Tensor) -> Tensor:
@@ -140,16 +141,18 @@ class PackedDendrites(_Packed):
             soma: what the soma gave, and its norm if there is one.
             x: what the soma read.
         """
-        return joined(
-            soma,
+        part, x = self.take(soma, x)
+        out = joined(
+            part,
             pad(x, self.site),
             self.weight,
             self.bias,
             self.to_soma,
             self.to_dendrite,
             self.activation,
-            fit_form(self.site, soma, x),
+            fit_form(self.site, part, x),
         )
+        return self.put(soma, out)
 
 
 def stacks_of(site: Site, weight: Tensor, dendrites: Dendrites | None) -> Stacks:

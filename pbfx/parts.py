@@ -12,7 +12,7 @@ from pbfx.errors import RestructureError
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, perforated_parts
 from pbfx.sites import on_channels
-from pbfx.structure import Structure
+from pbfx.structure import Counts, Structure
 
 
 def parts_of(model: nn.Module) -> dict[str, PerforatedModule]:
@@ -61,10 +61,12 @@ def growth_parameters(parts: Mapping[str, PerforatedModule], dendrites: int = 1)
     for part in parts.values():
         counts = part.structure().sites
         for site in part.perforation.sites:
-            grown = counts.get(site.name)
-            has, channels = (0, None) if grown is None else (grown.dendrites, grown.channels)
-            site = on_channels(site, channels)
-            total += sum(site.dendrite_parameters(has + more) for more in range(dendrites))
+            has = counts.get(site.name, Counts())
+            # A site that has settled on some of its channels grows on those.
+            grown = on_channels(site, has.channels)
+            total += sum(
+                grown.dendrite_parameters(has.dendrites + more) for more in range(dendrites)
+            )
     return total
 
 

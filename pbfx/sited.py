@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pbfx.sites import Site
+from pbfx.structure import channels_of
 
 
 class Sited(nn.Module):
@@ -26,6 +27,8 @@ class Sited(nn.Module):
         device: where the module's tensors are.
     """
 
+    # Whether the module's state dict says which channels these are.
+    lists_channels = False
     site: Site
     weight: nn.Parameter
     channels: Tensor | None
@@ -75,6 +78,37 @@ class Sited(nn.Module):
             return output.index_copy(axis, channels, part)
         # A clone keeps the layout, `index_copy` does not; what follows rounds by its layout.
         return output.clone().index_copy_(axis, channels, part)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.lists_channels and self.site.channels is not None:
+            # On the CPU, because whoever loads it has to read the numbers.
+            destination[f"{prefix}channels"] = torch.tensor(self.site.channels, device="cpu")
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load as usual; the channels themselves are structure, which the owner has taken on."""
+        key, ours = f"{prefix}channels", self.site.channels
+        if self.lists_channels and key in state_dict:
+            theirs = channels_of(state_dict[key], key)
+            if ours is None:
+                error_msgs.append(f"{key} lists channels, and these dendrites are on all of them")
+            elif theirs != ours:
+                error_msgs.append(f"{key} is {list(theirs)}, but these dendrites' is {list(ours)}")
+            state_dict = {name: value for name, value in state_dict.items() if name != key}
+        elif self.lists_channels and ours is not None and strict:
+            missing_keys.append(key)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 def in_torch_func() -> bool:

@@ -46,12 +46,11 @@ def apart(product, ROLES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.const
         even, odd = tl.split(product)
         first, third = tl.split(even)
         second, fourth = tl.split(odd)
-        shape: tl.constexpr = (BLOCK_P, BLOCK_N)
         return (
-            tl.reshape(first, shape),
-            tl.reshape(second, shape),
-            tl.reshape(third, shape),
-            tl.reshape(fourth, shape),
+            tl.reshape(first, (BLOCK_P, BLOCK_N)),
+            tl.reshape(second, (BLOCK_P, BLOCK_N)),
+            tl.reshape(third, (BLOCK_P, BLOCK_N)),
+            tl.reshape(fourth, (BLOCK_P, BLOCK_N)),
         )
 
 

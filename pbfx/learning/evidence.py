@@ -24,6 +24,8 @@ Source: Student 1908; de la Peña, Lai and Shao, *Self-Normalized Processes*, 20
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,28 +47,6 @@ class Evidence:
         # B, Σ t, Σ t², Σ P
         self.sums = like.detach().new_zeros(4)
 
-    def weigh(self, sums: Tensor, direction: Tensor) -> Tensor:
-        """Return t_b and P of a batch that is still to be booked, (2,).
-
-        Args:
-            sums: (6 * C, N), the batch's.
-            direction: (C, N), from the batches before.
-        """
-        moments = sums.detach().view(len(Moment), *direction.shape)
-        count, products = moments[Moment.COUNT], moments[Moment.A] * moments[Moment.G]
-        inner = torch.addcdiv(moments[Moment.AG], products, count.clamp_min(1), value=-1)
-        return torch.stack(((inner * direction).sum(), count[0, 0]))
-
-    def add(self, weighed: Tensor, tested: Tensor) -> None:
-        """Take a batch in.
-
-        Args:
-            weighed: from `weigh`.
-            tested: (), 1 if it was a finite batch that only measured, else 0.
-        """
-        value, positions = weighed.nan_to_num(0, 0, 0).unbind()
-        self.sums.add_(torch.stack((torch.ones_like(value), value, value**2, positions)) * tested)
-
     def judge(self, spread: Tensor) -> tuple[float | None, int, float | None]:
         """Return the mean signed correlation, B, and the p-value. Waits for the device.
 
@@ -81,6 +61,55 @@ class Evidence:
         number, scale = round(batches), positions * float(spread.sum())
         correlation = total / scale if scale > 0 else 0.0
         return correlation if number else None, number, p_value(number, total, squares)
+
+
+class Weighed(NamedTuple):
+    """A batch at S sites, before it is booked: t_b, P and the number of batches measured, (S,)."""
+
+    products: Tensor
+    positions: Tensor
+    measured: Tensor
+
+
+def weigh(batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Weighed:
+    """Return what a batch says at several sites of one device and dtype; it is still to be booked.
+
+    Few operations, because they come on top of every step of a dendrite phase.
+
+    Args:
+        batches: for each site the batch's sums (6 * C, N), the direction (C, N) from the batches
+            before, and how many batches have been measured, ().
+    """
+    products, positions = [], []
+    for sums, direction, _ in batches:
+        moments = sums.detach().view(len(Moment), *direction.shape)
+        count = moments[Moment.COUNT]
+        levels = moments[Moment.A] * moments[Moment.G]
+        inner = torch.addcdiv(moments[Moment.AG], levels, count, value=-1)
+        products.append((inner * direction).sum())
+        positions.append(count[0, 0])
+    measured = torch.stack([measured for *_, measured in batches])
+    return Weighed(torch.stack(products), torch.stack(positions), measured)
+
+
+def collect(evidence: Sequence[Evidence], weighed: Weighed, measured: Sequence[Tensor]) -> None:
+    """Take a batch in at the sites where it was finite and only measured.
+
+    Args:
+        evidence: of each site.
+        weighed: from `weigh`.
+        measured: how many batches have been measured now that it is booked, () each.
+    """
+    products, positions, before = weighed
+    tested = torch.stack(list(measured)) - before
+    # What no batch, or one that overflowed, has left is not a number; it does not count.
+    rows = torch.stack((torch.ones_like(products), products, products**2, positions), 1)
+    rows = rows.nan_to_num(0, 0, 0) * tested[:, None]
+    _foreach_add_([each.sums for each in evidence], list(rows.unbind()))
+
+
+# It has no public name.
+_foreach_add_: Any = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
 
 
 def p_value(number: int, total: float, squares: float) -> float | None:

@@ -28,7 +28,7 @@ from pbfx.dendrites import Candidates
 from pbfx.errors import RestructureError
 from pbfx.figures import SiteFigures
 from pbfx.learning.cohort import Cohort
-from pbfx.learning.evidence import Evidence
+from pbfx.learning.evidence import Evidence, collect, weigh
 from pbfx.learning.moments import Statistics, statistics
 from pbfx.learning.scaling import resume_scaling, scale_candidates, scaling_batches
 from pbfx_kernels import Moment
@@ -337,16 +337,11 @@ def learn(learners: Sequence[SiteLearner], tables: Tables) -> None:
         alike.setdefault(learner.kind(), []).append(learner)
     for together in alike.values():
         memories, addresses = zip(*(learner.memory() for learner in together), strict=True)
-        # Read before the batch is booked, which may overwrite its sums. Whether it only measures is
-        # decided there.
-        weighed = [
-            (learner.evidence, learner.evidence.weigh(memory.sums, memory.direction), memory)
-            for learner, memory in zip(together, memories, strict=True)
-        ]
-        before = [memory.heldout_batches.clone() for _, _, memory in weighed]
+        # Read before the batch is booked, which may overwrite its sums and decides its turn.
+        weighed = weigh([(m.sums, m.direction, m.heldout_batches) for m in memories])
         verdicts = take_turns(memories, addresses, together[0].rules, tables)
-        for (evidence, values, memory), batches in zip(weighed, before, strict=True):
-            evidence.add(values, memory.heldout_batches - batches)
+        evidence = [learner.evidence for learner in together]
+        collect(evidence, weighed, [memory.heldout_batches for memory in memories])
         for learner, verdict in zip(together, verdicts, strict=True):
             learner.finish(verdict)
 

@@ -13,7 +13,8 @@ neurons only for inputs of some ranks, the rewritten op checks that at each call
 
 It does not fire, and notes why, where the soma has to stay a call: one with hooks, with a weight or
 bias that is computed from the input, of quantisation-aware training, given the size of its output;
-nor where another norm follows, or one that cannot be folded. It runs before training flags are
+nor where dendrites are on some of the neurons only, another norm follows, or one that cannot be
+folded. It runs before training flags are
 taken out, because a dropout between soma and norm decides where dendrites join.
 """
 
@@ -64,6 +65,8 @@ def fuse_neurons(gm: fx.GraphModule, ctx: PassContext) -> int:
         if join is None and dendrites is None:
             continue
         reason = _why_apart(gm, soma, site)
+        if reason is None and dendrites is not None and dendrites.channels is not None:
+            reason = "its dendrites are on some of its neurons"
         affine = None if join is None else affine_of(gm, site, join)
         if reason is None and join is not None:
             if not ctx.fold_norms:

@@ -20,14 +20,14 @@ from pbfx.passes.context import PassContext, copy_provenance, free_path, part
 def pack_dendrites(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Rewrite every call of a dendrites module; return how many."""
     rewrites = 0
-    for path, (site, dendrites) in ctx.grown(gm).items():
+    for path, (_, dendrites) in ctx.grown(gm).items():
         calls = [n for n in gm.graph.nodes if n.op == "call_module" and n.target == path]
         if not calls:
             continue
         packed = None
         if reaching(dendrites):
             packed = free_path(gm, path, "packed_dendrites")
-            gm.add_submodule(packed, PackedDendrites(site, dendrites))
+            gm.add_submodule(packed, PackedDendrites(dendrites))
         for call in calls:
             neuron = part(call, 0)
             assert neuron is not None, "insert_dendrites takes output 0 of every dendrites node"

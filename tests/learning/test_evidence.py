@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pbfx
 from pbfx import restructure
-from pbfx.learning.evidence import Evidence, p_value, survival
+from pbfx.learning.evidence import Evidence, collect, p_value, survival, weigh
 from pbfx.learning.learner import SiteLearner
 from pbfx_kernels import Moment
 
@@ -77,19 +77,20 @@ def test_a_batch_counts_by_its_own_covariance() -> None:
         Moment.AG: (a * g).sum(),
     }.items():
         sums[row] = value
-    evidence = Evidence(sums.flatten(0, 1))
-    weighed = evidence.weigh(sums.flatten(0, 1), torch.full((1, 1), -0.5).double())
-    wanted = -0.5 * ((a - a.mean()) * (g - g.mean())).sum()
-    assert torch.allclose(weighed, torch.stack((wanted, torch.tensor(9.0).double())))
-    evidence.add(weighed, torch.tensor(0.0))
+    evidence, direction = Evidence(sums.flatten(0, 1)), torch.full((1, 1), -0.5).double()
+    none, one = torch.zeros(()).double(), torch.ones(()).double()
+    weighed = weigh([(sums.flatten(0, 1), direction, none)])
+    wanted = -0.5 * float(((a - a.mean()) * (g - g.mean())).sum())
+    assert torch.allclose(weighed.products, torch.tensor([wanted]).double())
+    # It was a batch to learn from: nothing more has been measured.
+    collect([evidence], weighed, [none])
     assert not evidence.sums.any()
-    evidence.add(torch.tensor([math.nan, math.inf]), torch.tensor(0.0))
-    assert not evidence.sums.any()
-    evidence.add(weighed, torch.tensor(1.0))
-    assert torch.allclose(
-        evidence.sums,
-        torch.stack([torch.tensor(1.0), wanted, wanted**2, torch.tensor(9.0)]).double(),
-    )
+    # It overflowed, or held no position.
+    for spoilt in (sums * math.inf, sums * 0):
+        collect([evidence], weigh([(spoilt.flatten(0, 1), direction, none)]), [none])
+        assert not evidence.sums.any()
+    collect([evidence], weighed, [one])
+    assert torch.allclose(evidence.sums, torch.tensor([1.0, wanted, wanted**2, 9.0]).double())
 
 
 class Side(nn.Module):

@@ -7,7 +7,9 @@ import torch
 
 import pbfx
 from models import assert_equal, randomise
+from pbfx.neurons import PackedDendrites
 from selection.subsets import dendrites_of, grow_some, relative, restrict, sites_of
+from zoo.member import tensors_of
 from zoo.registry import ZOO
 from zoo.test_zoo import ROUNDING, call, loss_of
 
@@ -63,3 +65,18 @@ def test_save_and_load(member, tmp_path):
     for target in (member.fresh(seed=9), pbfx.transform(member.fresh(seed=9))):
         loaded = pbfx.load(tmp_path / "model.safetensors", target)
         assert_equal(call(loaded, member, training=False), wanted)
+
+
+@each_member
+def test_lowered(member):
+    model = grow_some(pbfx.transform(member.fresh()), 2)
+    randomise(model, scale=0.1)
+    expected = call(model, member, training=False)
+    lowered = pbfx.lower(model)
+    args, kwargs = member.arguments(training=False)
+    # As `call` does before it runs the forward.
+    torch.manual_seed(3)
+    for one, other in zip(tensors_of(lowered(*args, **kwargs)), expected, strict=True):
+        assert relative(one, other) <= ROUNDING
+    somewhere = any(d.channels is not None for d in dendrites_of(model).values())
+    assert any(isinstance(m, PackedDendrites) for m in lowered.modules()) or not somewhere

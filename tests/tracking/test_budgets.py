@@ -11,7 +11,7 @@ import pbfx_kernels.flops  # noqa: F401  registers the formulas
 from learning.loops import Around, Cnn, Mlp, copied, images, network, regression, run, same, sgd
 from pbfx import Interval, Phase, Plateau, TrackerError
 from pbfx.budget import grown_flops
-from pbfx.parts import parameter_count
+from pbfx.parts import growth_parameters, parameter_count, survey
 
 TASK = regression(96)
 
@@ -161,3 +161,20 @@ def test_whole_numbers_may_be_written_as_floats() -> None:
     _, tracker = tracked(model, max_parameters=1e6)
     assert tracker.budget.max_parameters == 10**6
     assert images(16).score(model) < 0
+
+
+def test_a_site_on_some_channels_is_counted_by_those() -> None:
+    model = pbfx.grow(pbfx.transform(Mlp()), 1, "fc1", channels=[0, 2])
+    found = survey(model)
+    more = growth_parameters(found.parts, 2)
+    predicted = grown_flops(model, torch.randn(3, 6))
+    for _ in range(2):
+        pbfx.grow(model)
+    assert found.parameters + more == parameter_count(model)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        pbfx.transform(Mlp())(torch.randn(3, 6))
+    assert predicted < 2 * counter.get_total_flops()
+    # What explain says of one more dendrite is the same.
+    model = pbfx.grow(pbfx.transform(Mlp()), 1, "fc1", channels=[0, 2])
+    costs = sum(site.next_dendrite for site in pbfx.explain(model).sites)
+    assert costs == growth_parameters(survey(model).parts)

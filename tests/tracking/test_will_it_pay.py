@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from pathlib import Path
 
@@ -123,3 +124,24 @@ def test_a_site_that_no_error_reaches_has_no_figures() -> None:
     tracker = pbfx.Tracker(model, optimizer, policy=pbfx.Interval(1, 1))
     run(model, optimizer, tracker, regression(128), epochs=2)
     assert [site.site for site in tracker.history[-1].sites] == ["fc1", "fc2", "head"]
+
+
+def test_a_state_from_before_there_were_figures_is_taken_up() -> None:
+    model, optimizer, tracker = tracked(pbfx.Interval(1, 3), max_dendrites=1)
+    run(model, optimizer, tracker, regression(256), epochs=2)
+    state = copy.deepcopy(tracker.state_dict())
+    for name in ("search", "factor", "capacity"):
+        del state[name]
+    for epoch in state["history"]:
+        for name in ("sites", "seconds", "rate_factor"):
+            del epoch[name]
+    for learner in state["learners"].values():
+        del learner["evidence"]
+    other_model, other_optimizer, other = tracked(pbfx.Interval(1, 3), max_dendrites=1)
+    other_model.load_state_dict(model.state_dict())
+    other.load_state_dict(state)
+    assert [epoch.score for epoch in other.history] == [epoch.score for epoch in tracker.history]
+    run(other_model, other_optimizer, other, regression(256), epochs=1)
+    # It counts from here: eight batches, of which every third only measures.
+    assert other.history[-1].phase is Phase.DENDRITE
+    assert other.history[-1].sites[0].heldout_batches in (2, 3)
