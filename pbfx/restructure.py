@@ -62,6 +62,33 @@ def restructuring(
             )
 
 
+def take_over(
+    model: nn.Module, optimizer: Optimizer, schedule: Schedule, network: frozenset[str]
+) -> None:
+    """Bring a new optimizer in line with `model`.
+
+    Args:
+        model: as it is now, in either phase.
+        optimizer: holds some of its parameters; edited in place, wholly or not at all.
+        schedule: of that optimizer.
+        network: names of parameters that it must hold as well. A dendrite phase has frozen them,
+            so an optimizer that was made of what requires gradients would never step them again.
+
+    Raises:
+        RestructureError: from whatever failed.
+    """
+    now = dict(model.named_parameters())
+    of_dendrites = soma_weight_of(model)
+    with undoing(model, optimizer, schedule):
+        sync_optimizer(
+            optimizer,
+            now,
+            now,
+            [*managed_parameters(model), *network],
+            lambda name: now[name] if name in network else of_dendrites(name),
+        )
+
+
 def start_dendrite_phase(model: nn.Module) -> tuple[Frozen, dict[str, SiteLearner]]:
     """Freeze the network and give every site a fresh pool of candidates, with a learner each."""
     frozen = Frozen(

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pbfx import checkpoint, restructure
-from pbfx.belonging import check
+from pbfx.belonging import check, check_optimizer
 from pbfx.budget import Budget
 from pbfx.by_hand import grow_part
 from pbfx.capacity import Capacity, CapacityTest
@@ -118,6 +118,7 @@ class Tracker:
         self.max_dendrites, self.maximize = max_dendrites, maximize
         self.learning_rates = learning_rates
         check(self.model, optimizer, self.policy, max_dendrites, learning_rates)
+        self._stepping: Stepping = scheduler_steps
         self._schedule = Schedule(optimizer, scheduler, scheduler_steps)
         self.reset_learning_rate = reset_learning_rate
         self.reset_optimizer_state = reset_optimizer_state
@@ -232,6 +233,44 @@ class Tracker:
             self._current = Snapshot.take(self.model, score)
         elif self._better(score, self._current.score):
             self._current = self._current.renewed(self.model, score)
+
+    def adopt(self, optimizer: Optimizer, scheduler: Any = None) -> None:
+        """Go on with another optimizer, at any time and in either phase.
+
+        For scripts that make a new one, where the tracker would have kept theirs up to date. Its
+        rates are those that later growths return to; a search for a rate ends.
+
+        Args:
+            optimizer: made over the parameters that the model has now.
+            scheduler: a learning-rate scheduler of that optimizer, or None.
+
+        Raises:
+            TrackerError: if the parts do not belong together, or a capacity test is on, which sets
+                the optimizer back at its end; the tracker keeps its own.
+            RestructureError: if the optimizer cannot step what is the tracker's to give it; the
+                tracker keeps its own.
+        """
+        if self._capacity is not None:
+            raise TrackerError(
+                "a capacity test sets its optimizer back at the end, so it keeps the one that it "
+                "began with; adopt another once it is complete"
+            )
+        check_optimizer(self.model, optimizer)
+        schedule = Schedule(optimizer, scheduler, self._stepping if scheduler else "auto")
+        network: set[str] = set()
+        if self._frozen is not None:
+            held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            frozen = frozenset(self._frozen.learning)
+            named = self.model.named_parameters()
+            network = {name for name, p in named if name in frozen and id(p) in held}
+        restructure.take_over(self.model, optimizer, schedule, frozenset(network))
+        self.optimizer, self._schedule = optimizer, schedule
+        self._parameters = dict(self.model.named_parameters())
+        self._search, self._factor = None, None
+        if not self._learners:
+            for handle in self._holds:
+                handle.remove()
+            self._holds = hold_older(self.model, optimizer)
 
     def _better(self, new: float, old: float) -> bool:
         return new > old if self.maximize else new < old
