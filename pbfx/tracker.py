@@ -20,8 +20,8 @@ from pbfx.errors import TrackerError
 from pbfx.figures import SiteFigures
 from pbfx.history import Epoch, Step, finite_score, write_csv, write_sites_csv
 from pbfx.learning import SiteLearner, hold_older
-from pbfx.optimizers import Schedule, Stepping
-from pbfx.parts import Survey, parts_of, survey
+from pbfx.optimizers import Schedule, Stepping, sync_optimizer
+from pbfx.parts import Survey, managed_parameters, parts_of, soma_weight_of, survey
 from pbfx.phase import Phase
 from pbfx.policy import (
     Action,
@@ -91,6 +91,7 @@ class Tracker:
         self.policy: PolicyLike = Plateau() if policy is None else policy
         self.max_dendrites, self.maximize = max_dendrites, maximize
         self._check_parts()
+        self._stepping: Stepping = scheduler_steps
         self._schedule = Schedule(optimizer, scheduler, scheduler_steps)
         self.reset_learning_rate = reset_learning_rate
         self.reset_optimizer_state = reset_optimizer_state
@@ -115,29 +116,12 @@ class Tracker:
 
     def _check_parts(self) -> None:
         parts = parts_of(self.model)
-        if not isinstance(self.optimizer, Optimizer):
-            raise TrackerError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(self.optimizer).__name__}"
-            )
+        self._check_optimizer(self.optimizer)
         if fault := fault_of(self.policy):
             raise TrackerError(fault)
         count = self.max_dendrites
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise TrackerError(f"max_dendrites must be a whole number of at least 0, got {count!r}")
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        if trainable and not any(id(p) in held for p in trainable):
-            raise TrackerError(
-                "the optimizer holds none of the model's parameters; make it from the transformed "
-                "model: optimizer = torch.optim.SGD(model.parameters(), ...)"
-            )
-        configs = [part.perforation.config for part in parts.values()]
-        if isinstance(self.optimizer, torch.optim.Muon) and any(c.trains_stacks for c in configs):
-            raise TrackerError(
-                "Muon steps matrices only, and the weights of dendrites, which "
-                f"tuning={configs[0].tuning!r} with finish={configs[0].finish} trains, are stacks "
-                "of them; use another optimizer, or tuning='links' with finish=False"
-            )
         for path, part in parts.items():
             if part.perforation.phase is Phase.DENDRITE:
                 raise TrackerError(
@@ -145,6 +129,26 @@ class Tracker:
                     "phase; to resume a run, make the tracker on the plain transformed model, "
                     "then pbfx.load"
                 )
+
+    def _check_optimizer(self, optimizer: Any) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TrackerError(
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        if trainable and not any(id(p) in held for p in trainable):
+            raise TrackerError(
+                "the optimizer holds none of the model's parameters; make it from the transformed "
+                "model: optimizer = torch.optim.SGD(model.parameters(), ...)"
+            )
+        configs = [part.perforation.config for part in parts_of(self.model).values()]
+        if isinstance(optimizer, torch.optim.Muon) and any(c.trains_stacks for c in configs):
+            raise TrackerError(
+                "Muon steps matrices only, and the weights of dendrites, which "
+                f"tuning={configs[0].tuning!r} with finish={configs[0].finish} trains, are stacks "
+                "of them; use another optimizer, or tuning='links' with finish=False"
+            )
 
     @property
     def phase(self) -> Phase:
@@ -224,6 +228,50 @@ class Tracker:
             self._current = Snapshot.take(self.model, score)
         elif self._better(score, self._current.score):
             self._current = self._current.renewed(self.model, score)
+
+    def adopt(self, optimizer: Optimizer, scheduler: Any = None) -> None:
+        """Go on with another optimizer, at any time and in either phase.
+
+        For scripts that make a new one, where the tracker would have kept theirs up to date. Its
+        rates are those that later growths return to.
+
+        Args:
+            optimizer: made over the parameters that the model has now.
+            scheduler: a learning-rate scheduler of that optimizer, or None.
+
+        Raises:
+            TrackerError: if the parts do not belong together; the tracker keeps its optimizer.
+            RestructureError: if the optimizer cannot step what is the tracker's to give it; the
+                tracker keeps its own.
+        """
+        self._check_optimizer(optimizer)
+        stepping = self._stepping if scheduler is not None else "auto"
+        schedule = Schedule(optimizer, scheduler, stepping)
+        now = dict(self.model.named_parameters())
+        frozen = self._frozen_and_held()
+        of_dendrites = soma_weight_of(self.model)
+        with undoing(self.model, optimizer, schedule):
+            sync_optimizer(
+                optimizer,
+                now,
+                now,
+                [*managed_parameters(self.model), *frozen],
+                lambda name: now[name] if name in frozen else of_dendrites(name),
+            )
+        self.optimizer, self._schedule = optimizer, schedule
+        self._parameters = now
+
+    def _frozen_and_held(self) -> set[str]:
+        """Return what the optimizer holds and the dendrite phase has frozen.
+
+        A new one made of what requires gradients would lack it, and never step it again.
+        """
+        if self._frozen is None:
+            return set()
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        learning = set(self._frozen.learning)
+        named = self.model.named_parameters()
+        return {name for name, p in named if name in learning and id(p) in held}
 
     def _better(self, new: float, old: float) -> bool:
         return new > old if self.maximize else new < old
