@@ -13,13 +13,13 @@ from pbfx.errors import ConfigError, nearest
 from pbfx.settings import PerDendrite, at, freeze_lists
 
 Learning = Literal["perforated", "gradient", "sham"]
-Tuning = Literal["links", "newest", "all"]
+Tuning = Literal["links", "newest", "all", "full"]
 Objective = Literal["covariance", "correlation"]
 Bias = Literal["drawn", "bend"]
 Capture = Literal["trace", "export"]
 
 LEARNING = ("perforated", "gradient", "sham")
-TUNING = ("links", "newest", "all")
+TUNING = ("links", "newest", "all", "full")
 OBJECTIVES = ("covariance", "correlation")
 BIASES = ("drawn", "bend")
 CAPTURE = ("trace", "export")
@@ -57,8 +57,9 @@ class Config:
             dendrites whose output stays zero).
         tuning: what the neuron phases of `"perforated"` train of an accepted dendrite: `"links"`
             (its link to the neuron, as published), `"all"` (its weights too, from its neuron's
-            error; none is passed on to what it reads) or `"newest"` (the same, for the newest
-            dendrite of each neuron). Other modes leave this aside.
+            error; none is passed on to what it reads), `"newest"` (the same, for the newest
+            dendrite of each neuron) or `"full"` (everything, by plain backpropagation through
+            dendrites). Other modes leave this aside.
         finish: whether one more neuron phase follows where training would complete, in which the
             dendrites of `"perforated"` train with everything else by plain backpropagation. It
             starts from the best network, and is kept only if it beats that.

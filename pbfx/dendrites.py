@@ -248,7 +248,8 @@ class Dendrites(nn.Module):
     @property
     def backpropagates(self) -> bool:
         """Whether the error goes on through the dendrites to what they read."""
-        return self.learning == "gradient" or (self.finishing and self.learning == "perforated")
+        full = self.finishing or self.tuning == "full"
+        return self.learning == "gradient" or (full and self.learning == "perforated")
 
     @property
     def tunes(self) -> bool:

@@ -7,6 +7,7 @@ option.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import os
 import sys
@@ -110,13 +111,15 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     if not left:
         return 0
-    begun, finished, faults, trained = time.perf_counter(), 0, 0, 0
+    begun, finished, trained = time.perf_counter(), 0, 0
+    faults: collections.Counter[str] = collections.Counter()
     service = multi_process_service() if args.mps else contextlib.nullcontext()
     with service, contextlib.closing(work_off(left, placement, args.budget)) as reports:
         for report in reports:
             spent = time.perf_counter() - begun
             if report.cells is None:
-                faults += 1
+                assert report.fault is not None
+                faults[report.fault.strip().rpartition("\n")[2]] += 1
                 what = "a worker" if report.task is None else " ".join(report.task.key)
                 print(
                     f"{spent:6.0f} s  {what} failed:\n{report.fault}", file=sys.stderr, flush=True
@@ -138,7 +141,10 @@ def _run(args: argparse.Namespace) -> int:
         print(f"{trained} epochs in {spent:.0f} s: {each:.3g} s of a device an epoch")
     missing = len(left) - finished
     if missing:
-        print(f"{missing} runs are missing ({faults} failed); the same command does them")
+        failed = faults.total()
+        print(f"{missing} runs are missing ({failed} failed); the same command does them")
+        for fault, times in faults.most_common():
+            print(f"  {times} x {fault}")
     return 1 if missing else 0
 
 

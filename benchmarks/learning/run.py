@@ -28,7 +28,7 @@ _EAGER = 3
 # What the stages of a row hold of a dendrite phase's last epoch: all that these do not say already.
 _EPOCH_FIELDS = frozenset(
     ("number", "phase", "dendrites", "cycle", "attempt", "score", "improved", "action", "reason")
-) | {"parameters", "learning_rates"}
+) | {"parameters", "learning_rates", "seconds"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.gpu
 WAYS = {
     "newest": {"tuning": "newest"},
     "all": {"tuning": "all"},
+    "full": {"tuning": "full"},
     "finishing": {"tuning": "links", "finish": True},
 }
 ways = pytest.mark.parametrize("way", WAYS)

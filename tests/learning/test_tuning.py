@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from learning.loops import (
 from pbfx import Action
 from pbfx.dendrites import Dendrites
 from pbfx.perforated import PerforatedModule
+from pbfx_kernels import Moment
 
 ROLES = ("weight", "bias", "to_soma", "to_dendrite")
 FROZEN_ROLES = ("weight", "bias", "to_dendrite")
@@ -107,9 +109,11 @@ def test_everything_trains_in_the_last_phase() -> None:
             assert moved.any(), (name, role)
 
 
-def test_the_last_phase_backpropagates_through_dendrites() -> None:
+@pytest.mark.parametrize("settings", [{}, {"tuning": "full", "finish": False}])
+def test_the_last_phase_and_full_tuning_backpropagate_through_dendrites(settings: dict) -> None:
     """By finite differences of the whole network, to inputs and to every parameter."""
-    model, _ = trained(Action.FINISH)
+    until = Action.FINISH if not settings else Action.PROMOTE
+    model, _ = trained(until, dendrites=1 if settings else 2, **settings)
     model.double()
     for dendrites in dendrites_of(model).values():
         nn.init.normal_(dendrites.to_soma)
@@ -254,7 +258,9 @@ def test_a_run_that_stops_in_the_last_phase_goes_on_as_if_it_had_not(tmp_path: P
     assert same(task_epochs(other, again), through)
 
 
-@pytest.mark.parametrize("settings", [{"tuning": "all"}, {"tuning": "newest"}, {"finish": True}])
+@pytest.mark.parametrize(
+    "settings", [{"tuning": "all"}, {"tuning": "newest"}, {"tuning": "full"}, {"finish": True}]
+)
 def test_muon_is_refused_before_anything_trains(settings: dict[str, object]) -> None:
     net = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 1, bias=False))
     model = pbfx.transform(net, pbfx.Config(**settings))
@@ -439,9 +445,10 @@ def test_in_the_last_phase_older_dendrites_are_free() -> None:
         assert not identical(dendrites.weight[:-1], before[f"{name}.weight"][:-1]), name
 
 
-def test_neuron_phases_tune_what_is_accepted_and_dendrite_phases_do_not() -> None:
+@pytest.mark.parametrize("tuning", ["all", "full"])
+def test_neuron_phases_tune_what_is_accepted_and_dendrite_phases_do_not(tuning: str) -> None:
     torch.manual_seed(0)
-    model = pbfx.transform(Cnn(), pbfx.Config(tuning="all", priming_batches=1, measure_every=2))
+    model = pbfx.transform(Cnn(), pbfx.Config(tuning=tuning, priming_batches=1, measure_every=2))
     task, optimizer = images(48), sgd(model)
     tracker = pbfx.Tracker(model, optimizer, policy=pbfx.Interval(2, 2), max_dendrites=2)
     moved = {pbfx.Phase.NEURON: 0, pbfx.Phase.DENDRITE: 0}
@@ -463,21 +470,57 @@ def test_tuning_has_no_effect_on_the_other_modes() -> None:
     for learning in ("gradient", "sham"):
         plain, tuned = (
             trained(None, dendrites=1, learning=learning, tuning=tuning, finish=False)
-            for tuning in ("links", "newest")
+            for tuning in ("links", "full")
         )
         assert same(network(plain[0]), network(tuned[0])), learning
 
 
-@pytest.mark.parametrize("settings", [{"tuning": "all"}, {"finish": True}])
+def test_with_full_tuning_candidates_hear_the_true_error() -> None:
+    """What arrives at an early layer has come through the dendrites of later ones as well."""
+    errors = {}
+    for tuning in ("links", "full"):
+        torch.manual_seed(0)
+        config = pbfx.Config(tuning=tuning, priming_batches=0, measure_every=2, candidate_lr=1e-30)
+        model = pbfx.grow(pbfx.transform(Mlp(), config), 1)
+        for dendrites in dendrites_of(model).values():
+            nn.init.ones_(dendrites.to_soma)
+        plain = copy.deepcopy(model)
+        for dendrites in dendrites_of(plain).values():
+            dendrites.learning = "gradient"
+        optimizer, task = sgd(model), regression(96)
+        tracker = pbfx.Tracker(model, optimizer, policy=pbfx.Interval(1, 9), max_dendrites=2)
+        tracker.step(0.0)
+        for _ in range(2):
+            task.loss_of(model).backward()
+        pool = model.get_submodule("fc1.dendrites").candidates
+        caught: list[Tensor] = []
+
+        # The site's preactivation: what its dendrites return first.
+        def catch(_: nn.Module, __: object, out: tuple[Tensor, Tensor], kept=caught) -> None:
+            out[0].retain_grad()
+            kept.append(out[0])
+
+        plain.fc1.dendrites.register_forward_hook(catch)
+        task.loss_of(plain).backward()
+        assert caught[0].grad is not None
+        true = caught[0].grad.square().sum(0)
+        errors[tuning] = relative_error(pool.heldout[Moment.GG][0], true)
+    assert errors["full"] < 1e-5
+    assert errors["links"] > 1e-2
+
+
+@pytest.mark.parametrize(
+    "settings", [{"tuning": "newest"}, {"tuning": "all"}, {"tuning": "full"}, {"finish": True}]
+)
 def test_a_compiled_model_trains_them_too(settings: dict[str, object]) -> None:
     torch.manual_seed(0)
     task = regression(96)
     model = pbfx.transform(Mlp(), pbfx.Config(priming_batches=1, measure_every=2, **settings))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     optimizer = sgd(model)
-    tracker = pbfx.Tracker(compiled, optimizer, policy=pbfx.Interval(1, 1), max_dendrites=1)
+    tracker = pbfx.Tracker(compiled, optimizer, policy=pbfx.Interval(1, 1), max_dendrites=2)
     train(compiled, optimizer, task)
-    while tracker.history[-1:] == () or tracker.history[-1].action is not Action.PROMOTE:
+    while tracker.dendrites < 2:
         tracker.step(float(len(tracker.history)))
         train(compiled, optimizer, task)
     if "finish" in settings:
