@@ -260,6 +260,10 @@ class Tracker:
             )
         self.optimizer, self._schedule = optimizer, schedule
         self._parameters = now
+        if not self._learners:
+            for handle in self._holds:
+                handle.remove()
+            self._holds = hold_older(self.model, optimizer)
 
     def _frozen_and_held(self) -> set[str]:
         """Return what the optimizer holds and the dendrite phase has frozen.

@@ -1,7 +1,7 @@
 """What stands in for `torchvision.datasets.MNIST`, so that the examples here need no download.
 
 Handwritten digits of 28x28: MNIST's own, where its four idx files lie in `root`, else those of
-scikit-learn, enlarged from 8x8. Either is cut to a few hundred images, enough to see a run through.
+scikit-learn, enlarged from 8x8. Either is cut to a few dozen images, enough to see a run through.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.utils.data import Dataset
 
 from pbfx.demo.data import read_idx
 
-COUNTS = {True: 192, False: 96}
+COUNTS = {True: 64, False: 64}
 MEAN, DEVIATION = 0.1307, 0.3081
 
 
 class MNIST(Dataset):
-    """A few hundred digits, normalised as the PyTorch example does it."""
+    """A few dozen digits, normalised as the PyTorch example does it."""
 
     def __init__(self, root: str, train: bool = True) -> None:
         images, labels = _mnist(Path(root), train) or _digits(train)

@@ -104,6 +104,7 @@ def main():
         PBG.pEpochsToSwitch = 1
         PBG.maxDendrites = 1
         PBG.maxDendriteTries = 1
+        PBG.testSaves = False
 
     # Step 2: convert.
     model = Net().to(device)

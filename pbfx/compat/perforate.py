@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import pbfx
@@ -15,6 +17,7 @@ from pbfx.compat.accepted import accept_dimensions
 from pbfx.compat.hints import narration, speak
 from pbfx.compat.owners import give, latest_or_none, tracker_of
 from pbfx.compat.places import chosen_modules, replace_modules
+from pbfx.compat.rival_files import load_perforatedai
 from pbfx.compat.store import PAIConfig, Settings
 from pbfx.compat.switching import CAPACITY, config_of, learning_of
 from pbfx.compat.tracker import ScriptTracker
@@ -113,6 +116,8 @@ def load_system(
 ) -> nn.Module:
     """Load a file of a run, and go on with the run where the file holds one.
 
+    A `.pt` of `perforatedai` 3.x will do, where there is no file of pbfx; it holds a network only.
+
     Args:
         net: the model that was perforated.
         folder: of the run.
@@ -128,7 +133,11 @@ def load_system(
         CheckpointError: if there is no such file, or it does not fit.
     """
     source = _existing(folder, name)
-    tracker_of(net).load(source, resume=_KEPT.get(name, name) != "best")
+    tracker = tracker_of(net)
+    if source.suffix == ".pt":
+        load_perforatedai(source, tracker.model)
+    else:
+        tracker.load(source, resume=_holds_run(source))
     return net
 
 
@@ -142,7 +151,10 @@ def load_net(net: nn.Module, folder: str, name: str) -> nn.Module:
         CheckpointError: if there is no such file, or it does not fit.
     """
     source = _existing(folder, name)
-    pbfx.load(source, net)
+    if source.suffix == ".pt":
+        load_perforatedai(source, tracker_of(net).model)
+    else:
+        pbfx.load(source, tracker_of(net).model)
     return net
 
 
@@ -195,11 +207,19 @@ def _existing(folder: str, name: str) -> Path:
             return candidate
     theirs = Path(folder) / f"{name}.pt"
     if theirs.exists():
-        raise CheckpointError(
-            f"{theirs} is a file of perforatedai; pbfx.compat.load_system reads those of pbfx"
-        )
+        return theirs
     known = sorted(path.stem for path in Path(folder).glob("*.safetensors"))
     raise CheckpointError(
         f"there is no file {_file(folder, name)}; that folder has "
         f"{', '.join(known) or 'no files of pbfx'}"
     )
+
+
+def _holds_run(path: Path) -> bool:
+    """Return whether a file of `pbfx.save` holds more than a model."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {})["pbfx"])["tracker"] is not None
+    # What else is wrong with the file, pbfx.load will say.
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +103,7 @@ class Settings:
         """Return whether the script has set it."""
         return canonical in self._given
 
-    def load(self, path: str | Path) -> None:
+    def load(self, path: str | os.PathLike[str]) -> None:
         """Take the settings of a JSON file as 3.x writes it.
 
         Raises:
@@ -111,9 +112,13 @@ class Settings:
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"pbfx.compat: cannot read settings from {path}: {error}") from error
+            raise ConfigError(
+                f"pbfx.compat: cannot read settings from {os.fspath(path)}: {error}"
+            ) from error
         if not isinstance(values, dict):
-            raise ConfigError(f"pbfx.compat: {path} is no JSON object of settings by name")
+            raise ConfigError(
+                f"pbfx.compat: {os.fspath(path)} is no JSON object of settings by name"
+            )
         for name, value in values.items():
             # Constants, and what the file says about itself.
             if name in self.constants or name == "module_settings" or name.startswith("_"):

@@ -12,16 +12,17 @@ from pbfx import (
     Decision,
     Epoch,
     EveryTime,
-    Never,
     Phase,
     Plateau,
+    Policy,
     Situation,
 )
 from pbfx.compat.activations import activation_name
+from pbfx.compat.decisions import DEFAULTS, policy_of
 from pbfx.compat.places import ChosenModules
 from pbfx.compat.store import Settings
 
-HISTORY, FIXED, NEVER = 1, 2, 3
+HISTORY = 1
 TOTAL_EPOCHS = 0
 # How many dendrites prove a set-up.
 CAPACITY = 3
@@ -47,54 +48,20 @@ def learning_of(settings: Settings) -> Any:
     return "perforated" if settings.now("perforated_backpropagation") else "gradient"
 
 
-def plateau_of(settings: Settings) -> Plateau:
-    """Return the policy of the modes that judge every set of dendrites: history and fixed."""
-    patience = settings.value("n_epochs_to_switch")
-    limit = None
-    if settings.now("switch_mode") == FIXED:
-        limit, patience = _fixed(settings), 10**9
-    plateau = Plateau(
-        patience=patience,
-        smoothing=settings.value("history_lookback"),
-        relative_threshold=settings.value("improvement_threshold"),
-        absolute_threshold=settings.value("improvement_threshold_raw"),
-        grace=_grace(settings),
-        tries=settings.value("max_dendrite_tries"),
-        max_epochs=limit,
-    )
-    if settings.given("p_epochs_to_switch"):
-        plateau = dataclasses.replace(
-            plateau, candidate_patience=settings.value("p_epochs_to_switch")
-        )
-    return plateau
+def judging_policy(settings: Settings) -> Policy:
+    """Return the policy that the settings describe.
 
-
-def _fixed(settings: Settings) -> Any:
-    """Return the length of neuron phases; a first one of its own is an epoch longer than it says.
-
-    So counts `perforatedai`, where the first phase is compared with the number of the epoch, from
-    0, and the others with the epochs since the last switch.
+    Whoever asks for dendrites there gets them: no phase ends without, whatever candidates promise.
     """
-    every, first = settings.value("fixed_switch_num"), settings.value("first_fixed_switch_num")
-    lengths = list(every) if isinstance(every, list) else [every]
-    first = first[0] if isinstance(first, list) else first
-    if first > lengths[0]:
-        lengths = [first + 1, *(lengths[1:] or lengths)]
-    return lengths if len(lengths) > 1 else lengths[0]
-
-
-def _grace(settings: Settings) -> Any:
-    """Return the epochs before which no phase ends: there the patience starts after the grace."""
-    names = ("initial_history_after_switches", "n_epochs_to_switch")
-    graces, patiences = (
-        value if isinstance(value, list) else [value] for value in map(settings.value, names)
-    )
-    sums = []
-    for dendrites in range(max(len(graces), len(patiences))):
-        grace = graces[min(dendrites, len(graces) - 1)]
-        patience = patiences[min(dendrites, len(patiences) - 1)]
-        sums.append(grace + patience if grace else 0)
-    return sums
+    values = {name: settings.value(name) for name in DEFAULTS}
+    policy = policy_of(values | {"switch_mode": settings.now("switch_mode")})
+    if not isinstance(policy, Plateau):
+        return policy
+    policy = dataclasses.replace(policy, significance=None)
+    if settings.given("p_epochs_to_switch"):
+        patience = settings.value("p_epochs_to_switch")
+        policy = dataclasses.replace(policy, candidate_patience=patience)
+    return policy
 
 
 class Switching:
@@ -131,7 +98,7 @@ class Switching:
         self.forced = False
         limit = 0 if self._plain() else settings.now("max_dendrites")
         now = dataclasses.replace(situation, max_dendrites=CAPACITY if self.testing else limit)
-        decision = self._policy().decide(now)
+        decision = (EveryTime() if self.testing else judging_policy(settings)).decide(now)
         if decision.action is Action.CONTINUE:
             if forced:
                 return self._force(now)
@@ -146,14 +113,6 @@ class Switching:
             action = Action.GROW if now.dendrites < now.max_dendrites else Action.COMPLETE
             return Decision(action, f"{decision.reason}; all dendrites are to be retained")
         return decision
-
-    def _policy(self) -> Any:
-        mode = self.settings.now("switch_mode")
-        if self.testing:
-            return EveryTime()
-        if mode == NEVER:
-            return Never()
-        return plateau_of(self.settings) if mode in (HISTORY, FIXED) else EveryTime()
 
     def _force(self, now: Situation) -> Decision:
         if now.phase is Phase.DENDRITE:

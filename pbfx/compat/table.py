@@ -92,8 +92,8 @@ SETTINGS: tuple[Setting, ...] = (
         "switch_mode",
         1,
         Kind.MODE,
-        "the policy: history is `pbfx.Plateau`, fixed `pbfx.Plateau(max_epochs=)` or "
-        "`pbfx.Interval`, every time `pbfx.EveryTime`, none `pbfx.Never`",
+        "the policy: history is `pbfx.Plateau`, fixed `pbfx.Plateau(max_epochs=)`, every time the "
+        "same with 1, none `pbfx.Never`; `pbfx.Interval` and `pbfx.EveryTime` judge nothing",
         ("switchMode",),
     ),
     Setting(

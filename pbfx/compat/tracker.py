@@ -27,7 +27,7 @@ from pbfx.compat.member_vars import MemberVars
 from pbfx.compat.owners import tracker_of
 from pbfx.compat.run_folder import RunFolder
 from pbfx.compat.setup import Setup, make_optimizer, make_scheduler
-from pbfx.compat.spelling import camel, spoken_in_camel
+from pbfx.compat.spelling import camel, snake, spoken_in_camel
 from pbfx.compat.store import Settings
 from pbfx.compat.switching import TOTAL_EPOCHS, Switching
 
@@ -306,7 +306,9 @@ class ScriptTracker:
             raise TrackerError("pbfx.compat: the tracker is at work; initialize it before training")
         given = args[1:] if args and isinstance(args[0], nn.Module) else args
         names = ("doing_pai", "save_name", "making_graphs", "maximizing_score")
-        said = dict(zip(names, given, strict=False)) | kwargs
+        said = dict(zip(names, given, strict=False))
+        # Spelled alike in both dialects, so its arguments come in either.
+        said |= {snake(name): value for name, value in kwargs.items()}
         self.folder = said.get("save_name") or self.folder
         self.maximize = bool(said.get("maximizing_score", self.maximize))
         self.plain = not said.get("doing_pai", not self.plain)

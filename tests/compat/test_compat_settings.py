@@ -13,7 +13,7 @@ from torch import nn
 from pbfx import Action, ConfigError, PbfxError, Phase, Situation
 from pbfx.compat import globals_perforatedai as GPA
 from pbfx.compat import pb_globals as PBG
-from pbfx.compat.hints import forget_warnings
+from pbfx.compat.decisions import DEFAULTS, SWITCH_MODES
 from pbfx.compat.places import chosen_modules
 from pbfx.compat.settings_table import settings_table
 from pbfx.compat.store import Settings
@@ -93,16 +93,7 @@ NAMES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    from pbfx.compat.perforate import camel_settings, snake_settings
-
-    for settings in (camel_settings, snake_settings):
-        settings.reset()
-    forget_warnings()
-    yield
-    for settings in (camel_settings, snake_settings):
-        settings.reset()
+pytestmark = pytest.mark.usefixtures("script")
 
 
 def test_the_page_has_the_table_of_the_code():
@@ -350,6 +341,13 @@ def test_retained_dendrites_are_not_dropped():
     decision = policy(settings).decide(now)
     assert decision.action is Action.COMPLETE
     assert decision.keep
+
+
+def test_both_tables_of_defaults_agree():
+    settings = Settings(camel=False)
+    for name, value in DEFAULTS.items():
+        ours = settings.value(name)
+        assert (SWITCH_MODES[ours] if name == "switch_mode" else ours) == value
 
 
 def test_every_kind_has_words():
