@@ -60,9 +60,9 @@ def neuron(tensors: Tensors) -> Full:
     else:
         soma = nn.Linear(weight.shape[1], weight.shape[0])
     # It refuses a model that is a layer itself.
-    net = nn.Sequential(soma)
-    wrapped = _grown(net, torch.randn(_ROWS, *layer.x[1:]), dendrites)
-    own: Any = wrapped.to(weight.device).get_submodule("0")
+    net, x = nn.Sequential(soma).to(weight.device), torch.randn(_ROWS, *layer.x[1:])
+    wrapped = _grown(net, x.to(weight.device), dendrites)
+    own: Any = wrapped.get_submodule("0")
 
     def call(x: Tensor, weight: Tensor, bias: Tensor, *roles: Tensor) -> Tensor:
         v, c, to_soma, to_dendrite = roles
@@ -88,9 +88,14 @@ def _put(owner: nn.Module, **tensors: Tensor) -> None:
 
 def _build(plain: nn.Module, state: Mapping[str, Tensor], dendrites: int) -> Built:
     device = next(plain.parameters()).device
-    model = _grown(plain.cpu(), _example(plain), dendrites).to(device)
+    model = _grown(plain, _example(plain).to(device), dendrites)
     own = dict(model.named_parameters())
     with torch.no_grad():
+        # Growing has trained it a little.
+        for name in own:
+            plain_name = name.replace(".main_module.", ".")
+            if plain_name in state:
+                own[name].copy_(state[plain_name])
         for path in _wrapped(model) if dendrites else ():
             roles = _parameters(path, dendrites)
             for role, names in roles.items():
@@ -157,7 +162,7 @@ def _example(plain: nn.Module) -> Tensor:
 
 
 def _grown(net: nn.Module, x: Tensor, dendrites: int) -> nn.Module:
-    """Let it wrap `net` and grow dendrites, on the CPU; each growth wants a training step before.
+    """Let it wrap `net` and grow dendrites; each growth wants a training step before.
 
     Raises:
         Unavailable: if it fails, or grows none.
@@ -172,8 +177,9 @@ def _grown(net: nn.Module, x: Tensor, dendrites: int) -> nn.Module:
         settings.pc.set_silent(True)
         settings.pc.set_pai_forward_function(torch.tanh)
         settings.pc.set_switch_mode(settings.pc.DOING_SWITCH_EVERY_TIME)
-        # It asks torch which device there is, and puts buffers there.
-        settings.pc.set_device("cpu")
+        # By default it puts buffers on the GPU that torch sees, wherever the model is.
+        settings.pc.set_device(x.device)
+        settings.pc.set_use_cuda(x.is_cuda)
         model = tools.perforate_model(
             net, save_name="bench", making_graphs=False, maximizing_score=True
         )
@@ -183,6 +189,7 @@ def _grown(net: nn.Module, x: Tensor, dendrites: int) -> nn.Module:
             model(x).square().mean().backward()
             optimizer.step()
             model, _, _ = settings.pai_tracker.add_validation_score(float(epoch), model)
+            model = model.to(x.device)
     layers = {n.split(".layers.")[1].split(".")[0] for n in model.state_dict() if ".layers." in n}
     if len(layers) != dendrites:
         raise Unavailable(f"it grew {len(layers)} dendrites, not {dendrites}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,6 +80,18 @@ def test_both_decide_alike_where_no_difference_bites():
     assert modes == set(SWITCH_MODES), "every mode should be among them"
     for job, recorded in alike:
         assert events(ours(job)) == recorded, job
+
+
+def test_the_page_counts_what_is_so():
+    page = (Path(__file__).parents[2] / "docs" / "equivalence.md").read_text("utf-8")
+    alike = sum(events(ours(job)) == recorded for job, recorded in zip(JOBS, RECORDED, strict=True))
+    assert f"**{alike} give the same run" in page
+    counts = {
+        one: sum(rules(job, ALL) != rules(job, ALL - {one}) for job in JOBS) for one in Difference
+    }
+    rules_table = page.partition("## A training run")[0]
+    shown = [int(number) for number in re.findall(r"\| (\d+)(?: of 68)? \|", rules_table)]
+    assert shown == sorted(counts.values(), reverse=True)
 
 
 @pytest.mark.parametrize("number", range(4))
