@@ -24,7 +24,7 @@ from benchmarks.neurons import LAYERS, Layer, Neuron, Tensors
 from benchmarks.options import natural, positive
 from benchmarks.table import milliseconds, multiple
 from benchmarks.timing import Quantiles, interleave, ratios, sample, synchronize
-from pbfx_kernels.strategy import choose, problem_of
+from pbfx_kernels.strategy import can_fuse, choose, problem_of
 
 MODES = ("forward", "step")
 COLUMNS = (
@@ -91,6 +91,11 @@ def _providers(args: argparse.Namespace, tensors: Tensors, mode: str) -> dict[st
     if mode == "forward":
         for strategy in neurons.strategies(tensors):
             found[f"pbfx {strategy.value}"] = neurons.forced(layer, strategy)
+    if (
+        can_fuse(tensors.inputs[0], tensors.weight, tensors.dendrites[0])
+        and not layer.geometry.spatial
+    ):
+        found["pbfx fused"] = neurons.fused()
     found["eager loop"] = neurons.loop(layer)
     found["eager packed"] = neurons.packed(layer)
     if args.compile:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import pbfx_kernels.neuron_op  # noqa: F401  registers `pbfx::perforated_linear`
 from pbfx_kernels import Geometry, perforated_conv2d, perforated_linear
 from pbfx_kernels.dispatch import evaluate_dendrites
 from pbfx_kernels.packed import library, stacked_weight
@@ -229,6 +230,17 @@ def forced(layer: Layer, strategy: Strategy) -> Neuron:
         soma = layer.soma(x, weight, bias)
         arguments = (*dendrites, "tanh", layer.geometry, False, strategy)
         return evaluate_dendrites(soma, x, *arguments)[0]
+
+    return neuron
+
+
+def fused() -> Neuron:
+    """Return the op that computes soma and dendrites in one kernel, where it can."""
+
+    def neuron(x: Tensor, weight: Tensor, bias: Tensor, *dendrites: Tensor) -> Tensor:
+        keep = torch.is_grad_enabled()
+        op = torch.ops.pbfx.perforated_linear.default
+        return op(x, weight, bias, *dendrites, "tanh", keep)[0]
 
     return neuron
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from benchmarks import dendrite_step, kernels, restructure, step, zoo
 from benchmarks.benchmark import Benchmark
+from benchmarks.learning import command as learning
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
@@ -15,3 +16,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         zoo.BENCHMARK,
     )
 }
+
+# What has rows, options and a way of running of its own: modules with `main(argv)` and `SUMMARY`.
+COMMANDS = {"learning": learning}

@@ -17,7 +17,7 @@ from benchmarks.environment import COLUMNS, DTYPES, choose_device, environment, 
 from benchmarks.errors import GateError, UsageError
 from benchmarks.options import count, natural
 from benchmarks.records import append, check_columns, results_path
-from benchmarks.registry import BENCHMARKS
+from benchmarks.registry import BENCHMARKS, COMMANDS
 from benchmarks.table import render
 from pbfx.errors import nearest
 
@@ -31,8 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(listing())
         return 0
     name, *rest = arguments
+    if name in COMMANDS:
+        return COMMANDS[name].main(rest)
     if name not in BENCHMARKS:
-        print(f"benchmarks: no benchmark {name!r}; {nearest(name, BENCHMARKS)}", file=sys.stderr)
+        known = (*BENCHMARKS, *COMMANDS)
+        print(f"benchmarks: no benchmark {name!r}; {nearest(name, known)}", file=sys.stderr)
         return 2
     benchmark = BENCHMARKS[name]
     args = parser_of(benchmark).parse_args(rest)
@@ -51,8 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def listing() -> str:
     """Return the help that a call without a name shows."""
-    width = max(map(len, BENCHMARKS))
-    lines = [f"  {b.name.ljust(width)}  {b.summary}" for b in BENCHMARKS.values()]
+    summaries = {b.name: b.summary for b in BENCHMARKS.values()}
+    summaries |= {name: command.SUMMARY for name, command in COMMANDS.items()}
+    width = max(map(len, summaries))
+    lines = [f"  {name.ljust(width)}  {summary}" for name, summary in summaries.items()]
     return "\n".join([USAGE, "", *lines, "", "python -m benchmarks NAME --help lists its options."])
 
 

@@ -24,7 +24,16 @@ from pbfx.explain import Explanation, explain
 from pbfx.history import Epoch, Step
 from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
-from pbfx.policy import Action, Decision, Interval, Plateau, Policy, Situation
+from pbfx.policy import (
+    Action,
+    Decision,
+    EveryTime,
+    Interval,
+    Never,
+    Plateau,
+    Policy,
+    Situation,
+)
 from pbfx.restructure import grow
 from pbfx.tracker import Tracker
 from pbfx.transform import transform
@@ -40,8 +49,10 @@ __all__ = [
     "Decision",
     "DependencyError",
     "Epoch",
+    "EveryTime",
     "Explanation",
     "Interval",
+    "Never",
     "PassError",
     "PbfxError",
     "PerforatedModule",

@@ -5,25 +5,42 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from pbfx.errors import ConfigError, nearest
+from pbfx.settings import PerDendrite, at, freeze_lists
 
 Learning = Literal["perforated", "gradient", "sham"]
+Tuning = Literal["links", "all"]
 Capture = Literal["trace", "export"]
 
 LEARNING = ("perforated", "gradient", "sham")
+TUNING = ("links", "all")
 CAPTURE = ("trace", "export")
 # The kernels' table, repeated here so that importing the configuration imports no kernels; a test
 # compares the two.
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "gelu", "silu")
 
 
+class PhaseSettings(NamedTuple):
+    """The settings of `Config` that one dendrite phase of one site has; no lists among them."""
+
+    candidates: int
+    candidate_lr: float
+    measure_every: int
+    priming_batches: int
+    moment_decay: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Say where dendrites may grow and how they learn.
+
+    Each of `candidates`, `candidate_lr`, `measure_every`, `priming_batches` and `moment_decay` may
+    be a list indexed by the number of dendrites that the site has when its candidates are drawn;
+    the last value stands for all numbers beyond.
 
     Args:
         include: globs over module paths (`"features.*"`); a site must match at least one.
@@ -34,6 +51,15 @@ class Config:
             neuron's error, freeze them, go on), `"gradient"` (dendrites train with everything else
             by backpropagation) or `"sham"` (the phases and restarts of `"perforated"` with
             dendrites whose output stays zero).
+        tuning: what the neuron phases of `"perforated"` train of an accepted dendrite: `"links"`
+            (its link to the neuron, as published) or `"all"` (its weights too, from its neuron's
+            error; none is passed on to what it reads). Other modes leave this aside.
+        finish: whether one more neuron phase follows where training would complete, in which the
+            dendrites of `"perforated"` train with everything else by plain backpropagation. It
+            starts from the best network, and is kept only if it beats that.
+        initial_link: share, in [0, 1], of the step to the predicted optimum that a dendrite's link
+            to its neuron takes at promotion. 0 leaves the network's output as it was; other values
+            assume a loss that is a mean of negative log-likelihoods, without a loss scaler.
         activation: what a dendrite applies to its preactivation: sigmoid, tanh, relu, gelu or silu.
         candidates: size C of the pool from which each neuron's next dendrite is chosen.
         candidate_lr: step size of the candidates' own Adam; the user's optimizer never steps them.
@@ -59,12 +85,15 @@ class Config:
     exclude: tuple[str, ...] = ()
     filter_fn: Callable[[nn.Module, str], bool] | None = None
     learning: Learning = "perforated"
+    tuning: Tuning = "links"
+    finish: bool = False
+    initial_link: float = 0.0
     activation: str = "tanh"
-    candidates: int = 4
-    candidate_lr: float = 1e-3
-    measure_every: int = 4
-    priming_batches: int = 8
-    moment_decay: float = 0.95
+    candidates: PerDendrite[int] = 4
+    candidate_lr: PerDendrite[float] = 1e-3
+    measure_every: PerDendrite[int] = 4
+    priming_batches: PerDendrite[int] = 8
+    moment_decay: PerDendrite[float] = 0.95
     seed: int = 0
     capture: Capture = "trace"
 
@@ -77,9 +106,27 @@ class Config:
                 object.__setattr__(self, name, tuple(value))
             elif isinstance(value, str):
                 object.__setattr__(self, name, (value,))
-        faults = [fault for fault in self._faults() if fault]
+        freeze_lists(self, *PhaseSettings._fields)
+        listed = {n: v for n in PhaseSettings._fields if isinstance(v := getattr(self, n), tuple)}
+        faults = [f"{name} must not be an empty list" for name, v in listed.items() if not v]
+        if listed and not faults:
+            # The settings at each number of dendrites are checked as any others.
+            for dendrites in range(max(map(len, listed.values()))):
+                dataclasses.replace(self, **self.phase(dendrites)._asdict())
+        elif not faults:
+            faults = [fault for fault in self._faults() if fault]
         if faults:
             raise ConfigError("pbfx.Config: " + "; ".join(faults))
+
+    def phase(self, dendrites: int) -> PhaseSettings:
+        """Return the settings of a dendrite phase of a site that has so many dendrites."""
+        return PhaseSettings(
+            at(self.candidates, dendrites),
+            at(self.candidate_lr, dendrites),
+            at(self.measure_every, dendrites),
+            at(self.priming_batches, dendrites),
+            at(self.moment_decay, dendrites),
+        )
 
     def _faults(self) -> list[str]:
         def whole(name: str, least: int) -> str:
@@ -89,13 +136,17 @@ class Config:
                 "" if fine else f"{name} must be a whole number of at least {least}, got {value!r}"
             )
 
-        def between(name: str, low: float, high: float, includes_low: bool) -> str:
+        def between(name: str, low: float, high: float, ends: str) -> str:
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if number and (low < value < high or (includes_low and value == low)):
+            edges = (low,) * (ends[0] == "[") + (high,) * (ends[1] == "]")
+            if number and (low < value < high or value in edges):
                 return ""
-            brackets = "[" if includes_low else "("
-            return f"{name} must be a number in {brackets}{low:g}, {high:g}), got {value!r}"
+            return f"{name} must be a number in {ends[0]}{low:g}, {high:g}{ends[1]}, got {value!r}"
+
+        def flag(name: str) -> str:
+            value = getattr(self, name)
+            return "" if isinstance(value, bool) else f"{name} must be True or False, got {value!r}"
 
         def one_of(name: str, valid: tuple[str, ...]) -> str:
             value = getattr(self, name)
@@ -119,15 +170,23 @@ class Config:
             globs("exclude"),
             "" if callable_filter else f"filter_fn must be callable, got {self.filter_fn!r}",
             one_of("learning", LEARNING),
+            one_of("tuning", TUNING),
+            flag("finish"),
+            between("initial_link", 0.0, 1.0, "[]"),
             one_of("activation", ACTIVATIONS),
             whole("candidates", 1),
-            between("candidate_lr", 0.0, math.inf, includes_low=False),
+            between("candidate_lr", 0.0, math.inf, "()"),
             whole("measure_every", 2),
             whole("priming_batches", 0),
-            between("moment_decay", 0.0, 1.0, includes_low=True),
+            between("moment_decay", 0.0, 1.0, "[)"),
             whole("seed", 0),
             one_of("capture", CAPTURE),
         ]
+
+    @property
+    def trains_stacks(self) -> bool:
+        """Whether some neuron phase of `"perforated"` trains the weights of dendrites."""
+        return self.learning == "perforated" and (self.tuning == "all" or self.finish)
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON values; `filter_fn` is code and stays out."""

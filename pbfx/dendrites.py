@@ -147,6 +147,11 @@ class Candidates(nn.Module):
         """C, the size of the pool."""
         return self.weight.shape[0]
 
+    @property
+    def dendrites(self) -> int:
+        """D, how many accepted dendrites the neurons had when the pool was drawn."""
+        return self.to_dendrite.shape[1]
+
     def learnt(self) -> list[nn.Parameter]:
         """Return the parameters that candidate learning steps, and no one else."""
         return [
@@ -187,10 +192,14 @@ class Dendrites(nn.Module):
     """
 
     candidates: Candidates | None
+    # Whether the last neuron phase has begun, in which perforated dendrites train by
+    # backpropagation.
+    finishing: bool = False
 
     def __init__(self, site: Site, config: Config, weight: Tensor) -> None:
         super().__init__()
         self.site, self.activation, self.learning = site, config.activation, config.learning
+        self.tuning = config.tuning
         neurons = site.neurons
         like = weight.detach()
         self.weight = nn.Parameter(like.new_zeros(0, *site.shape))
@@ -222,20 +231,47 @@ class Dendrites(nn.Module):
         """Show D and the activation in the model's printout."""
         return f"dendrites={self.count}, activation={self.activation!r}, learning={self.learning!r}"
 
+    @property
+    def backpropagates(self) -> bool:
+        """Whether the error goes on through the dendrites to what they read."""
+        return self.learning == "gradient" or (self.finishing and self.learning == "perforated")
+
+    @property
+    def tunes(self) -> bool:
+        """Whether a neuron phase trains the dendrites' weights, and not only their links."""
+        tuned = self.learning == "perforated" and self.tuning == "all"
+        return tuned or self.backpropagates
+
     def set_trainable(self) -> None:
         """Let those parameters require gradients that the neuron phase trains in this mode."""
         for role in (self.weight, self.bias, self.to_dendrite):
             if role is not None:
-                role.requires_grad_(self.learning == "gradient")
+                role.requires_grad_(self.tunes)
         self.to_soma.requires_grad_(self.learning != "sham")
 
-    def append(self, weight: Tensor, bias: Tensor | None, to_dendrite: Tensor) -> None:
-        """Accept one dendrite per neuron, with zero soma weight.
+    def set_finishing(self, finishing: bool) -> None:
+        """Begin or end the last neuron phase; what then learns no more forgets its gradient."""
+        self.finishing = finishing
+        self.set_trainable()
+        for parameter in self.parameters(recurse=False):
+            if not parameter.requires_grad:
+                # A zero left behind would still move it under momentum or weight decay.
+                parameter.grad = None
+
+    def append(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        to_dendrite: Tensor,
+        to_soma: Tensor | None = None,
+    ) -> None:
+        """Accept one dendrite per neuron.
 
         Args:
             weight: (*soma.weight.shape).
             bias: (N,), or None where the site's dendrites have none.
             to_dendrite: (D, N), how strongly each older dendrite feeds the new one.
+            to_soma: (N,), its link to the neuron; zero if None, as it always is for a sham.
         """
         old = self.count
         self.resize(old + 1)
@@ -244,6 +280,8 @@ class Dendrites(nn.Module):
             if self.bias is not None and bias is not None:
                 self.bias[old] = bias
             self.to_dendrite[old, :old] = to_dendrite
+            if to_soma is not None and self.learning != "sham":
+                self.to_soma[old] = to_soma
 
     def resize(self, count: int) -> None:
         """Keep the first `count` dendrites; new ones, if any, are all zeros."""
@@ -277,8 +315,12 @@ class Dendrites(nn.Module):
         keep = self.candidates is not None and torch.is_grad_enabled()
         x, evaluate = pad(x, self.site), functools.partial(pbfx_kernels.dendrites, keep=keep)
         weight, bias, to_dendrite = self.site.op_weight(self.weight), self.bias, self.to_dendrite
-        if self.learning == "gradient":
+        if self.backpropagates:
             evaluate = pbfx_kernels.reference.dendrites
+        elif self.weight.requires_grad and torch.is_grad_enabled() and not _in_torch_func():
+            # The weights learn from their neuron's error, and what they read does not. In the
+            # dendrite phase nothing of this requires gradients.
+            evaluate, x = pbfx_kernels.reference.dendrites, x.detach()
         elif _in_torch_func():
             # Its transforms do not go through the op; the reference blocks the same errors if what
             # they must not reach is detached.

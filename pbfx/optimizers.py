@@ -78,7 +78,7 @@ def sync_optimizer(
         if isinstance(optimizer, torch.optim.Muon) and after[name].dim() != 2:
             raise TrackerError(
                 f"Muon steps matrices only, and {name} has shape {tuple(after[name].shape)}; use "
-                "learning='perforated' or another optimizer"
+                "another optimizer, or learning='perforated' with tuning='links' and finish=False"
             )
         group = held.get(id(home(name)), optimizer.param_groups[0])
         group["params"].append(after[name])

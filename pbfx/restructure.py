@@ -67,8 +67,10 @@ def start_dendrite_phase(model: nn.Module) -> tuple[Frozen, dict[str, SiteLearne
         tuple(name for name, m in model.named_modules() if m.training),
     )
     for part in parts_of(model).values():
+        config, grown = part.perforation.config, part.structure().sites
         for site in part.perforation.sites:
-            part.new_candidates(site, part.perforation.config.candidates)
+            has = grown[site.name].dendrites if site.name in grown else 0
+            part.new_candidates(site, config.phase(has).candidates)
         part.perforation.phase = Phase.DENDRITE
         part.rebuild()
     freeze(model)
@@ -165,12 +167,22 @@ def promote(model: nn.Module, learners: dict[str, SiteLearner]) -> None:
             dendrites = grown[site.name]
             dendrites.candidates = None
             if full in heard or not heard:
-                dendrites.append(*learners[full].chosen())
+                learner = learners[full]
+                share = part.perforation.config.initial_link
+                dendrites.append(*learner.chosen(), learner.first_link(share) if share else None)
                 continue
             logger.info("no dendrite at %s: no error has reached it in this phase", full)
             if not dendrites.count:
                 part.drop_dendrites(site)
         part.perforation.phase = Phase.NEURON
+        part.rebuild()
+
+
+def set_finishing(model: nn.Module, finishing: bool) -> None:
+    """Begin or end the last neuron phase, in which dendrites train with everything else."""
+    for part in parts_of(model).values():
+        for dendrites in part.grown().values():
+            dendrites.set_finishing(finishing)
         part.rebuild()
 
 

@@ -20,8 +20,19 @@ from pbfx.learning import SiteLearner
 from pbfx.optimizers import Schedule, Stepping
 from pbfx.parts import parameter_count, parts_of
 from pbfx.phase import Phase
-from pbfx.policy import Action, Decision, Plateau, Policy, Situation, possible
+from pbfx.policy import (
+    Action,
+    Decision,
+    Plateau,
+    PolicyLike,
+    Situation,
+    asked,
+    fault_of,
+    finished,
+    possible,
+)
 from pbfx.restructure import Frozen
+from pbfx.settings import PerDendrite, at
 from pbfx.snapshot import Snapshot
 from pbfx.undo import undoing
 
@@ -38,14 +49,16 @@ class Tracker:
         model: a model from `pbfx.transform`, or one that contains such parts, compiled or not.
         optimizer: any optimizer of `torch.optim` over the model's parameters, with any groups.
         scheduler: a learning-rate scheduler of that optimizer, or None.
-        policy: decides; `Plateau()` if None.
+        policy: decides: `Plateau()` if None, another of `pbfx`, an object with a method
+            `decide(situation)`, or a function `situation -> Decision`.
         max_dendrites: dendrites per neuron after which training completes at the next plateau.
         maximize: whether a larger score is better (accuracy) or a smaller one (loss).
         scheduler_steps: `"epoch"`: the tracker steps the scheduler, once per call; `"batch"`: the
             training loop does; `"auto"`: the tracker, unless the loop is seen to do it.
-        reset_learning_rate: whether rates and schedule start again after each growth.
+        reset_learning_rate: whether rates and schedule start again after each growth. May be a list
+            indexed by the number of dendrites after it; the last value stands for all beyond.
         reset_optimizer_state: whether the optimizer forgets its moments after each growth; by
-            default parameters that survive keep theirs.
+            default parameters that survive keep theirs. May be a list likewise.
         directory: where to write `last.safetensors` (to resume), `best.safetensors` and
             `history.csv` at every call; None writes nothing.
 
@@ -60,28 +73,30 @@ class Tracker:
         optimizer: Optimizer,
         scheduler: Any = None,
         *,
-        policy: Policy | None = None,
+        policy: PolicyLike | None = None,
         max_dendrites: int = 5,
         maximize: bool = True,
         scheduler_steps: Stepping = "auto",
-        reset_learning_rate: bool = True,
-        reset_optimizer_state: bool = False,
+        reset_learning_rate: PerDendrite[bool] = True,
+        reset_optimizer_state: PerDendrite[bool] = False,
         directory: str | os.PathLike[str] | None = None,
     ) -> None:
         # torch.compile returns a wrapper around the module that it was given; that one is
         # restructured.
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.optimizer = optimizer
-        self.policy: Policy = Plateau() if policy is None else policy
+        self.policy: PolicyLike = Plateau() if policy is None else policy
         self.max_dendrites, self.maximize = max_dendrites, maximize
         self._check_parts()
         self._schedule = Schedule(optimizer, scheduler, scheduler_steps)
-        self._reset = reset_learning_rate, reset_optimizer_state
+        self.reset_learning_rate = reset_learning_rate
+        self.reset_optimizer_state = reset_optimizer_state
         self.directory = None if directory is None else _folder(directory)
 
         self.complete = False
         self.history: tuple[Epoch, ...] = ()
         self._cycle = self._attempt = 0
+        self._finishing = False
         self._best: Snapshot | None = None
         self._current: Snapshot | None = None
         self._frozen: Frozen | None = None
@@ -99,8 +114,8 @@ class Tracker:
             raise TrackerError(
                 f"optimizer must be a torch.optim.Optimizer, got {type(self.optimizer).__name__}"
             )
-        if not callable(getattr(self.policy, "decide", None)):
-            raise TrackerError(f"policy must have a method decide(situation), got {self.policy!r}")
+        if fault := fault_of(self.policy):
+            raise TrackerError(fault)
         count = self.max_dendrites
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise TrackerError(f"max_dendrites must be a whole number of at least 0, got {count!r}")
@@ -110,6 +125,13 @@ class Tracker:
             raise TrackerError(
                 "the optimizer holds none of the model's parameters; make it from the transformed "
                 "model: optimizer = torch.optim.SGD(model.parameters(), ...)"
+            )
+        configs = [part.perforation.config for part in parts.values()]
+        if isinstance(self.optimizer, torch.optim.Muon) and any(c.trains_stacks for c in configs):
+            raise TrackerError(
+                "Muon steps matrices only, and the weights of dendrites, which tuning='all' and "
+                "finish=True train, are stacks of them; use another optimizer, or tuning='links' "
+                "and finish=False"
             )
         for path, part in parts.items():
             if part.perforation.phase is Phase.DENDRITE:
@@ -169,7 +191,7 @@ class Tracker:
             self._current = Snapshot.take(self.model, value)
         candidate_score = self._measure()
         situation = self._situation(value, candidate_score)
-        decision = possible(self.policy.decide(situation), situation)
+        decision = self._decide(situation)
         self._record(value, improved, candidate_score, decision)
         if improved:
             # Before growing: the file is to hold the network that scored.
@@ -190,6 +212,19 @@ class Tracker:
 
     def _result(self, restructured: bool, improved: bool, reason: str) -> Step:
         return Step(restructured, self.complete, self.phase, self.dendrites, improved, reason)
+
+    def _decide(self, situation: Situation) -> Decision:
+        decision = asked(self.policy, situation)
+        if isinstance(decision, Decision):
+            wanted = any(p.perforation.config.finish for p in parts_of(self.model).values())
+            kept = self._kept(decision)
+            grown = kept is not None and kept.structure.dendrites > 0
+            decision = finished(decision, situation, wanted and grown)
+        return possible(decision, situation)
+
+    def _kept(self, decision: Decision) -> Snapshot | None:
+        """Return the network that is accepted from now on."""
+        return self._current if decision.keep and self._current is not None else self._best
 
     def _measure(self) -> float | None:
         """Close the epoch of every learner; return the mean score over sites."""
@@ -216,6 +251,7 @@ class Tracker:
             attempt=self._attempt,
             accepted=None if self._best is None else self._best.score,
             maximize=self.maximize,
+            finishing=self._finishing,
         )
 
     def _record(
@@ -240,7 +276,7 @@ class Tracker:
 
     def _restructure(self, decision: Decision) -> None:
         """Carry out a decision; the tracker's own state changes only when the model's has."""
-        kept = self._current if decision.keep and self._current is not None else self._best
+        kept = self._kept(decision)
         source = self._current if decision.action is Action.GROW else kept
         frozen, learners = None, {}
         with restructure.restructuring(self.model, self.optimizer, self._schedule):
@@ -253,12 +289,14 @@ class Tracker:
                 source.restore(self.model)
                 if self._frozen is not None:
                     restructure.thaw(self.model, self._frozen)
-                if decision.action is not Action.COMPLETE:
+                if decision.action is Action.FINISH or self._finishing:
+                    restructure.set_finishing(self.model, decision.action is Action.FINISH)
+                elif decision.action is not Action.COMPLETE:
                     frozen, learners = self._grow()
             if decision.action is not Action.COMPLETE:
-                if self._reset[0]:
+                if at(self.reset_learning_rate, self.dendrites):
                     self._schedule.reset()
-                if self._reset[1]:
+                if at(self.reset_optimizer_state, self.dendrites):
                     self.optimizer.state.clear()
         self._listen(frozen, learners)
         self._parameters = dict(self.model.named_parameters())
@@ -266,10 +304,11 @@ class Tracker:
         self._current = None
         if decision.action is Action.RETRY:
             self._attempt += 1
-        elif decision.action is Action.GROW:
+        elif decision.action in (Action.GROW, Action.FINISH):
             self._attempt, self._best = 0, kept
+            self._finishing = decision.action is Action.FINISH
         elif decision.action is Action.COMPLETE:
-            self.complete, self._best = True, kept
+            self.complete, self._best, self._finishing = True, kept, False
 
     def _listen(self, frozen: Frozen | None, learners: dict[str, SiteLearner]) -> None:
         """Let `learners` take the place of those that have listened to backward passes so far."""
@@ -313,6 +352,7 @@ class Tracker:
             "complete": self.complete,
             "cycle": self._cycle,
             "attempt": self._attempt,
+            "finishing": self._finishing,
             "history": [epoch.to_json() for epoch in self.history],
             "best": None if self._best is None else self._best.state_dict(),
             "current": None if self._current is None else self._current.state_dict(),
@@ -350,6 +390,8 @@ class Tracker:
                 part.perforation.draws = state["draws"].get(path, part.perforation.draws)
             if self._frozen is not None:
                 restructure.thaw(self.model, self._frozen)
+            if self._finishing or state["finishing"]:
+                restructure.set_finishing(self.model, state["finishing"])
             if state["frozen"] is not None:
                 frozen = Frozen(*(tuple(state["frozen"][key]) for key in ("learning", "training")))
                 restructure.freeze(self.model)
@@ -359,6 +401,7 @@ class Tracker:
         self._parameters = parameters
         self.complete, self.history = state["complete"], history
         self._cycle, self._attempt = state["cycle"], state["attempt"]
+        self._finishing = state["finishing"]
         self._best, self._current = best, current
         self._listen(frozen, learners)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pbfx.dendrites import Dendrites
 from pbfx.errors import RestructureError
 from pbfx.optimizers import Schedule
 from pbfx.perforated import perforated_parts, update_followers
@@ -71,6 +72,7 @@ class _Undo:
         for module in modules:
             kept += [module._modules, module._parameters, module._buffers]
         self.training = [(module, module.training) for module in modules]
+        self.finishing = [(m, m.finishing) for m in modules if isinstance(m, Dendrites)]
         self.parts = [
             (part, part.perforation, dataclasses.replace(part.perforation), part._graph)
             for part in perforated_parts(models).values()
@@ -100,6 +102,8 @@ class _Undo:
             values[:] = members
         for module, training in self.training:
             module.training = training
+        for dendrites, finishing in self.finishing:
+            dendrites.finishing = finishing
         for tensor, value, requires_grad, grad in self.tensors:
             tensor.requires_grad_(requires_grad).copy_(value)
             tensor.grad = grad

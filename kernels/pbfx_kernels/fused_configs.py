@@ -23,6 +23,7 @@ class Blocks:
         inputs: BLOCK_K.
         warps: per program.
         stages: of the software pipeline.
+        resident: programs per multiprocessor, where programs stay and take tile after tile.
     """
 
     positions: int
@@ -30,6 +31,7 @@ class Blocks:
     inputs: int
     warps: int
     stages: int
+    resident: int = 1
 
 
 def linear_blocks(
@@ -72,3 +74,24 @@ def conv2d_blocks(
     # Half as deep as a GEMM's: gathered columns cost address arithmetic in registers.
     deep = max(16, min(64 // (element_size // 2), 32, power_of_two(inputs)))
     return Blocks(128, wide, deep, 8 if wide > 16 else 4, 3)
+
+
+def neuron_blocks(positions: int, neurons: int, inputs: int, dendrites: int) -> Blocks:
+    """Choose the configuration of `fused_neuron`, whose operands have two bytes per element.
+
+    Args:
+        positions: P.
+        neurons: N.
+        inputs: K.
+        dendrites: D, 1 to 3.
+    """
+    roles = 2 if dendrites == 1 else 4
+    deep = max(16, min(64, power_of_two(inputs)))
+    wide = max(64 // roles, min(256 // roles, power_of_two(neurons)))
+    if ceiling(positions, 128) * ceiling(neurons, wide) < _FULL:
+        return Blocks(64, min(wide, 32), deep, 4, 4)
+    if inputs <= 4 * deep:
+        # Short products: two programs per multiprocessor, so that one computes activations while
+        # the other multiplies.
+        return Blocks(128, min(wide, 128 // roles), deep, 4, 3, 2)
+    return Blocks(128, wide, deep, 8, 4)

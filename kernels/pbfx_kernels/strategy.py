@@ -3,6 +3,7 @@
     reference   plain torch; right everywhere
     packed      one library GEMM or convolution over stacked weights, one epilogue kernel
     split       one kernel for all dendrites, which adds to the soma that the library computed
+    fused       one kernel for soma and dendrites, where the graph holds them as one node
 
 The thresholds are measured; docs/kernels.md has the table. Nothing is tuned at run time.
 """
@@ -24,7 +25,9 @@ _LOG = logging.getLogger(__name__)
 # The oldest architecture with bfloat16, TF32 and asynchronous copies: Ampere.
 _LEAST_CAPABILITY = (8, 0)
 # Unrolled cascades; beyond, their code and registers grow out of hand.
-_MOST_PACKED, _MOST_SPLIT = 8, 5
+_MOST_PACKED, _MOST_SPLIT, _MOST_FUSED = 8, 5, 3
+# Rows of a matrix that a descriptor loads from start at multiples of so many bytes.
+_DESCRIBED_BYTES = 16
 # Neurons per group of a convolution: a narrower tile is mostly empty.
 _LEAST_GROUP = 10
 # Where one kernel beats a library GEMM and an epilogue: where the preactivations would be most of
@@ -170,6 +173,23 @@ def _split_wins(problem: Problem) -> bool:
     # Pointwise convolutions are GEMMs.
     gathered = problem.taps > 1 and problem.inputs <= _SPLIT_NHWC_INPUTS
     return small and gathered and problem.channels_last and problem.channels > 32
+
+
+def can_fuse(x: Tensor, weight: Tensor, dendrite_weight: Tensor) -> bool:
+    """Return whether the *fused* kernel knows a linear site: on Hopper, in 16 bits, D up to 3.
+
+    Args:
+        x: `(..., K)`, for device and dtype.
+        weight: W, `(N, K)`.
+        dendrite_weight: V, `(D, N, K)`.
+    """
+    if x.device.type != "cuda" or not _has_triton() or weight.dtype != x.dtype:
+        return False
+    known = x.dtype in (torch.float16, torch.bfloat16)
+    aligned = weight.shape[1] * x.element_size() % _DESCRIBED_BYTES == 0
+    few = 1 <= dendrite_weight.shape[0] <= _MOST_FUSED
+    # Where it was measured; elsewhere it may spill.
+    return known and aligned and few and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def recomputes(soma: Tensor, weight: Tensor, geometry: Geometry) -> bool:

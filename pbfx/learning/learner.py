@@ -55,14 +55,15 @@ class SiteLearner:
         self, candidates: Candidates, config: Config, cohort: Cohort | None = None
     ) -> None:
         self.candidates, self.config = candidates, config
-        self.rules = Rules(config.measure_every, config.priming_batches, config.moment_decay)
+        phase = config.phase(candidates.dendrites)
+        self.rules = Rules(phase.measure_every, phase.priming_batches, phase.moment_decay)
         self._cohort = new_cohort() if cohort is None else cohort
         self._turns = candidates.moments.new_zeros((), dtype=torch.int64)
         self._parameters = list(candidates.parameters())
         self._learnt = candidates.learnt()
         # It holds state and settings only: `_step` calls its kernel, for all that is wrapped around
         # an optimizer's step costs more than a small site.
-        self._adam = torch.optim.Adam(self._learnt, lr=config.candidate_lr, fused=True)
+        self._adam = torch.optim.Adam(self._learnt, lr=phase.candidate_lr, fused=True)
         self._prepare()
         self._line: tuple[tuple[int, ...], Tensor | None] = (), None
         self._handle: RemovableHandle | None = None
@@ -123,7 +124,7 @@ class SiteLearner:
         if spread is None or not spread.open:
             return
         if is_capturing(self._turns):
-            due = scaling_batches(self.config)
+            due = scaling_batches(self.candidates, self.config)
             raise RestructureError(
                 "the dendrite phase cannot be captured in a CUDA graph yet: candidates that join "
                 f"after a norm are scaled after {due} batches, and this is batch "
@@ -224,13 +225,41 @@ class SiteLearner:
             at T = 0: a small step `-ε ∂L/∂T` changes the loss by `-ε Σ (∂L/∂T)²`. Under a loss
             scaler both are those of the scaled loss.
         """
-        pool = self.candidates
-        winner = pool.best_score.argmax(0, keepdim=True)
-        picked = pool.best_moments.gather(1, winner.expand(len(Moment), 1, -1))
-        batches = pool.best_batches.gather(0, winner)[0].clamp_min(1)
+        picked, batches = self._picked()
         found = statistics(picked)
         row = Statistics(*(getattr(found, name)[0] for name in Statistics.__dataclass_fields__))
         return row, row.total / batches
+
+    @torch.no_grad()
+    def first_link(self, share: float) -> Tensor:
+        """Return the links (N,) that `share` of a Newton step from zero gives to `chosen`.
+
+            T = -share · Σ a g / (P Σ a² E[g²])        sums over the P positions of a mean batch
+
+        The curvature is a bound. Let the loss be the mean over B samples of a negative
+        log-likelihood: its ∂²L/∂T² is then about the mean square of a sample's gradient (the
+        empirical Fisher information), B Σ_i (Σ_{p in i} a g)². By Cauchy and Schwarz that is at
+        most P Σ a² g², and exactly that where a sample has one position; and a² and g² are taken
+        for independent. So the step is too short rather than too long.
+
+        Zero where nothing was measured, or the chosen candidate is constant.
+
+        Args:
+            share: of the full step, in (0, 1].
+        """
+        picked, batches = self._picked()
+        positions = picked[Moment.COUNT] / batches
+        curvature = positions * picked[Moment.AA] * picked[Moment.GG] / picked[Moment.COUNT]
+        known = statistics(picked).correlation != 0
+        link = -share * picked[Moment.AG] / torch.where(known, curvature, 1.0)
+        return torch.where(known, link, 0.0)[0].to(self.candidates.weight.dtype)
+
+    def _picked(self) -> tuple[Tensor, Tensor]:
+        """Return the moments (6, 1, N) of the chosen candidates, and of how many batches (N,)."""
+        pool = self.candidates
+        winner = pool.best_score.argmax(0, keepdim=True)
+        picked = pool.best_moments.gather(1, winner.expand(len(Moment), 1, -1))
+        return picked, pool.best_batches.gather(0, winner)[0].clamp_min(1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the candidates' buffers do not hold: Adam's state and the batch counter."""

@@ -18,16 +18,16 @@ from pbfx.dendrites import Candidates
 from pbfx.learning.moments import CONSTANT
 
 
-def scaling_batches(config: Config) -> int:
+def scaling_batches(pool: Candidates, config: Config) -> int:
     """Return how many batches show the scale; the rest of the priming fills the moments anew."""
-    return max(1, config.priming_batches // 2)
+    return max(1, config.phase(pool.dendrites).priming_batches // 2)
 
 
 def resume_scaling(pool: Candidates, batches: int, config: Config) -> None:
     """Take up where a pool that has seen so many batches left off."""
     if pool.spread is not None:
         pool.spread.batches = batches
-        pool.spread.open = batches < scaling_batches(config)
+        pool.spread.open = batches < scaling_batches(pool, config)
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def scale_candidates(pool: Candidates, config: Config) -> None:
     if spread is None or not spread.open:
         return
     spread.batches += 1
-    if spread.batches < scaling_batches(config):
+    if spread.batches < scaling_batches(pool, config):
         return
     spread.open = False
     variance = spread.variance

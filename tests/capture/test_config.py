@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 import pbfx
-from pbfx.config import ACTIVATIONS, LEARNING, Learning
+from pbfx.config import ACTIVATIONS, LEARNING, TUNING, Learning, Tuning
 from pbfx_kernels import reference
 
 BAD = [
@@ -18,11 +18,19 @@ BAD = [
     ({"exclude": ("fc", 1)}, r"exclude must be a glob or a tuple of globs, got \('fc', 1\)"),
     ({"filter_fn": "fc1"}, "filter_fn must be callable, got 'fc1'"),
     ({"learning": "perforate"}, "learning is unknown, got 'perforate': did you mean 'perforated'"),
+    ({"tuning": "newest"}, "tuning is unknown, got 'newest': valid: 'all', 'links'"),
+    ({"finish": 1}, "finish must be True or False, got 1"),
+    ({"initial_link": -0.1}, r"initial_link must be a number in \[0, 1\], got -0.1"),
+    ({"initial_link": 1.5}, r"initial_link must be a number in \[0, 1\], got 1.5"),
+    ({"initial_link": True}, r"initial_link must be a number in \[0, 1\], got True"),
     ({"activation": "Tanh"}, "activation is unknown, got 'Tanh': did you mean 'tanh'"),
     ({"activation": None}, "activation is unknown, got None"),
     ({"candidates": 0}, "candidates must be a whole number of at least 1, got 0"),
     ({"candidates": 2.0}, "candidates must be a whole number of at least 1, got 2.0"),
     ({"candidates": True}, "candidates must be a whole number of at least 1, got True"),
+    ({"candidates": []}, "candidates must not be an empty list"),
+    ({"candidates": [4, 0]}, "candidates must be a whole number of at least 1, got 0"),
+    ({"candidate_lr": [1e-3, None]}, r"candidate_lr must be a number in \(0, inf\), got None"),
     ({"candidate_lr": 0}, r"candidate_lr must be a number in \(0, inf\), got 0"),
     ({"candidate_lr": -1e-3}, r"candidate_lr must be a number in \(0, inf\), got -0.001"),
     ({"candidate_lr": float("nan")}, r"candidate_lr must be a number in \(0, inf\), got nan"),
@@ -57,7 +65,10 @@ def test_all_faults_come_in_one_message():
         {"candidates": 1, "measure_every": 2, "priming_batches": 0, "moment_decay": 0.0, "seed": 0},
         {"candidate_lr": 1e-12, "moment_decay": 0.999999, "seed": 2**40},
         {"include": (), "exclude": ["a", "b"]},
+        {"finish": True, "initial_link": 0},
+        {"initial_link": 1.0},
         *({"learning": learning} for learning in LEARNING),
+        *({"tuning": tuning} for tuning in TUNING),
         *({"activation": activation} for activation in ACTIVATIONS),
     ],
 )
@@ -79,6 +90,7 @@ def test_a_config_is_frozen():
 def test_lists_of_names_agree_with_where_they_come_from():
     assert set(ACTIVATIONS) == set(reference.ACTIVATIONS)
     assert set(LEARNING) == set(get_args(Learning))
+    assert set(TUNING) == set(get_args(Tuning))
 
 
 def test_json_holds_everything_but_code():
@@ -86,3 +98,13 @@ def test_json_holds_everything_but_code():
     settings = json.loads(json.dumps(config.to_json()))
     assert settings.keys() == {field.name for field in dataclasses.fields(config)} - {"filter_fn"}
     assert pbfx.Config(**settings) == dataclasses.replace(config, filter_fn=None)
+
+
+def test_settings_of_a_phase_may_be_lists():
+    config = pbfx.Config(candidates=[4, 2], candidate_lr=(1e-2, 1e-3, 1e-4))
+    assert config.phase(0)[:2] == (4, 1e-2)
+    assert config.phase(1)[:2] == (2, 1e-3)
+    assert config.phase(9)[:2] == (2, 1e-4)
+    assert config.phase(0).measure_every == 4
+    assert pbfx.Config(**json.loads(json.dumps(config.to_json()))) == config
+    hash(config)

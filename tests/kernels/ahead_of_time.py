@@ -59,7 +59,7 @@ def compile_kernel(
     attributes = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in types.items()
-        if kind.startswith("*") or name in aligned
+        if kind.startswith("*") or (kind == "i32" and name in aligned)
     }
     compiled = triton.compile(
         ASTSource(

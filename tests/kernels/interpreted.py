@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pbfx_kernels import ACTIVATIONS, Geometry, packed, reference
 from pbfx_kernels.dispatch import evaluate_dendrites, recompute_to_soma_gradient
+from pbfx_kernels.fused_neuron import fused_neuron, interleave
 from pbfx_kernels.strategy import Strategy
 from pbfx_kernels.to_soma_gradient import to_soma_gradient
 
@@ -204,6 +205,30 @@ def test_padding_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
         ref.backward(grad.double())
         again = recompute(args, grad, site, Strategy.PACKED)
         assert_close(again, upcast["to_soma"].grad, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("form", [(64, 64, 64), (130, 37, 48), (3, 10, 128), (257, 66, 40)])
+def test_fused_neuron(form: tuple[int, int, int], d: int, dtype: torch.dtype) -> None:
+    positions, neurons, inputs = form
+    site = Site("fused", (positions, inputs), (neurons, inputs))
+    args = make_dendrites(site, d, bias=d != 2).args(dtype)
+    given: Tensors = {name: None if t is None else t.detach() for name, t in args.items()}
+    generator = torch.Generator().manual_seed(0)
+    soma = torch.randn(neurons, inputs, generator=generator).to(dtype) / inputs**0.5
+    soma_bias = torch.randn(neurons, generator=generator).to(dtype) if d != 2 else None
+    out = torch.full((positions, neurons), torch.nan, dtype=dtype)
+    kept = torch.full((d, positions, neurons), torch.nan, dtype=dtype)
+    links = given["bias"], given["to_soma"], given["to_dendrite"], "tanh"
+    fused_neuron(given["x"], interleave(soma, given["weight"]), soma_bias, *links, out, kept)
+    upcast = {name: None if t is None else t.double() for name, t in given.items()}
+    upcast["soma"] = torch.nn.functional.linear(
+        upcast["x"], soma.double(), None if soma_bias is None else soma_bias.double()
+    )
+    wanted, wanted_activations = oracle_dendrites(site, upcast, "tanh")
+    assert_close(out, wanted)
+    assert_close(kept, torch.stack(wanted_activations))
 
 
 def test_many_dendrites() -> None:

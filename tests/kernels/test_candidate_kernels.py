@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 CHECKS = Path(__file__).parent / "candidate_checks.py"
+# pytest-benchmark, where it is installed, warns of the xdist worker that started the process.
+ALONE = [f"-pno:{plugin}" for plugin in ("cacheprovider", "xdist", "benchmark")]
 
 
 def run(**variables: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS)],
+        [sys.executable, "-m", "pytest", "-q", *ALONE, str(CHECKS)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables},

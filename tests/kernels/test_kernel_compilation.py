@@ -6,10 +6,10 @@ Spilled registers show up as a stack frame. Nothing may spill more than `MOST_ST
 from collections.abc import Iterable
 
 import pytest
-from ahead_of_time import CAPABILITIES, compile_for_dtype
+from ahead_of_time import CAPABILITIES, compile_for_dtype, compile_kernel
 
 from pbfx_kernels import ACTIVATIONS
-from pbfx_kernels.fused_configs import Blocks, conv2d_blocks, linear_blocks
+from pbfx_kernels.fused_configs import Blocks, conv2d_blocks, linear_blocks, neuron_blocks
 
 # A sixteenth of a thread's registers.
 MOST_STACK = 64
@@ -38,6 +38,12 @@ def conv2d_configurations() -> list[Configuration]:
         for n, k, d in shapes
         for dtype, size in DTYPES.items()
     )
+
+
+def neuron_configurations() -> list[Configuration]:
+    """Return what `neuron_blocks` can choose, likewise."""
+    shapes = [(64, 1024), (65536, 64), (65536, 1024)]
+    return _distinct((d, neuron_blocks(p, 1024, k, d), "bf16") for p, k in shapes for d in (1, 3))
 
 
 def _counts(neurons: int) -> tuple[int, ...]:
@@ -175,6 +181,43 @@ def test_fused_conv2d(capability: int, d: int, blocks: Blocks, dtype: str) -> No
     )
     assert compiled.stack <= MOST_STACK
     assert compiled.shared <= MOST_SHARED[capability]
+
+
+@pytest.mark.parametrize(("d", "blocks", "dtype"), neuron_configurations(), ids=str)
+def test_fused_neuron(d: int, blocks: Blocks, dtype: str) -> None:
+    """`strategy.can_fuse` lets it run on Hopper alone."""
+    from pbfx_kernels.fused_neuron import _neuron_kernel, roles_of
+
+    roles = roles_of(d)
+    constants = {
+        "D": d,
+        "ROLES": roles,
+        "KEEP": True,
+        "ACTIVATION": "tanh",
+        "FAST": True,
+        "HAS_SOMA_BIAS": True,
+        "HAS_BIAS": True,
+        "PRECISION": "tf32",
+        "GROUP_P": 8,
+        "PROGRAMS": 132 * blocks.resident,
+        **_tile(blocks),
+    }
+    types = {
+        **dict.fromkeys(("out", "kept"), f"*{dtype}"),
+        "x": f"tensordesc<{dtype}[{blocks.positions}, {blocks.inputs}]>",
+        "weights": f"tensordesc<{dtype}[{roles * blocks.neurons}, {blocks.inputs}]>",
+        **dict.fromkeys(("soma_bias", "bias", "to_soma", "to_dendrite"), "*fp32"),
+        **dict.fromkeys(("P", "N", "K", "kept_d"), "i32"),
+    }
+    compiled = compile_kernel(
+        _neuron_kernel, types, constants, 90, types, blocks.warps, blocks.stages
+    )
+    assert compiled.stack <= MOST_STACK
+    assert compiled.shared * blocks.resident <= MOST_SHARED[90]
+    assert "wgmma" in compiled.ptx
+    assert "cp.async.bulk" in compiled.ptx
+    # Taking an interleaved product apart moves nothing between threads.
+    assert compiled.ptx.count("shfl") <= 1
 
 
 def _tile(blocks: Blocks) -> dict[str, int]:

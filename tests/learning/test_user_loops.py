@@ -725,6 +725,7 @@ def test_a_gpu_scaler_backs_off_and_leaves_no_trace() -> None:
         scaler.step(optimizer)
         scaler.update()
         scales.append(scaler.get_scale())
-        assert same(before, candidates_of(model)) == (batch in (0, 2))
+        # The first batch scales those that join after the norm; the infinite one does nothing.
+        assert same(before, candidates_of(model)) == (batch == 2)
     assert scales == [1024.0, 1024.0, 512.0, 512.0]
     assert same(base, network(model))

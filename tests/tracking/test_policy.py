@@ -9,8 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pbfx
-from pbfx import Action, ConfigError, Decision, Interval, Phase, Plateau, Situation, TrackerError
-from pbfx.policy import possible
+from pbfx import (
+    Action,
+    ConfigError,
+    Decision,
+    EveryTime,
+    Interval,
+    Never,
+    Phase,
+    Plateau,
+    Situation,
+    TrackerError,
+)
+from pbfx.policy import asked, fault_of, possible
+from pbfx.settings import at
 
 
 def neuron(*scores: float, **fields: object) -> Situation:
@@ -199,9 +211,87 @@ class TestInterval:
         assert (decision.action, decision.keep) == (G, keep)
 
 
+class TestEveryTime:
+    def test_each_phase_lasts_one_epoch(self) -> None:
+        policy = EveryTime()
+        assert policy.decide(neuron(1.0)).action is G
+        assert policy.decide(dendrite(0.1)).action is Action.PROMOTE
+        assert policy.decide(neuron(1.0, dendrites=3)).action is Action.COMPLETE
+
+
+class TestNever:
+    def test_it_goes_on(self) -> None:
+        decision = Never().decide(neuron(*[1.0] * 99))
+        assert decision == Decision(C, "epoch 99")
+
+    def test_it_completes_after_its_epochs(self) -> None:
+        assert actions(Never(3), [1, 2, 3]) == [C, C, Action.COMPLETE]
+        assert Never(1).decide(neuron(1.0, accepted=2.0)).keep is False
+        assert Never(1).decide(neuron(1.0, accepted=0.5)).keep is True
+
+    def test_it_ends_a_dendrite_phase(self) -> None:
+        assert Never().decide(dendrite(0.1)).action is Action.PROMOTE
+
+
+class TestLists:
+    """A list is indexed by the number of dendrites; its last value stands for all beyond."""
+
+    def test_the_first_interval_may_be_another(self) -> None:
+        policy = Interval([3, 1], [2, 1])
+        assert actions(policy, [1, 2, 3]) == [C, C, G]
+        assert actions(policy, [1], dendrites=1) == [G]
+        assert actions(policy, [1], dendrites=2) == [G]
+        assert policy.decide(dendrite(0.1, dendrites=0)).action is C
+        assert policy.decide(dendrite(0.1, dendrites=1)).action is Action.PROMOTE
+
+    def test_thresholds_by_dendrites(self) -> None:
+        policy = Plateau(patience=1, relative_threshold=[0.1, 0.0])
+        assert actions(policy, [1.0, 1.05]) == [C, G]
+        assert actions(policy, [1.0, 1.05], dendrites=1) == [C, C]
+
+    def test_none_in_a_list(self) -> None:
+        policy = Plateau(patience=9, max_epochs=[None, 2])
+        assert actions(policy, [1, 2, 3]) == [C, C, C]
+        assert actions(policy, [1, 2], dendrites=1) == [C, G]
+
+    def test_lists_become_tuples(self) -> None:
+        policy = Plateau(patience=[3, 2])
+        assert policy.patience == (3, 2)
+        assert hash(policy) == hash(Plateau(patience=(3, 2)))
+
+
+class TestFunctions:
+    def test_a_function_is_a_policy(self) -> None:
+        def policy(situation: Situation) -> Decision:
+            return Decision(G if len(situation.scores) > 1 else C, "my own rule")
+
+        assert fault_of(policy) is None
+        assert asked(policy, neuron(1.0)) == Decision(C, "my own rule")
+        assert asked(Plateau(), neuron(1.0)) == Plateau().decide(neuron(1.0))
+
+    @pytest.mark.parametrize(
+        ("policy", "message"),
+        [
+            (Plateau, "policy must be an instance, got the class Plateau; call it first"),
+            ("plateau", "policy must have a method decide(situation) or be a function"),
+            (None, "got None"),
+        ],
+    )
+    def test_what_is_none(self, policy: object, message: str) -> None:
+        assert message in (fault_of(policy) or "")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Plateau(patience=[]), "patience must not be an empty list"),
+        (lambda: Plateau(tries=[2, 0]), "tries[1] must be a whole number of at least 1, got 0"),
+        (
+            lambda: Plateau(candidate_patience=[None]),
+            "candidate_patience[0] must be a whole number of at least 1, got None",
+        ),
+        (lambda: Interval([2, True]), "neuron_epochs[1] must be a whole number of at least 1"),
+        (lambda: Never(0), "pbfx.Never: epochs must be a whole number of at least 1, got 0"),
         (lambda: Plateau(patience=0), "patience must be a whole number of at least 1, got 0"),
         (lambda: Plateau(patience=2.0), "patience must be a whole number of at least 1, got 2.0"),
         (lambda: Plateau(patience=True), "patience must be a whole number of at least 1, got True"),
@@ -267,18 +357,40 @@ def situations(draw: st.DrawFn) -> Situation:
     )
 
 
-POLICIES = st.builds(
+def per_dendrite(values: st.SearchStrategy) -> st.SearchStrategy:
+    return values | st.lists(values, min_size=1, max_size=3)
+
+
+PLATEAUS = st.builds(
     Plateau,
-    patience=st.integers(1, 5),
-    smoothing=st.integers(1, 4),
-    relative_threshold=st.sampled_from([0.0, 1e-4, 0.1]),
-    absolute_threshold=st.sampled_from([0.0, 1e-5, 1.0]),
-    grace=st.integers(0, 5),
-    tries=st.integers(1, 3),
-    max_epochs=st.none() | st.integers(1, 8),
-    candidate_patience=st.integers(1, 3),
-    max_candidate_epochs=st.integers(1, 8),
-) | st.builds(Interval, neuron_epochs=st.integers(1, 6), dendrite_epochs=st.integers(1, 6))
+    patience=per_dendrite(st.integers(1, 5)),
+    smoothing=per_dendrite(st.integers(1, 4)),
+    relative_threshold=per_dendrite(st.sampled_from([0.0, 1e-4, 0.1])),
+    absolute_threshold=per_dendrite(st.sampled_from([0.0, 1e-5, 1.0])),
+    grace=per_dendrite(st.integers(0, 5)),
+    tries=per_dendrite(st.integers(1, 3)),
+    max_epochs=per_dendrite(st.none() | st.integers(1, 8)),
+    candidate_patience=per_dendrite(st.integers(1, 3)),
+    max_candidate_epochs=per_dendrite(st.integers(1, 8)),
+)
+EPOCHS = per_dendrite(st.integers(1, 6))
+POLICIES = (
+    PLATEAUS
+    | st.builds(Interval, neuron_epochs=EPOCHS, dendrite_epochs=EPOCHS)
+    | st.builds(EveryTime)
+    | st.builds(Never, epochs=EPOCHS | st.none())
+)
+
+
+@given(policy=POLICIES, situation=situations())
+def test_a_list_decides_as_its_value_for_this_number_of_dendrites(
+    policy: pbfx.Policy, situation: Situation
+) -> None:
+    settings = {
+        field.name: at(getattr(policy, field.name), situation.dendrites)
+        for field in dataclasses.fields(policy)
+    }
+    assert dataclasses.replace(policy, **settings).decide(situation) == policy.decide(situation)
 
 
 @given(policy=POLICIES, situation=situations(), others=st.lists(situations(), max_size=4))

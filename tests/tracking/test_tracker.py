@@ -71,6 +71,66 @@ def started(*decisions: str, learning: str = "perforated", **settings: object):
 TASK = regression(96)
 
 
+class TestPolicies:
+    def test_a_function(self) -> None:
+        model = pbfx.transform(Mlp(), pbfx.Config(learning="gradient"))
+        seen = []
+
+        def policy(situation: Situation) -> Decision:
+            seen.append(situation.dendrites)
+            return Decision(Action.GROW, "grow, grow")
+
+        tracker = pbfx.Tracker(model, sgd(model), policy=policy)
+        assert tracker.step(0.1).reason == "grow, grow"
+        assert tracker.step(0.2).dendrites == 2
+        assert seen == [0, 1]
+
+    def test_what_a_function_returns_is_checked(self) -> None:
+        model = pbfx.transform(Mlp())
+        tracker = pbfx.Tracker(model, sgd(model), policy=lambda situation: "grow")
+        with pytest.raises(TrackerError, match=r"must return a pbfx.Decision, got 'grow'"):
+            tracker.step(0.1)
+        assert tracker.history == ()
+
+    def test_an_error_of_a_function_moves_nothing(self) -> None:
+        model = pbfx.transform(Mlp())
+        tracker = pbfx.Tracker(model, sgd(model), policy=lambda situation: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tracker.step(0.1)
+        assert tracker.history == ()
+
+    def test_a_class_is_no_policy(self) -> None:
+        model = pbfx.transform(Mlp())
+        with pytest.raises(TrackerError, match="got the class Plateau; call it first"):
+            pbfx.Tracker(model, sgd(model), policy=Plateau)
+
+    def test_resets_may_be_lists(self) -> None:
+        model = pbfx.transform(Mlp(), pbfx.Config(learning="gradient"))
+        optimizer = sgd(model)
+        tracker = pbfx.Tracker(
+            model, optimizer, policy=pbfx.EveryTime(), reset_learning_rate=[True, True, False]
+        )
+        rates = []
+        for _ in range(3):
+            optimizer.param_groups[0]["lr"] = 1.0
+            tracker.step(0.0)
+            rates.append(optimizer.param_groups[0]["lr"])
+        assert rates == [0.05, 1.0, 1.0]
+
+    def test_candidate_settings_may_be_lists(self) -> None:
+        model = pbfx.transform(
+            Mlp(), pbfx.Config(candidates=[3, 2], candidate_lr=[1e-2, 1e-3], measure_every=[2, 3])
+        )
+        tracker = pbfx.Tracker(model, sgd(model), policy=pbfx.EveryTime())
+        found = []
+        for _ in range(6):
+            if quiet_step(tracker).phase is Phase.DENDRITE:
+                learner = learners(tracker)["fc1"]
+                rate = learner._adam.param_groups[0]["lr"]
+                found.append((learner.candidates.count, rate, learner.rules.measure_every))
+        assert found == [(3, 1e-2, 2), (2, 1e-3, 3), (2, 1e-3, 3)]
+
+
 class TestRestoring:
     @pytest.mark.parametrize("maximize", [True, False])
     def test_growing_starts_from_the_best_epoch(self, maximize: bool) -> None:
@@ -379,7 +439,7 @@ class TestParts:
 
     def test_no_policy(self) -> None:
         model = pbfx.transform(Mlp())
-        with pytest.raises(TrackerError, match=r"must have a method decide\(situation\), got 3"):
+        with pytest.raises(TrackerError, match=r"must have a method decide\(situation\) .*, got 3"):
             pbfx.Tracker(model, sgd(model), policy=3)
 
     @pytest.mark.parametrize("count", [-1, 1.0, True, None])

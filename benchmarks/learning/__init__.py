@@ -1,0 +1,1 @@
+"""Learning studies: what dendrites bring, against controls, at paired seeds."""

@@ -1,0 +1,135 @@
+"""The arms of a study: one way each to train a net, by the name that a user types.
+
+plain               the net as it is, one long schedule over as many epochs as the others have
+sham                the phases and restarts of perforated, with dendrites that output zero
+gradient            dendrites that train with everything else
+perforated          the published way
+perforated-last     of these modes, with dendrites at some sites only (a study names its choices)
+wider2              a plain net with as many parameters as perforated has with 2 dendrites
+deeper2             the same for a deeper plain net
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pbfx
+from benchmarks.errors import UsageError
+from pbfx.errors import nearest
+
+MODES = ("perforated", "sham", "gradient")
+_MODE = re.compile(rf"({'|'.join(MODES)})(?:-(\w+))?")
+_RIVAL = re.compile(r"(wider|deeper)([1-9])")
+_POLICIES: dict[str, type] = {"interval": pbfx.Interval, "plateau": pbfx.Plateau}
+_CONFIG = {field.name for field in dataclasses.fields(pbfx.Config)}
+_TRACKER = set(inspect.signature(pbfx.Tracker).parameters) - {"model", "optimizer", "scheduler"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        name: as in tables: what was typed, and any settings in brackets.
+        mode: of pbfx's learning, or None for a plain net.
+        selection: a study's name for the sites that grow, or None for all.
+        rival: which other net a plain arm trains, or None for the study's own.
+        match: the number of dendrites whose parameter count the rival has.
+        settings: for `pbfx.Config`, `pbfx.Tracker` and `policy.*`.
+    """
+
+    name: str
+    mode: Literal["perforated", "sham", "gradient"] | None = None
+    selection: str | None = None
+    rival: Literal["wider", "deeper"] | None = None
+    match: int = 0
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def config(self, include: tuple[str, ...], base: Mapping[str, Any], seed: int) -> pbfx.Config:
+        """Return the configuration of an arm with dendrites, from the study's `base`."""
+        own = {key: value for key, value in self.settings if key in _CONFIG}
+        common: dict[str, Any] = {"include": include, "learning": self.mode, "seed": seed}
+        return pbfx.Config(**(common | dict(base) | own))
+
+    def tracker_settings(self, neuron_epochs: int, dendrite_epochs: int) -> dict[str, Any]:
+        """Return the keywords for `pbfx.Tracker`, the policy among them."""
+        own = {key: value for key, value in self.settings if key in _TRACKER}
+        name = own.pop("policy", "interval")
+        policy = {
+            key.removeprefix("policy."): value
+            for key, value in self.settings
+            if key.startswith("policy.")
+        }
+        if name == "interval":
+            policy = {"neuron_epochs": neuron_epochs, "dendrite_epochs": dendrite_epochs} | policy
+        if name in _POLICIES:
+            own["policy"] = _POLICIES[name](**policy)
+        elif callable(getattr(name, "decide", None)):
+            own["policy"] = name
+        else:
+            raise UsageError(f"--set policy={name}: {nearest(str(name), _POLICIES)}")
+        return own
+
+
+def arm_named(
+    name: str, selections: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+) -> Arm:
+    """Return the arm that a user names.
+
+    Args:
+        name: see the top of this file.
+        selections: the study's names for sites.
+        settings: from `--set`; they become part of the name of an arm with dendrites, and a plain
+            one has none.
+
+    Raises:
+        UsageError: if there is no such arm.
+    """
+    if name == "plain":
+        return Arm(name)
+    if rival := _RIVAL.fullmatch(name):
+        kind: Any = rival[1]
+        return Arm(name, rival=kind, match=int(rival[2]))
+    mode = _MODE.fullmatch(name)
+    if mode is None:
+        known = ["plain", *MODES, *(f"perforated-{s}" for s in selections), "wider1", "deeper1"]
+        raise UsageError(f"--arms: no arm {name!r}; {nearest(name, known)}")
+    if mode[2] is not None and mode[2] not in selections:
+        raise UsageError(
+            f"--arms {name}: this study has no selection {mode[2]!r} of sites; "
+            f"{nearest(mode[2], selections) if selections else 'it names none'}"
+        )
+    learning: Any = mode[1]
+    chosen = tuple(sorted((settings or {}).items()))
+    brackets = ",".join(f"{key}={_shown(value)}" for key, value in chosen)
+    return Arm(f"{name}[{brackets}]" if brackets else name, learning, mode[2], settings=chosen)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value).replace(" ", "")
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Parse `key=value`; the value is a Python literal, or else the string that it is.
+
+    Raises:
+        UsageError: if there is no `=`, or pbfx knows no such setting.
+    """
+    key, equals, written = text.partition("=")
+    if not equals:
+        raise UsageError(f"--set {text}: must be KEY=VALUE")
+    known = sorted(_CONFIG | _TRACKER)
+    if key not in known and not key.startswith("policy."):
+        raise UsageError(
+            f"--set {text}: neither pbfx.Config nor pbfx.Tracker has a setting {key!r}; "
+            f"{nearest(key, known)}"
+        )
+    try:
+        return key, ast.literal_eval(written)
+    except (ValueError, SyntaxError):
+        return key, written

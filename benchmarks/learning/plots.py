@@ -1,0 +1,185 @@
+"""Pictures of the studies, from rows and nothing else; the same rows give the same bytes."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.learning.rows import Row
+from benchmarks.learning.studies import STUDIES
+from benchmarks.learning.summary import Line, Table, contenders, front, tables_of
+
+# Okabe and Ito's palette, which colour-blind eyes tell apart too.
+_COLOURS = ("#6e6e6e", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442")
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What was known before a growth, and what it brought.
+
+    Attributes:
+        study, arm, width, dendrites: where; `dendrites` after the growth.
+        predicted: the candidates' mean held-out |correlation| with the error.
+        realised: the share of the validation loss that went, less the share that went from the
+            sham of the same seed in the same phase.
+    """
+
+    study: str
+    arm: str
+    width: float
+    dendrites: int
+    predicted: float
+    realised: float
+
+
+def growths(rows: Sequence[Row]) -> list[Growth]:
+    """Return every growth of perforated arms that has a sham beside it."""
+    shams = {
+        (row.study, row.width, row.seed, _lengths(row)): row for row in rows if row.arm == "sham"
+    }
+    found = []
+    for row in rows:
+        sham = shams.get((row.study, row.width, row.seed, _lengths(row)))
+        if sham is None or not row.arm.startswith("perforated"):
+            continue
+        for index in range(1, min(len(row.stages), len(sham.stages))):
+            stage = row.stages[index]
+            score = (stage.growth or {}).get("candidate_score")
+            if score is None:
+                continue
+            gains = [
+                1 - run.stages[index].phase_loss / run.stages[index - 1].phase_loss
+                for run in (row, sham)
+            ]
+            found.append(
+                Growth(
+                    row.study,
+                    row.arm,
+                    row.width,
+                    stage.dendrites,
+                    score,
+                    gains[0] - gains[1],
+                )
+            )
+    return found
+
+
+def _lengths(row: Row) -> tuple[int, ...]:
+    return tuple(stage.epochs for stage in row.stages)
+
+
+def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Draw what there are rows for into `folder`; return the files."""
+    written = []
+    for study in STUDIES:
+        tables = tables_of([row for row in rows if row.study == study])
+        # The study's own protocol is the one with most lines; others are ablations.
+        main = max(tables, key=lambda table: len(table.lines), default=None)
+        if main is None:
+            continue
+        draw = _draw_front if study == "compression" else _draw_widths
+        written.append(_draw(folder / f"{study}.svg", lambda axes, d=draw, m=main: d(axes, m)))
+    if found := growths(rows):
+        written.append(
+            _draw(folder / "calibration.svg", lambda axes: _draw_calibration(axes, found))
+        )
+    return written
+
+
+def _draw(path: Path, draw: Callable[[Any], None]) -> Path:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "pbfx", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+def _draw_widths(axes: Any, table: Table) -> None:
+    """Draw the last stage of each arm against the width."""
+    final: dict[str, dict[float, Line]] = defaultdict(dict)
+    for line in contenders(table):
+        final[line.arm][line.width] = line
+    for number, (arm, lines) in enumerate(final.items()):
+        points = [lines[width] for width in sorted(lines)]
+        means = [line.score.mean for line in points]
+        halves = [0.0 if math.isnan(h := line.score.half_width) else h for line in points]
+        axes.errorbar(
+            [line.width for line in points],
+            means,
+            halves,
+            label=arm,
+            marker="o",
+            capsize=2,
+            color=_COLOURS[number % len(_COLOURS)],
+            linestyle="-" if number < len(_COLOURS) else ":",
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    widths = sorted({line.width for line in table.lines})
+    axes.set_xticks(widths, [f"{width:g}" for width in widths])
+    axes.minorticks_off()
+    axes.set_xlabel("width")
+    loss = STUDIES[table.study].score == "loss"
+    axes.set_ylabel("test loss, nats" if loss else "test error, %")
+    axes.set_title(f"{table.study}: mean and 95 % interval", loc="left")
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _draw_front(axes: Any, table: Table) -> None:
+    """Draw parameters against error, and the nets that none as small beats."""
+    lines = contenders(table)
+    for number, arm in enumerate(dict.fromkeys(line.arm for line in lines)):
+        own = [line for line in lines if line.arm == arm]
+        axes.scatter(
+            [line.parameters for line in own],
+            [line.score.mean for line in own],
+            label=arm,
+            s=[25 + 25 * line.dendrites for line in own],
+            color=_COLOURS[number % len(_COLOURS)],
+            alpha=0.8,
+        )
+    best = front(lines)
+    axes.step(
+        [line.parameters for line in best],
+        [line.score.mean for line in best],
+        where="post",
+        color="black",
+        linewidth=0.8,
+        label="front",
+    )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("parameters")
+    axes.set_ylabel("test error, %")
+    axes.set_title("compression: larger dots have more dendrites", loc="left")
+    axes.legend(frameon=False)
+
+
+def _draw_calibration(axes: Any, found: Sequence[Growth]) -> None:
+    for number, study in enumerate(dict.fromkeys(growth.study for growth in found)):
+        own = [growth for growth in found if growth.study == study]
+        axes.scatter(
+            [growth.predicted for growth in own],
+            [100 * growth.realised for growth in own],
+            s=14,
+            alpha=0.7,
+            label=study,
+            color=_COLOURS[(number + 1) % len(_COLOURS)],
+        )
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("candidates' mean held-out |correlation| with the error, before the growth")
+    axes.set_ylabel("validation loss gone, beyond the sham's, %")
+    axes.set_title("Does the correlation foretell the gain?", loc="left")
+    axes.legend(frameon=False)

@@ -1,0 +1,184 @@
+"""The studies: a data set, a net, how it is trained, and which arms at which widths by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Adadelta, AdamW, Optimizer
+
+from benchmarks.learning.nets import NETS, Net
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the arms of one study share.
+
+    Attributes:
+        name: what a user types, and the file's name.
+        data: a name in `benchmarks.learning.data.DATA`, and of the net in `NETS`.
+        arms, widths: by default.
+        optimizer: `adadelta` or `adamw`.
+        rate: the first learning rate.
+        gamma: the rate's factor an epoch of a neuron phase; over the one long schedule of a plain
+            arm the rate falls by as much in all.
+        batch_size: rows a step.
+        steps: steps an epoch, None for as many as there are full batches.
+        neuron_epochs, dendrite_epochs, dendrites: of the arms with phases, by default.
+        score: what chooses the epoch on the validation split, the lower the better.
+        selections: names of sets of sites, as globs over module paths.
+        config: settings of `pbfx.Config` that differ from its defaults.
+    """
+
+    name: str
+    data: str
+    arms: tuple[str, ...]
+    widths: tuple[float, ...]
+    optimizer: Literal["adadelta", "adamw"]
+    rate: float
+    gamma: float
+    batch_size: int
+    neuron_epochs: int
+    dendrite_epochs: int
+    dendrites: int
+    steps: int | None = None
+    score: Literal["error", "loss"] = "error"
+    selections: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def net(self) -> Net:
+        """Return the study's net."""
+        return NETS[self.data][0]
+
+    @property
+    def deeper(self) -> Net:
+        """Return the deeper rival."""
+        return NETS[self.data][1]
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter], device: torch.device) -> Optimizer:
+        """Return the optimizer; on CUDA one that a graph can hold, with its rate on the device."""
+        captured = device.type == "cuda"
+        # A rate that is a number would be part of the graph, and no schedule could change it.
+        rate: Any = torch.tensor(self.rate, device=device) if captured else self.rate
+        if self.optimizer == "adadelta":
+            return Adadelta(parameters, lr=rate, capturable=captured)
+        return AdamW(parameters, lr=rate, weight_decay=0.01, capturable=captured, fused=captured)
+
+
+_CONTROLLED = ("plain", "sham", "perforated", "gradient", "perforated-last")
+_MNIST_SITES = {"last": ("fc2",), "cheap": ("conv1", "conv2", "fc2"), "linear": ("fc1", "fc2")}
+
+STUDIES = {
+    study.name: study
+    for study in (
+        Study(
+            "mnist",
+            data="mnist",
+            arms=(
+                *_CONTROLLED,
+                *("perforated-cheap", "wider1", "wider2", "deeper1"),
+            ),
+            widths=(1.0, 0.61, 0.25, 0.1, 0.05),
+            optimizer="adadelta",
+            rate=1.0,
+            gamma=0.7,
+            batch_size=64,
+            neuron_epochs=10,
+            dendrite_epochs=4,
+            dendrites=2,
+            selections=_MNIST_SITES,
+        ),
+        Study(
+            "compression",
+            data="mnist",
+            arms=("plain", "perforated", "perforated-cheap", "perforated-last"),
+            widths=(1.0, 0.8, 0.61, 0.5, 0.35, 0.25, 0.165, 0.1),
+            optimizer="adadelta",
+            rate=1.0,
+            gamma=0.7,
+            batch_size=64,
+            neuron_epochs=10,
+            dendrite_epochs=4,
+            dendrites=3,
+            selections=_MNIST_SITES,
+        ),
+        Study(
+            "adult",
+            data="adult",
+            arms=(
+                "plain",
+                "sham",
+                "perforated",
+                "gradient",
+                "perforated-last",
+                "wider2",
+                "deeper2",
+            ),
+            widths=(1.0, 0.25, 0.0625),
+            optimizer="adamw",
+            rate=2e-3,
+            gamma=0.75,
+            batch_size=128,
+            neuron_epochs=10,
+            dendrite_epochs=4,
+            dendrites=2,
+            selections={"last": ("fc3",), "hidden": ("fc1", "fc2")},
+        ),
+        Study(
+            "shakespeare",
+            data="tiny_shakespeare",
+            arms=(
+                "plain",
+                "sham",
+                "perforated",
+                "gradient",
+                "perforated-last",
+                "wider2",
+                "deeper2",
+            ),
+            widths=(1.0, 0.5),
+            optimizer="adamw",
+            rate=2e-3,
+            gamma=0.75,
+            batch_size=64,
+            steps=400,
+            neuron_epochs=10,
+            dendrite_epochs=4,
+            dendrites=2,
+            score="loss",
+            selections={
+                "last": ("head",),
+                "mlp": ("*.fc1", "*.fc2"),
+                "attention": ("*.attend", "*.project"),
+            },
+        ),
+        Study(
+            "digits",
+            data="digits",
+            arms=(
+                "plain",
+                "sham",
+                "perforated",
+                "gradient",
+                "perforated-last",
+                "wider3",
+                "deeper3",
+            ),
+            widths=(1.0,),
+            optimizer="adamw",
+            rate=0.05,
+            gamma=0.86,
+            batch_size=64,
+            neuron_epochs=20,
+            dendrite_epochs=10,
+            dendrites=3,
+            selections={"last": ("fc",)},
+            # A dendrite phase has 140 batches here, too few for steps of 1e-3.
+            config={"candidate_lr": 2e-2},
+        ),
+    )
+}

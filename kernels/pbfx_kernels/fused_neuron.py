@@ -1,0 +1,231 @@
+"""The *fused* strategy for linear ops: soma and dendrites in one kernel, from one read of `x`.
+
+    z_d = V_d x + c_d + Σ_{e<d} U_{d,e} ⊙ a_e     a_d = f(z_d)     out = W x + b + Σ_d T_d ⊙ a_d
+
+Shapes: P positions, K inputs, N neurons, D dendrites. The weights of a neuron, W_n and V_{d,n}, lie
+next to one another (`interleave`), so a tile of positions by neurons is one wide product, as wide
+as the matrix units like it. Its accumulators hold a neuron's soma and dendrites in the registers of
+one thread, and taking them apart moves nothing.
+
+Programs stay: one takes tile after tile, so that the loads of the next tile are under way while
+activations are computed. Tiles are loaded by descriptors, which are bulk copies on Hopper.
+
+Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
+"""
+
+# The type checker does not know what Triton adds to Python: launch options, static_range.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from pbfx_kernels.fused_configs import Blocks, neuron_blocks
+from pbfx_kernels.launching import ceiling, fast_activations, multiprocessors, on_device
+from pbfx_kernels.triton_math import cascade, link, negated_sum
+
+# Neurons whose weights are interleaved together: what a thread holds of a product's row is pairs of
+# neighbours, eight columns apart.
+QUAD = 4
+# Roles, soma and dendrites, that fit side by side.
+MOST_ROLES = 4
+
+
+@triton.jit
+def apart(product, ROLES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Take an interleaved product, `(BLOCK_P, ROLES * BLOCK_N)`, apart into a tile per role."""
+    if ROLES == 2:
+        first, second = tl.split(tl.reshape(product, (BLOCK_P, BLOCK_N, 2)))
+        return first, second
+    else:
+        tl.static_assert(ROLES == 4, "roles come in twos and fours")
+        # (block, high, neuron, low): role 2 high + low of neuron 4 block + neuron.
+        product = tl.reshape(product, (BLOCK_P, BLOCK_N // 4, 2, 4, 2))
+        product = tl.permute(product, (0, 1, 3, 2, 4))
+        even, odd = tl.split(product)
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        shape: tl.constexpr = (BLOCK_P, BLOCK_N)
+        return (
+            tl.reshape(first, shape),
+            tl.reshape(second, shape),
+            tl.reshape(third, shape),
+            tl.reshape(fourth, shape),
+        )
+
+
+@triton.jit
+def _neuron_kernel(
+    out,
+    kept,
+    x,
+    weights,
+    soma_bias,
+    bias,
+    to_soma,
+    to_dendrite,
+    P,
+    N,
+    K,
+    kept_d,
+    D: tl.constexpr,
+    ROLES: tl.constexpr,
+    KEEP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FAST: tl.constexpr,
+    HAS_SOMA_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_P: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    blocks_p, blocks_n = tl.cdiv(P, BLOCK_P), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), blocks_p * blocks_n, PROGRAMS, flatten=True):
+        # Programs that run together share rows and columns, so that the L2 cache serves them.
+        first = tile // (GROUP_P * blocks_n) * GROUP_P
+        rows = min(blocks_p - first, GROUP_P)
+        within = tile % (GROUP_P * blocks_n)
+        block_p, block_n = first + within % rows, within // rows
+
+        product = tl.zeros((BLOCK_P, ROLES * BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            product = tl.dot(
+                x.load([block_p * BLOCK_P, k]),
+                weights.load([block_n * (ROLES * BLOCK_N), k]).T,
+                product,
+                input_precision=PRECISION,
+            )
+        roles = apart(product, ROLES, BLOCK_P, BLOCK_N)
+        p = block_p.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+        n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = n < N
+        z = ()
+        for d in tl.static_range(D):
+            z = z + (roles[d + 1],)
+        a = cascade(z, bias, to_dendrite, n, mask_n, N, D, HAS_BIAS, ACTIVATION, FAST, 1)
+        s = roles[0]
+        if HAS_SOMA_BIAS:
+            s += link(soma_bias, n, mask_n, 1)
+        s -= negated_sum(a, to_soma, n, mask_n, N, D, 1)
+        at = p[:, None] * N + n[None, :]
+        mask = (p < P)[:, None] & mask_n[None, :]
+        tl.store(out + at, s.to(out.dtype.element_ty), mask=mask)
+        if KEEP:
+            for d in tl.static_range(D):
+                tl.store(kept + d * kept_d + at, a[d].to(kept.dtype.element_ty), mask=mask)
+
+
+def interleave(weight: Tensor, dendrite_weight: Tensor) -> Tensor:
+    """Lay the weights of each neuron side by side, as the kernel reads them.
+
+    Args:
+        weight: W, `(N, K)`.
+        dendrite_weight: V, `(D, N, K)`, D from 1 to 3, the dtype of `weight`.
+
+    Returns:
+        `(R * M, K)` contiguous: R is 2 for one dendrite, else 4, and M is N, rounded up to a
+        multiple of 4; roles and neurons that do not exist are zeros.
+    """
+    dendrites, neurons, inputs = dendrite_weight.shape
+    roles, padded = roles_of(dendrites), ceiling(neurons, QUAD) * QUAD
+    if roles == 2:
+        shape = (padded, 2, inputs)
+        rows = weight.new_empty(shape) if padded == neurons else weight.new_zeros(shape)
+        rows[:neurons, 0], rows[:neurons, 1] = weight, dendrite_weight[0]
+        return rows.view(-1, inputs)
+    full = padded == neurons and dendrites + 1 == roles
+    shape = (padded // QUAD, 2, QUAD, 2, inputs)
+    rows = weight.new_empty(shape) if full else weight.new_zeros(shape)
+    for role, source in enumerate((weight, *dendrite_weight)):
+        target = rows[:, role // 2, :, role % 2]
+        if padded == neurons:
+            target.copy_(source.view(-1, QUAD, inputs))
+        else:
+            whole = neurons // QUAD
+            target[:whole] = source[: whole * QUAD].view(-1, QUAD, inputs)
+            target[whole, : neurons % QUAD] = source[whole * QUAD :]
+    return rows.view(-1, inputs)
+
+
+def roles_of(dendrites: int) -> int:
+    """Return how many roles are interleaved for 1 to 3 dendrites: a power of two."""
+    return 2 if dendrites == 1 else MOST_ROLES
+
+
+def can_describe(x: Tensor) -> bool:
+    """Return whether a descriptor can load from `x`, `(P, K)`: rows dense, 16 bytes apart."""
+    row = x.stride(0) * x.element_size()
+    return x.stride(1) == 1 and row % 16 == 0 and x.data_ptr() % 16 == 0
+
+
+def fused_neuron(
+    x: Tensor,
+    weights: Tensor,
+    soma_bias: Tensor | None,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    out: Tensor,
+    kept: Tensor | None,
+    blocks: Blocks | None = None,
+) -> None:
+    """Write the neuron's output, and the activations if `kept` is given.
+
+    Args:
+        x: `(P, K)`, not empty, `can_describe`; float16 or bfloat16.
+        weights: W and V, `interleave`d, the dtype of `x`.
+        soma_bias: b, `(N,)`, any float dtype, or None.
+        bias: c, `(D, N)`, likewise.
+        to_soma: T, `(D, N)`, D from 1 to 3, any float dtype.
+        to_dendrite: U, `(D, D, N)`, likewise.
+        activation: f, one of `ACTIVATIONS`.
+        out: `(P, N)`, contiguous; written.
+        kept: `(D, P, N)`, contiguous; written.
+        blocks: the configuration, by default `neuron_blocks`'.
+    """
+    dendrites, neurons = to_soma.shape
+    positions, inputs = x.shape
+    blocks = blocks or neuron_blocks(positions, neurons, inputs, dendrites)
+    roles = roles_of(dendrites)
+    tiles = ceiling(positions, blocks.positions) * ceiling(neurons, blocks.neurons)
+    programs = min(tiles, multiprocessors(x) * blocks.resident)
+    with on_device(x):
+        _neuron_kernel[(programs,)](
+            out,
+            # A pointer has to be one, whether it is read or not.
+            out if kept is None else kept,
+            _described(x, blocks.positions, blocks.inputs),
+            _described(weights, roles * blocks.neurons, blocks.inputs),
+            to_soma if soma_bias is None else soma_bias,
+            to_soma if bias is None else bias.contiguous(),
+            to_soma.contiguous(),
+            to_dendrite.contiguous(),
+            positions,
+            neurons,
+            inputs,
+            0 if kept is None else kept.stride(0),
+            D=dendrites,
+            ROLES=roles,
+            KEEP=kept is not None,
+            ACTIVATION=activation,
+            FAST=fast_activations(x),
+            HAS_SOMA_BIAS=soma_bias is not None,
+            HAS_BIAS=bias is not None,
+            PRECISION="tf32",
+            BLOCK_P=blocks.positions,
+            BLOCK_N=blocks.neurons,
+            BLOCK_K=blocks.inputs,
+            GROUP_P=8,
+            PROGRAMS=programs,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+
+
+def _described(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])

@@ -1,0 +1,151 @@
+"""`pbfx::perforated_linear`: a linear op with its dendrites as one node, soma included.
+
+    out, a = W x + b + Σ_d T_d ⊙ a_d, (D, *out)
+
+A graph holds it where the *fused* strategy may compute it: soma and dendrites from one read of the
+input. Its backward is perforated as that of `pbfx::dendrites`: the error reaches the soma's
+parameters, its input and the links T. It is written in plain ops and `pbfx::dendrites_backward`,
+which AOTAutograd hands on to inductor.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.nn import functional as F
+
+import pbfx_kernels.ops  # noqa: F401  registers the ops that a backward runs
+from pbfx_kernels.candidate_autograd import no_autocast
+from pbfx_kernels.dispatch import evaluate_dendrites
+from pbfx_kernels.geometry import LINEAR
+from pbfx_kernels.strategy import can_fuse
+from pbfx_kernels.validation import check_dendrites
+
+
+@custom_op("pbfx::perforated_linear", mutates_args=())
+def perforated_linear_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dendrite_weight: Tensor,
+    dendrite_bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Match `reference.dendrites` over `F.linear(x, weight, bias)`.
+
+    Args:
+        x: `(..., K)`; its dtype is that of the computation.
+        weight: W, `(N, K)`, the dtype of `x`.
+        bias: b, `(N,)`, or None, likewise.
+        dendrite_weight: V, `(D, N, K)`, any float dtype, as all that follow.
+        dendrite_bias: c, `(D, N)`, or None.
+        to_soma: T, `(D, N)`.
+        to_dendrite: U, `(D, D, N)`, strictly lower triangle.
+        activation: f, one of `ACTIVATIONS`.
+        keep: whether to return the activations, else `(0, *out)`.
+
+    Raises:
+        ArgumentError: the dendrites do not fit the soma (see `dendrites`).
+    """
+    links = dendrite_bias, to_soma, to_dendrite, activation
+    with no_autocast(x):
+        if x.numel() and can_fuse(x, weight, dendrite_weight):
+            return _fused(x, weight, bias, dendrite_weight, *links, keep)
+        soma = F.linear(x, weight, bias)
+        check_dendrites(soma, x, dendrite_weight, *links, LINEAR)
+        out, activations = evaluate_dendrites(soma, x, dendrite_weight, *links, LINEAR, keep)
+    return out.contiguous(), activations.contiguous()
+
+
+def _fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dendrite_weight: Tensor,
+    dendrite_bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    from pbfx_kernels.fused_neuron import can_describe, fused_neuron, interleave
+
+    shape = (*x.shape[:-1], weight.shape[0])
+    out = x.new_empty(shape)
+    check_dendrites(
+        out, x, dendrite_weight, dendrite_bias, to_soma, to_dendrite, activation, LINEAR
+    )
+    activations = x.new_empty((len(to_soma) if keep else 0, *shape))
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if can_describe(rows) else rows.clone(memory_format=torch.contiguous_format)
+    fused_neuron(
+        rows,
+        interleave(weight, dendrite_weight.to(weight.dtype)),
+        bias,
+        dendrite_bias,
+        to_soma,
+        to_dendrite,
+        activation,
+        out.view(-1, shape[-1]),
+        activations.view(len(to_soma), -1, shape[-1]) if keep else None,
+    )
+    return out, activations
+
+
+@perforated_linear_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dendrite_weight: Tensor,
+    dendrite_bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    check_dendrites(
+        out, x, dendrite_weight, dendrite_bias, to_soma, to_dendrite, activation, LINEAR
+    )
+    return out, x.new_empty((dendrite_weight.shape[0] if keep else 0, *out.shape))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, _, _, to_soma, *_, keep = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    learns = to_soma.requires_grad
+    if learns and not keep:
+        raise RuntimeError(
+            "pbfx::perforated_linear: to_soma requires a gradient, which needs the activations; "
+            "call it with keep=True"
+        )
+    ctx.save_for_backward(
+        x if weight.requires_grad else None,
+        weight if x.requires_grad else None,
+        output[1] if learns else None,
+    )
+    ctx.has_bias, ctx.to_soma_dtype = bias is not None and bias.requires_grad, to_soma.dtype
+
+
+def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    x, weight, activations = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 9
+    rows = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
+    grad_x = None if weight is None else grad.matmul(weight)
+    grad_weight = None if x is None else rows.T.mm(x.reshape(-1, x.shape[-1]))
+    grad_bias = rows.sum(0) if ctx.has_bias else None
+    grad_to_soma = None
+    if activations is not None:
+        grad_to_soma = torch.ops.pbfx.dendrites_backward.default(grad, activations, -1)
+        grad_to_soma = grad_to_soma.to(ctx.to_soma_dtype)
+    return grad_x, grad_weight, grad_bias, None, None, grad_to_soma, None, None, None
+
+
+perforated_linear_op.register_autograd(_gradients, setup_context=_setup)

@@ -1,0 +1,103 @@
+"""`pbfx::perforated_linear` on the CPU: values, gradients, fakes, and what it refuses."""
+
+import pytest
+import torch
+from kernel_cases import BY_NAME, Site, make_dendrites, oracle_dendrites
+from tolerances import assert_close
+from torch import Tensor
+from torch.nn import functional as F
+
+import pbfx_kernels.neuron_op  # noqa: F401  registers the op
+from pbfx_kernels import ArgumentError
+
+SITES = [BY_NAME[name] for name in ("linear", "linear-sequence", "linear-unbatched")]
+sites = pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
+NAMES = ("x", "weight", "bias", "dendrite_weight", "dendrite_bias", "to_soma", "to_dendrite")
+
+
+def arguments(site: Site, d: int, bias: bool = True) -> dict[str, Tensor | None]:
+    case = make_dendrites(site, d, bias=bias).args()
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(site.weight, dtype=torch.float64, generator=generator)
+    return {
+        "x": case["x"].detach().requires_grad_(),
+        "weight": weight.requires_grad_(),
+        "bias": torch.randn(
+            site.weight[0], dtype=torch.float64, generator=generator
+        ).requires_grad_()
+        if bias
+        else None,
+        "dendrite_weight": case["weight"].detach(),
+        "dendrite_bias": None if case["bias"] is None else case["bias"].detach(),
+        "to_soma": case["to_soma"].detach().requires_grad_(),
+        "to_dendrite": case["to_dendrite"].detach(),
+    }
+
+
+def call(args: dict[str, Tensor | None], keep: bool = True) -> tuple[Tensor, Tensor]:
+    op = torch.ops.pbfx.perforated_linear.default
+    return op(*(args[name] for name in NAMES), "tanh", keep)
+
+
+@sites
+@pytest.mark.parametrize("d", [0, 1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_matches_oracle(site: Site, d: int, bias: bool) -> None:
+    args = arguments(site, d, bias)
+    expected = {
+        name: None if t is None else t.detach().clone().requires_grad_(t.requires_grad)
+        for name, t in args.items()
+    }
+    out, activations = call(args)
+    soma = F.linear(expected["x"], expected["weight"], expected["bias"])
+    given = {
+        "soma": soma,
+        "x": expected["x"].detach(),
+        "weight": expected["dendrite_weight"],
+        "bias": expected["dendrite_bias"],
+        "to_soma": expected["to_soma"],
+        "to_dendrite": expected["to_dendrite"],
+    }
+    wanted, wanted_activations = oracle_dendrites(site, given, "tanh")
+    assert_close(out, wanted)
+    if d:
+        assert_close(activations, torch.stack(wanted_activations))
+    grad = torch.randn(wanted.shape, dtype=wanted.dtype, generator=torch.Generator().manual_seed(2))
+    out.backward(grad)
+    wanted.backward(grad)
+    for name in ("x", "weight", "bias", "to_soma"):
+        if args[name] is not None and args[name].numel():
+            assert_close(args[name].grad, expected[name].grad)
+    for name in ("dendrite_weight", "dendrite_bias", "to_dendrite"):
+        assert args[name] is None or args[name].grad is None
+
+
+@sites
+@pytest.mark.parametrize("d", [0, 2])
+def test_op(site: Site, d: int) -> None:
+    args = arguments(site, d)
+    op = torch.ops.pbfx.perforated_linear.default
+    torch.library.opcheck(op, (*(args[name] for name in NAMES), "tanh", True))
+
+
+def test_frozen_parts_get_nothing() -> None:
+    args = arguments(SITES[0], 2)
+    for name in ("weight", "bias", "to_soma"):
+        args[name].requires_grad_(False)
+    out, activations = call(args, keep=False)
+    assert activations.shape == (0, *out.shape)
+    out.sum().backward()
+    assert args["x"].grad is not None
+    assert all(args[name].grad is None for name in ("weight", "bias", "to_soma"))
+
+
+def test_links_that_learn_need_the_activations() -> None:
+    with pytest.raises(RuntimeError, match="keep=True"):
+        call(arguments(SITES[0], 2), keep=False)
+
+
+def test_refuses_what_does_not_fit() -> None:
+    args = arguments(SITES[0], 2)
+    args["to_soma"] = args["to_soma"].detach()[:, :-1]
+    with pytest.raises(ArgumentError, match="to_soma"):
+        call(args)
