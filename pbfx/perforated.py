@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from pbfx.absorbed import absorb, assign
 from pbfx.capture import CONSTANT
+from pbfx.compiled import drop_compiled_code
 from pbfx.dendrites import Candidates, Dendrites, draw_weights
 from pbfx.errors import CheckpointError, PassError
 from pbfx.passes.context import PassContext
@@ -81,6 +82,7 @@ class PerforatedModule(fx.GraphModule):
             self._graph = before
             raise
         self.recompile()
+        drop_compiled_code(self)
 
     def grown(self) -> dict[str, Dendrites]:
         """Return the dendrites modules that exist now, by the name of their site."""

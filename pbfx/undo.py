@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pbfx.compiled import drop_compiled_code
 from pbfx.dendrites import Dendrites
 from pbfx.errors import RestructureError
 from pbfx.optimizers import Schedule
@@ -40,18 +40,6 @@ def undoing(
         raise RestructureError(
             f"restructuring failed and was undone: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        drop_compiled_code()
-
-
-def drop_compiled_code() -> None:
-    """Let `torch.compile` look at the model anew.
-
-    Dynamo notices the new code of a perforated module that was compiled itself, but not of one
-    inside a larger compiled module: there it would go on with the old graph, without a word.
-    """
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
 
 
 class _Undo:
@@ -111,3 +99,4 @@ class _Undo:
             perforation.__dict__.update(fields.__dict__)
             part._graph = graph
             part.recompile()
+        drop_compiled_code(*(part for part, *_ in self.parts))

@@ -30,7 +30,7 @@ LAYERS: list[tuple[str, str]] = [
     ("dendrites spread", "own the parameters of one site; know no graph around it"),
     ("learning", "train dendrites; know no pass"),
     (
-        "passes pipeline perforation perforated absorbed",
+        "passes pipeline perforation perforated absorbed compiled",
         "rewrite graphs; `perforated` is what they rewrite",
     ),
     (

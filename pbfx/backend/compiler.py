@@ -3,7 +3,7 @@
     Dynamo's graph  ->  lower_dendrites  ->  Inductor, whole or block by block
 
 A graph without dendrites goes to Inductor as it is. Parameters are made by `pbfx.transform` and
-never here: Dynamo lifts them to inputs, and what a backend added would be hidden from the optimizer.
+never here: Dynamo lifts them to inputs, and an optimizer would not see what a backend added.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from pbfx.passes.context import copy_provenance, part
@@ -39,20 +38,19 @@ logger = logging.getLogger(__name__)
 STRATEGIES = ("auto", *(form.value for form in Form))
 
 # What a compiler fuses with the sum before it: activations, residuals, norms and what is as local.
-_FUSED = frozenset(
-    """
-    add add_ iadd sub mul mul_ imul truediv div relu relu_ relu6 leaky_relu gelu silu elu celu selu
-    mish sigmoid tanh hardtanh hardswish hardsigmoid softplus clamp dropout batch_norm layer_norm
-    group_norm instance_norm rms_norm softmax log_softmax float half bfloat16 to
-    """.split()
+_ARITHMETIC = "add add_ iadd sub mul mul_ imul truediv div clamp float half bfloat16 to"
+_ACTIVATIONS = (
+    "relu relu_ relu6 leaky_relu gelu silu elu celu selu mish sigmoid tanh hardtanh hardswish "
+    "hardsigmoid softplus softmax log_softmax dropout"
 )
+_NORMS = "batch_norm layer_norm group_norm instance_norm rms_norm"
+_FUSED = frozenset(f"{_ARITHMETIC} {_ACTIVATIONS} {_NORMS}".split())
 # What only looks at the values from another side, so that fusion reaches past it.
-_VIEWS = frozenset(
-    """
-    view reshape flatten unflatten transpose permute movedim squeeze unsqueeze reshape_as
-    contiguous detach
-    """.split()
+_LOOKS = (
+    "view reshape reshape_as flatten unflatten squeeze unsqueeze transpose permute movedim "
+    "contiguous detach"
 )
+_VIEWS = frozenset(_LOOKS.split())
 
 
 @dataclasses.dataclass(frozen=True)
