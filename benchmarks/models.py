@@ -95,6 +95,52 @@ class ResNet18(nn.Module):
         return self.head(self.blocks(x).mean((2, 3)))
 
 
+class Bottleneck(nn.Module):
+    """A 3x3 convolution between two 1x1 ones, and a shortcut."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.norm1(self.conv1(x)))
+        out = self.norm3(self.conv3(F.relu(self.norm2(self.conv2(out)))))
+        return F.relu(out + self.shortcut(x))
+
+
+class ResNet50(nn.Module):
+    """The layout of ResNet-50 (He et al., arXiv 1512.03385), its channels scaled by `width`."""
+
+    def __init__(self, width: float = 1.0) -> None:
+        super().__init__()
+        inputs = nets.scaled(64, width)
+        self.stem = nn.Conv2d(3, inputs, 7, 2, 3, bias=False)
+        self.norm = nn.BatchNorm2d(inputs)
+        blocks = []
+        for stage, count in enumerate((3, 4, 6, 3)):
+            channels = nets.scaled(64 * 2**stage, width)
+            for index in range(count):
+                blocks.append(Bottleneck(inputs, channels, 2 if stage and not index else 1))
+                inputs = 4 * channels
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(inputs, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.norm(self.stem(x))), 3, 2, 1)
+        return self.head(self.blocks(x).mean((2, 3)))
+
+
 class EncoderLayer(nn.Module):
     """Self-attention and a feed-forward net, normed after each (Devlin et al., 1810.04805)."""
 
@@ -173,6 +219,7 @@ MODELS: dict[str, Model] = {
     "mlp": Model(Mlp, (784,), 10),
     "wide": Model(WideMlp, (4096,), 1000),
     "resnet18": Model(ResNet18, (3, 224, 224), 1000),
+    "resnet50": Model(ResNet50, (3, 224, 224), 1000),
     "bert": Model(BertBase, (128,), 2, tokens=30522),
 }
 

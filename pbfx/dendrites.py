@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 import pbfx_kernels
 from pbfx.config import Config
+from pbfx.draws import uniform
 from pbfx.sites import Site
 from pbfx.spread import Spread
 from pbfx.structure import Counts
@@ -52,22 +52,15 @@ def draw_weights(site: Site, like: Tensor, count: int, seed: str) -> tuple[Tenso
         Weights (count, *site.shape), and biases (count, N) or None. torch's global streams are not
         touched.
     """
-    # Drawn on the CPU, so that a seed means the same on every device.
-    generator = torch.Generator("cpu").manual_seed(zlib.crc32(seed.encode()))
 
-    def uniform(*shape: int) -> Tensor:
+    def drawn(role: str, *shape: int) -> Tensor:
         if like.is_meta:
             return torch.empty(shape, dtype=like.dtype, device="meta")
-        drawn = (
-            torch.rand(shape, generator=generator, device="cpu")
-            .mul_(2)
-            .sub_(1)
-            .div_(site.fan_in**0.5)
-        )
-        return drawn.to(device=like.device, dtype=like.dtype)
+        numbers = uniform(shape, f"{seed}/{role}", like.device)
+        return numbers.mul_(2).sub_(1).div_(site.fan_in**0.5).to(like.dtype)
 
-    weight = uniform(count, *site.shape)
-    return weight, uniform(count, site.neurons) if site.biased else None
+    weight = drawn("weight", count, *site.shape)
+    return weight, drawn("bias", count, site.neurons) if site.biased else None
 
 
 class Candidates(nn.Module):

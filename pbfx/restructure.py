@@ -43,14 +43,24 @@ class Frozen:
 
 @contextmanager
 def restructuring(
-    model: nn.Module, optimizer: Optimizer | None = None, schedule: Schedule | None = None
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    schedule: Schedule | None = None,
+    *,
+    values: bool = True,
 ) -> Iterator[None]:
     """Apply the restructuring in the body wholly or not at all, and bring `optimizer` up to date.
+
+    Args:
+        model: and what follows: see `undoing`.
+        optimizer: likewise.
+        schedule: likewise.
+        values: likewise.
 
     Raises:
         RestructureError: from whatever failed; everything is then as it was before.
     """
-    with undoing(model, optimizer, schedule):
+    with undoing(model, optimizer, schedule, values=values):
         before = dict(model.named_parameters())
         yield
         if optimizer is not None:
@@ -223,7 +233,8 @@ def grow(model: nn.Module, n: int = 1, sites: Sequence[str] | None = None) -> nn
                 f"pbfx.grow: a tracker manages the model{where}, and its optimizer would miss the "
                 "new parameters; grow before making the optimizer and the tracker"
             )
-    with restructuring(model):
+    # What is new is written into new tensors.
+    with restructuring(model, values=False):
         for path, part in parts.items():
             grow_part(
                 part, n, {s.name for s in part.perforation.sites if join(path, s.name) in wanted}

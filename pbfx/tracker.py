@@ -279,7 +279,10 @@ class Tracker:
         kept = self._kept(decision)
         source = self._current if decision.action is Action.GROW else kept
         frozen, learners = None, {}
-        with restructure.restructuring(self.model, self.optimizer, self._schedule):
+        # Promotion makes new tensors; all else returns to a snapshot, which is copied into old
+        # ones.
+        values = decision.action is not Action.PROMOTE
+        with restructure.restructuring(self.model, self.optimizer, self._schedule, values=values):
             if decision.action is Action.PROMOTE:
                 assert self._frozen is not None
                 restructure.promote(self.model, self._learners)

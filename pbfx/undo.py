@@ -20,14 +20,25 @@ from pbfx.perforated import perforated_parts, update_followers
 
 @contextmanager
 def undoing(
-    model: nn.Module, optimizer: Optimizer | None = None, schedule: Schedule | None = None
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    schedule: Schedule | None = None,
+    *,
+    values: bool = True,
 ) -> Iterator[None]:
     """Run the body; if it fails, put model, optimizer and schedule back as they were.
+
+    Args:
+        model: and what follows: what the body may change.
+        optimizer: likewise.
+        schedule: likewise.
+        values: whether the body writes into tensors of the model that exist already, so that they
+            have to be copied first.
 
     Raises:
         RestructureError: from whatever failed.
     """
-    undo = _Undo(model, optimizer, schedule)
+    undo = _Undo(model, optimizer, schedule, values)
     try:
         yield
         for part in perforated_parts(model).values():
@@ -50,7 +61,11 @@ class _Undo:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer | None, schedule: Schedule | None
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        schedule: Schedule | None,
+        values: bool,
     ) -> None:
         parts = list(perforated_parts(model).values())
         averaged = [copy for part in parts for copy in part.perforation.followers]
@@ -65,7 +80,8 @@ class _Undo:
             (part, part.perforation, dataclasses.replace(part.perforation), part._graph)
             for part in perforated_parts(models).values()
         ]
-        tensors = {*models.parameters(), *models.buffers()}
+        held = {*models.parameters(), *models.buffers()}
+        tensors: set[Tensor] = set()
         lists: list[list[Any]] = []
         if optimizer is not None:
             kept += [vars(optimizer), optimizer.state, *optimizer.state.values()]
@@ -79,7 +95,9 @@ class _Undo:
         self.dicts = [(d, dict(d)) for d in kept]
         lists += [v for _, items in self.dicts for v in items.values() if isinstance(v, list)]
         self.lists = [(values, list(values)) for values in lists]
-        self.tensors = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in tensors]
+        self.flags = [(t, t.requires_grad, t.grad) for t in held | tensors]
+        written = held | tensors if values else tensors
+        self.values = [(t, t.detach().clone()) for t in written]
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -92,9 +110,11 @@ class _Undo:
             module.training = training
         for dendrites, finishing in self.finishing:
             dendrites.finishing = finishing
-        for tensor, value, requires_grad, grad in self.tensors:
-            tensor.requires_grad_(requires_grad).copy_(value)
+        for tensor, requires_grad, grad in self.flags:
+            tensor.requires_grad_(requires_grad)
             tensor.grad = grad
+        for tensor, value in self.values:
+            tensor.copy_(value)
         for part, perforation, fields, graph in self.parts:
             perforation.__dict__.update(fields.__dict__)
             part._graph = graph

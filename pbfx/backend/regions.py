@@ -29,7 +29,7 @@ from pbfx.passes.lower_dendrites import module_path
 
 # A member of a container of modules, and something inside it: `blocks.3` of `blocks.3.conv1`. A
 # layer that is a member itself is too small to be a region.
-_BLOCK = re.compile(r"((?:\D[^.]*\.)*?\d+)\..+")
+_BLOCK = re.compile(r"((?:\D[^.]*\.)*?\d+(?:\.\d+)*)\..+")
 # What only looks at a tensor from another side: work in place on it is work on what it looks at.
 _VIEWS = frozenset(
     ("view", "reshape", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "getitem")
