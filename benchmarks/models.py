@@ -96,16 +96,15 @@ class ResNet18(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 3x3 convolution between two 1x1 ones, and a shortcut."""
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; the stride sits in the middle one."""
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, inner: int, stride: int) -> None:
         super().__init__()
-        outputs = 4 * width
-        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
+        outputs = 4 * inner
+        self.conv1 = nn.Conv2d(inputs, inner, 1, bias=False)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, bias=False)
+        self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(inner), nn.BatchNorm2d(inner)
         self.norm3 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
@@ -115,8 +114,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.norm1(self.conv1(x)))
-        out = self.norm3(self.conv3(F.relu(self.norm2(self.conv2(out)))))
-        return F.relu(out + self.shortcut(x))
+        out = F.relu(self.norm2(self.conv2(out)))
+        return F.relu(self.norm3(self.conv3(out)) + self.shortcut(x))
 
 
 class ResNet50(nn.Module):
@@ -124,14 +123,14 @@ class ResNet50(nn.Module):
 
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
-        inputs = nets.scaled(64, width)
-        self.stem = nn.Conv2d(3, inputs, 7, 2, 3, bias=False)
-        self.norm = nn.BatchNorm2d(inputs)
-        blocks = []
-        for stage, count in enumerate((3, 4, 6, 3)):
-            channels = nets.scaled(64 * 2**stage, width)
-            for index in range(count):
-                blocks.append(Bottleneck(inputs, channels, 2 if stage and not index else 1))
+        stem, *inner = (nets.scaled(n, width) for n in (64, 64, 128, 256, 512))
+        self.stem = nn.Conv2d(3, stem, 7, 2, 3, bias=False)
+        self.norm = nn.BatchNorm2d(stem)
+        blocks, inputs = [], stem
+        for stage, (channels, count) in enumerate(zip(inner, (3, 4, 6, 3), strict=True)):
+            for block in range(count):
+                stride = 2 if stage and not block else 1
+                blocks.append(Bottleneck(inputs, channels, stride))
                 inputs = 4 * channels
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(inputs, 1000)
@@ -179,6 +178,63 @@ class BertBase(nn.Module):
         return self.head(self.layers(self.embedding(tokens))[:, 0])
 
 
+class Block(nn.Module):
+    """Self-attention and a feed-forward net, normed before each (Radford et al., 2019)."""
+
+    def __init__(self, hidden: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.attend, self.attended = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
+        self.up, self.down = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.attend(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        x = x + self.attended(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Gpt2(nn.Module):
+    """A language model the size of GPT-2 small: 12 blocks, 12 heads, hidden size 768."""
+
+    def __init__(self, width: float = 1.0, length: int = 512) -> None:
+        super().__init__()
+        heads = nets.scaled(12, width)
+        hidden = 64 * heads
+        self.embedding = nn.Embedding(50257, hidden)
+        self.position = nn.Parameter(torch.zeros(length, hidden))
+        self.blocks = nn.Sequential(*(Block(hidden, heads, causal=True) for _ in range(12)))
+        self.norm = nn.LayerNorm(hidden)
+        # One answer per sequence, so that its loss and its targets are those of the other models.
+        self.head = nn.Linear(hidden, 50257, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.position[: tokens.shape[1]]
+        return self.head(self.norm(self.blocks(x)[:, -1]))
+
+
+class VitB16(nn.Module):
+    """The layout of ViT-B/16 (Dosovitskiy et al., arXiv 2010.11929): 12 blocks over 196 patches."""
+
+    def __init__(self, width: float = 1.0) -> None:
+        super().__init__()
+        heads = nets.scaled(12, width)
+        hidden = 64 * heads
+        self.patch = nn.Conv2d(3, hidden, 16, 16)
+        self.token = nn.Parameter(torch.zeros(1, 1, hidden))
+        self.position = nn.Parameter(torch.zeros(1, 197, hidden))
+        self.blocks = nn.Sequential(*(Block(hidden, heads, causal=False) for _ in range(12)))
+        self.norm = nn.LayerNorm(hidden)
+        self.head = nn.Linear(hidden, 1000)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(patches.shape[0], -1, -1), patches], 1) + self.position
+        return self.head(self.norm(self.blocks(x)[:, 0]))
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """How to build a model at a width, and what its data look like.
@@ -220,7 +276,9 @@ MODELS: dict[str, Model] = {
     "wide": Model(WideMlp, (4096,), 1000),
     "resnet18": Model(ResNet18, (3, 224, 224), 1000),
     "resnet50": Model(ResNet50, (3, 224, 224), 1000),
+    "vit": Model(VitB16, (3, 224, 224), 1000),
     "bert": Model(BertBase, (128,), 2, tokens=30522),
+    "gpt2": Model(Gpt2, (512,), 50257, tokens=50257),
 }
 
 

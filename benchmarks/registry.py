@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import dendrite_step, kernels, restructure, step, zoo
+from benchmarks import dendrite_step, kernels, restructure, step, whole, zoo
 from benchmarks.benchmark import Benchmark
 from benchmarks.learning import command as learning
 
@@ -10,6 +10,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         step.BENCHMARK,
+        whole.BENCHMARK,
         kernels.BENCHMARK,
         dendrite_step.BENCHMARK,
         restructure.BENCHMARK,

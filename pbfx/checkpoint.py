@@ -143,7 +143,8 @@ def load(
         )
     if not perforated_parts(model):
         model = _transform_as(model, header, path)
-    _check_fit(model, header, path)
+    learning = tracker is not None and any(".candidates." in key for key in tensors)
+    _check_fit(model, header, path, learning)
     values = {k.removeprefix("model/"): t for k, t in tensors.items() if k.startswith("model/")}
     wanted = _structures(model, values)
     if tracker is None:
@@ -270,8 +271,15 @@ def _transform_as(model: nn.Module, header: dict[str, Any], path: Any) -> nn.Mod
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
 
 
-def _check_fit(model: nn.Module, header: dict[str, Any], path: Any) -> None:
-    """Compare site by site: a graph may have been split since, when hooks came."""
+def _check_fit(model: nn.Module, header: dict[str, Any], path: Any, learning: bool) -> None:
+    """Compare site by site: a graph may have been split since, when hooks came.
+
+    Args:
+        model: to load into.
+        header: the file's.
+        path: of the file, for the message.
+        learning: whether candidates in training are to be taken over.
+    """
     parts = perforated_parts(model)
     ours = {
         join(name, site.name): part.perforation.config
@@ -291,8 +299,13 @@ def _check_fit(model: nn.Module, header: dict[str, Any], path: Any) -> None:
         )
     elif missing := sorted(set(grown) - ours.keys()):
         faults.append(f"it has dendrites at {missing}, where the model has no site")
-    for setting in ("activation", "learning"):
-        pairs = {(theirs[name][setting], getattr(ours[name], setting)) for name in both}
+    # Candidates remember what their objective needs.
+    for setting in ("activation", "learning", *(("objective",) if learning else ())):
+        # A file may be older than the setting, and was then written by its default.
+        default = getattr(Config(), setting)
+        pairs = {
+            (theirs[name].get(setting, default), getattr(ours[name], setting)) for name in both
+        }
         faults += [
             f"its {setting} is {their!r}, the model's {our!r}"
             for their, our in sorted(pairs)

@@ -13,11 +13,15 @@ from pbfx.errors import ConfigError, nearest
 from pbfx.settings import PerDendrite, at, freeze_lists
 
 Learning = Literal["perforated", "gradient", "sham"]
-Tuning = Literal["links", "all"]
+Tuning = Literal["links", "newest", "all"]
+Objective = Literal["covariance", "correlation"]
+Bias = Literal["drawn", "bend"]
 Capture = Literal["trace", "export"]
 
 LEARNING = ("perforated", "gradient", "sham")
-TUNING = ("links", "all")
+TUNING = ("links", "newest", "all")
+OBJECTIVES = ("covariance", "correlation")
+BIASES = ("drawn", "bend")
 CAPTURE = ("trace", "export")
 # The kernels' table, repeated here so that importing the configuration imports no kernels; a test
 # compares the two.
@@ -52,8 +56,9 @@ class Config:
             by backpropagation) or `"sham"` (the phases and restarts of `"perforated"` with
             dendrites whose output stays zero).
         tuning: what the neuron phases of `"perforated"` train of an accepted dendrite: `"links"`
-            (its link to the neuron, as published) or `"all"` (its weights too, from its neuron's
-            error; none is passed on to what it reads). Other modes leave this aside.
+            (its link to the neuron, as published), `"all"` (its weights too, from its neuron's
+            error; none is passed on to what it reads) or `"newest"` (the same, for the newest
+            dendrite of each neuron). Other modes leave this aside.
         finish: whether one more neuron phase follows where training would complete, in which the
             dendrites of `"perforated"` train with everything else by plain backpropagation. It
             starts from the best network, and is kept only if it beats that.
@@ -61,7 +66,13 @@ class Config:
             to its neuron takes at promotion. 0 leaves the network's output as it was; other values
             assume a loss that is a mean of negative log-likelihoods, without a loss scaler.
         activation: what a dendrite applies to its preactivation: sigmoid, tanh, relu, gelu or silu.
+        objective: what a candidate maximises: its `"covariance"` with its neuron's error, or their
+            `"correlation"`, for which what it explains of the error already counts no more.
         candidates: size C of the pool from which each neuron's next dendrite is chosen.
+        candidate_bias: where candidates start: with `"drawn"` biases, as a fresh layer has them, or
+            with these moved to the `"bend"` of a tanh or sigmoid, whose middle is straight: there
+            squares of the input, the first that a trained neuron leaves over, show in the
+            covariance.
         candidate_lr: step size of the candidates' own Adam; the user's optimizer never steps them.
         measure_every: every m-th training batch of a dendrite phase only measures, so that
             candidates are ranked and stopped on batches that they did not learn from. At least 2.
@@ -89,7 +100,9 @@ class Config:
     finish: bool = False
     initial_link: float = 0.0
     activation: str = "tanh"
+    objective: Objective = "covariance"
     candidates: PerDendrite[int] = 4
+    candidate_bias: Bias = "drawn"
     candidate_lr: PerDendrite[float] = 1e-3
     measure_every: PerDendrite[int] = 4
     priming_batches: PerDendrite[int] = 8
@@ -174,6 +187,8 @@ class Config:
             flag("finish"),
             between("initial_link", 0.0, 1.0, "[]"),
             one_of("activation", ACTIVATIONS),
+            one_of("objective", OBJECTIVES),
+            one_of("candidate_bias", BIASES),
             whole("candidates", 1),
             between("candidate_lr", 0.0, math.inf, "()"),
             whole("measure_every", 2),
@@ -186,7 +201,7 @@ class Config:
     @property
     def trains_stacks(self) -> bool:
         """Whether some neuron phase of `"perforated"` trains the weights of dendrites."""
-        return self.learning == "perforated" and (self.tuning == "all" or self.finish)
+        return self.learning == "perforated" and (self.tuning != "links" or self.finish)
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON values; `filter_fn` is code and stays out."""

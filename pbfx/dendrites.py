@@ -35,6 +35,15 @@ from pbfx_kernels import Geometry, Moment
 _LIKE_WEIGHT = frozenset(("best_weight", "best_bias", "best_to_dendrite"))
 
 
+# Where |f''| is largest: artanh(1/√3), and twice that. The other activations bend most at zero.
+_BENDS = {"tanh": 0.6584789484624085, "sigmoid": 1.316957896924817}
+
+
+def bend_of(config: Config) -> float:
+    """Return the preactivation around which candidates start, 0 unless `config` asks for more."""
+    return _BENDS.get(config.activation, 0.0) if config.candidate_bias == "bend" else 0.0
+
+
 def draw_weights(site: Site, like: Tensor, count: int, seed: str) -> tuple[Tensor, Tensor | None]:
     """Draw `count` sets of weights as torch initialises a fresh linear or conv layer,
     U(±1/sqrt(fan_in)).
@@ -78,6 +87,7 @@ class Candidates(nn.Module):
 
     direction: Tensor
     error_mean: Tensor
+    regression: Tensor | None
     running: Tensor
     running_batches: Tensor
     heldout: Tensor
@@ -115,6 +125,9 @@ class Candidates(nn.Module):
             "best_batches": (count, neurons),
         }.items():
             self.register_buffer(name, weight.new_zeros(shape, dtype=precise))
+        climbs = config.objective == "correlation"
+        line = weight.new_zeros(2, count, neurons, dtype=precise) if climbs else None
+        self.register_buffer("regression", line)
         # A norm scales what its neuron computes; dendrites join after it and have to come scaled.
         self.spread = Spread(count, neurons, weight, precise) if site.norm else None
         self.register_buffer("best_weight", weight.detach().clone())
@@ -169,6 +182,7 @@ class Candidates(nn.Module):
             self.error_mean,
             self.activation,
             fit_form(self.site, neuron, x),
+            self.regression,
         )
         if self.spread is not None and self.spread.open:
             self.spread.add(z, self.site.geometry.channel_axis)
@@ -232,14 +246,24 @@ class Dendrites(nn.Module):
     @property
     def tunes(self) -> bool:
         """Whether a neuron phase trains the dendrites' weights, and not only their links."""
-        tuned = self.learning == "perforated" and self.tuning == "all"
+        tuned = self.learning == "perforated" and self.tuning != "links"
         return tuned or self.backpropagates
+
+    @property
+    def holds_older(self) -> bool:
+        """Whether of those weights only the newest dendrite's train, and there are others."""
+        newest = self.tuning == "newest" and self.tunes and not self.backpropagates
+        return newest and self.count > 1 and self.weight.requires_grad
+
+    def tuned(self) -> list[nn.Parameter]:
+        """Return what a dendrite is made of, its link to the neuron aside."""
+        roles = self.weight, self.bias, self.to_dendrite
+        return [role for role in roles if role is not None]
 
     def set_trainable(self) -> None:
         """Let those parameters require gradients that the neuron phase trains in this mode."""
-        for role in (self.weight, self.bias, self.to_dendrite):
-            if role is not None:
-                role.requires_grad_(self.tunes)
+        for role in self.tuned():
+            role.requires_grad_(self.tunes)
         self.to_soma.requires_grad_(self.learning != "sham")
 
     def set_finishing(self, finishing: bool) -> None:
@@ -314,6 +338,9 @@ class Dendrites(nn.Module):
             # The weights learn from their neuron's error, and what they read does not. In the
             # dendrite phase nothing of this requires gradients.
             evaluate, x = pbfx_kernels.reference.dendrites, x.detach()
+            if self.holds_older:
+                weight, to_dendrite = _newest_learns(weight), _newest_learns(to_dendrite)
+                bias = None if bias is None else _newest_learns(bias)
         elif _in_torch_func():
             # Its transforms do not go through the op; the reference blocks the same errors if what
             # they must not reach is detached.
@@ -330,6 +357,11 @@ class Dendrites(nn.Module):
             self.activation,
             fit_form(self.site, soma, x),
         )
+
+
+def _newest_learns(stack: Tensor) -> Tensor:
+    """Return `stack`, of which only the last row passes gradients on."""
+    return torch.cat([stack[:-1].detach(), stack[-1:]])
 
 
 def _keep_out_of_fast_paths(module: nn.Module, inputs: tuple[Any, ...]) -> None:

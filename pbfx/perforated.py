@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from pbfx.absorbed import absorb, assign
 from pbfx.capture import CONSTANT
 from pbfx.compiled import drop_compiled_code
-from pbfx.dendrites import Candidates, Dendrites, draw_weights
+from pbfx.dendrites import Candidates, Dendrites, bend_of, draw_weights
 from pbfx.errors import CheckpointError, PassError
 from pbfx.passes.context import PassContext
 from pbfx.paths import join
@@ -110,6 +110,8 @@ class PerforatedModule(fx.GraphModule):
         """Draw a fresh pool of `count` candidates per neuron for `site`."""
         dendrites = self.ensure_dendrites(site)
         weight, bias = self.draw(site, count)
+        if bias is not None:
+            bias += bend_of(self.perforation.config)
         dendrites.candidates = Candidates(
             site, self.perforation.config, weight, bias, dendrites.count
         )

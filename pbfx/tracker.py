@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from pbfx import checkpoint, restructure
 from pbfx.errors import TrackerError
 from pbfx.history import Epoch, Step, finite_score, write_csv
-from pbfx.learning import SiteLearner
+from pbfx.learning import SiteLearner, hold_older
 from pbfx.optimizers import Schedule, Stepping
 from pbfx.parts import parameter_count, parts_of
 from pbfx.phase import Phase
@@ -101,7 +101,7 @@ class Tracker:
         self._current: Snapshot | None = None
         self._frozen: Frozen | None = None
         self._learners: dict[str, SiteLearner] = {}
-        self._holds: list[RemovableHandle] = []
+        self._holds: list[RemovableHandle] = hold_older(self.model, self.optimizer)
         # The parameters that the optimizer was last brought in line with.
         self._parameters = dict(self.model.named_parameters())
         self._token = object()
@@ -129,9 +129,9 @@ class Tracker:
         configs = [part.perforation.config for part in parts.values()]
         if isinstance(self.optimizer, torch.optim.Muon) and any(c.trains_stacks for c in configs):
             raise TrackerError(
-                "Muon steps matrices only, and the weights of dendrites, which tuning='all' and "
-                "finish=True train, are stacks of them; use another optimizer, or tuning='links' "
-                "and finish=False"
+                "Muon steps matrices only, and the weights of dendrites, which "
+                f"tuning={configs[0].tuning!r} with finish={configs[0].finish} trains, are stacks "
+                "of them; use another optimizer, or tuning='links' with finish=False"
             )
         for path, part in parts.items():
             if part.perforation.phase is Phase.DENDRITE:
@@ -320,7 +320,11 @@ class Tracker:
         for handle in self._holds:
             handle.remove()
         self._frozen, self._learners = frozen, learners
-        self._holds = restructure.hold_outside(self.model) if learners else []
+        self._holds = (
+            restructure.hold_outside(self.model)
+            if learners
+            else hold_older(self.model, self.optimizer)
+        )
         for learner in learners.values():
             learner.attach()
 
@@ -393,8 +397,8 @@ class Tracker:
                 part.perforation.draws = state["draws"].get(path, part.perforation.draws)
             if self._frozen is not None:
                 restructure.thaw(self.model, self._frozen)
-            if self._finishing or state["finishing"]:
-                restructure.set_finishing(self.model, state["finishing"])
+            if self._finishing or state.get("finishing", False):
+                restructure.set_finishing(self.model, state.get("finishing", False))
             if state["frozen"] is not None:
                 frozen = Frozen(*(tuple(state["frozen"][key]) for key in ("learning", "training")))
                 restructure.freeze(self.model)
@@ -404,7 +408,7 @@ class Tracker:
         self._parameters = parameters
         self.complete, self.history = state["complete"], history
         self._cycle, self._attempt = state["cycle"], state["attempt"]
-        self._finishing = state["finishing"]
+        self._finishing = state.get("finishing", False)
         self._best, self._current = best, current
         self._listen(frozen, learners)
 

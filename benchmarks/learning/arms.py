@@ -25,7 +25,11 @@ from pbfx.errors import nearest
 MODES = ("perforated", "sham", "gradient")
 _MODE = re.compile(rf"({'|'.join(MODES)})(?:-(\w+))?")
 _RIVAL = re.compile(r"(wider|deeper)([1-9])")
-_POLICIES: dict[str, type] = {"interval": pbfx.Interval, "plateau": pbfx.Plateau}
+_POLICIES: dict[str, type] = {
+    name.lower(): value
+    for name, value in vars(pbfx).items()
+    if dataclasses.is_dataclass(value) and isinstance(value, type) and hasattr(value, "decide")
+}
 _CONFIG = {field.name for field in dataclasses.fields(pbfx.Config)}
 _TRACKER = set(inspect.signature(pbfx.Tracker).parameters) - {"model", "optimizer", "scheduler"}
 

@@ -22,12 +22,12 @@ from benchmarks.learning.arms import arm_named, setting
 from benchmarks.learning.mps import multi_process_service
 from benchmarks.learning.nets import parameters_at
 from benchmarks.learning.studies import STUDIES, Study
-from benchmarks.learning.task import Key, Task
+from benchmarks.learning.task import Task
 from benchmarks.learning.workers import Placement, work_off
 from benchmarks.options import count, natural, positive
 from pbfx.errors import PbfxError
 
-SUMMARY = "train paired arms with many seeds: mnist, compression, adult, shakespeare, digits"
+SUMMARY = "studies of what dendrites bring, with many paired seeds"
 _REPORTS = ("summary", "plots")
 
 
@@ -88,16 +88,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    tasks = [task for name in args.study for task in tasks_of(name, args)]
+    # A run that two studies have in common is done once: only the study's name sets it apart.
+    asked = [task for name in args.study for task in tasks_of(name, args)]
+    tasks = list({task.key[1:]: task for task in reversed(asked)}.values())
     placement = _placement(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    files = {name: args.out / f"{name}.csv" for name in args.study}
-    done: set[Key] = set()
-    for path in files.values():
-        if cut := rows.mend(path):
-            print(f"{path}: cut off {cut} bytes of a row that was not written to its end")
-        done |= {rows.key_of(row.cells) for row in rows.read(path)}
-    left = sorted((task for task in tasks if task.key not in done), key=_cost, reverse=True)
+    files = {name: args.out / f"{name}.csv" for name in STUDIES}
+    for name in args.study:
+        if cut := rows.mend(files[name]):
+            print(f"{files[name]}: cut off {cut} bytes of a row that was not written to its end")
+    done = {rows.key_of(row.cells)[1:] for path in files.values() for row in rows.read(path)}
+    left = sorted((task for task in tasks if task.key[1:] not in done), key=_cost, reverse=True)
     if args.budget is not None:
         # What can be done of all is to be whole pairs.
         left.sort(key=lambda task: task.seed)
@@ -109,7 +110,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     if not left:
         return 0
-    begun, finished, faults = time.perf_counter(), 0, 0
+    begun, finished, faults, trained = time.perf_counter(), 0, 0, 0
     service = multi_process_service() if args.mps else contextlib.nullcontext()
     with service, contextlib.closing(work_off(left, placement, args.budget)) as reports:
         for report in reports:
@@ -121,7 +122,7 @@ def _run(args: argparse.Namespace) -> int:
                     f"{spent:6.0f} s  {what} failed:\n{report.fault}", file=sys.stderr, flush=True
                 )
                 continue
-            finished += 1
+            finished, trained = finished + 1, trained + int(report.cells["epochs"])
             cells = report.cells
             rows.append(files[cells["study"]], cells)
             print(
@@ -131,6 +132,10 @@ def _run(args: argparse.Namespace) -> int:
                 f"{float(cells['seconds']):.1f} s",
                 flush=True,
             )
+    spent = time.perf_counter() - begun
+    if trained:
+        each = spent * len(placement.devices) / trained
+        print(f"{trained} epochs in {spent:.0f} s: {each:.3g} s of a device an epoch")
     missing = len(left) - finished
     if missing:
         print(f"{missing} runs are missing ({faults} failed); the same command does them")

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.learning.rows import Row
 from benchmarks.learning.studies import STUDIES
-from benchmarks.learning.summary import Line, Table, contenders, front, tables_of
+from benchmarks.learning.summary import Line, Table, contenders, front, rows_of, tables_of
 
 # Okabe and Ito's palette, which colour-blind eyes tell apart too.
 _COLOURS = ("#6e6e6e", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442")
@@ -76,7 +76,7 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draw what there are rows for into `folder`; return the files."""
     written = []
     for study in STUDIES:
-        tables = tables_of([row for row in rows if row.study == study])
+        tables = tables_of(rows_of(study, rows))
         # The study's own protocol is the one with most lines; others are ablations.
         main = max(tables, key=lambda table: len(table.lines), default=None)
         if main is None:

@@ -13,7 +13,7 @@ from benchmarks.environment import ROOT
 from benchmarks.errors import UsageError
 from benchmarks.learning.rows import RESULTS, Row, read
 from benchmarks.learning.studies import STUDIES
-from benchmarks.learning.summary import REPORTS, tables_of
+from benchmarks.learning.summary import REPORTS, rows_of, tables_of
 from pbfx.files import atomic_path
 
 PAGE = ROOT / "docs" / "results.md"
@@ -69,7 +69,7 @@ def block_of(name: str, rows: Sequence[Row]) -> str:
     """Return the tables of a study, a part for each protocol; empty where there are no rows."""
     if name == "costs":
         return _costs(rows)
-    tables = tables_of([row for row in rows if row.study == name])
+    tables = tables_of(rows_of(name, rows))
     return "\n\n".join(REPORTS[name](table) for table in tables)
 
 

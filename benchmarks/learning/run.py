@@ -135,14 +135,14 @@ def start(
         if tracker.complete or (epoch.phase is pbfx.Phase.NEURON and epoch.action != "retry"):
             best = max(range(begun_at, len(figures)), key=lambda i: _rank(figures, i, task))
             phases.append(_Phase(best, epoch.parameters))
-            # The tracker has gone back to this phase's best network, or at the end to the best of
-            # all.
+            # The tracker has gone back to this phase's best network, or before the last phase and
+            # at the end to the best of all.
             tested = evaluate(model, problem.test)
             yield _ready(device)
             error, loss = tested.tolist()
             phases[-1].test = error, loss
             accepted = max(phases, key=lambda phase: _rank(figures, phase.best, task))
-            if tracker.complete:
+            if tracker.complete or epoch.action == "finish":
                 size = parameter_count(model)
                 same = [phase for phase in phases if phase.parameters == size]
                 accepted = max(same, key=lambda phase: _rank(figures, phase.best, task))
@@ -212,7 +212,8 @@ def _begin(
     settings |= arm.tracker_settings(task.phase_epochs, task.dendrite_epochs)
     tracker = pbfx.Tracker(model, optimizer, StepLR(optimizer, 1, gamma), **settings)
     # Candidates behind a norm are scaled once, by steps that no graph can hold.
-    return model, optimizer, tracker, _EAGER + scaling_batches(config)
+    scaling = max(scaling_batches(config, grown) for grown in range(max(task.dendrites, 1)))
+    return model, optimizer, tracker, _EAGER + scaling
 
 
 def _ready(device: torch.device) -> Ready:

@@ -89,7 +89,7 @@ STUDIES = {
             batch_size=64,
             neuron_epochs=10,
             dendrite_epochs=4,
-            dendrites=2,
+            dendrites=3,
             selections=_MNIST_SITES,
         ),
         Study(

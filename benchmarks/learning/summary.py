@@ -11,7 +11,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from benchmarks.learning.rows import Row
@@ -104,6 +104,27 @@ def tables_of(rows: Sequence[Row]) -> list[Table]:
         metric = "test_loss" if STUDIES[study].score == "loss" else "test_error"
         found.append(Table(study, protocol_of(members[0]), tuple(_lines(members, metric))))
     return found
+
+
+def rows_of(name: str, rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of a study, and those of others that are the very runs that it asks for.
+
+    A run that two studies have in common is done once, see `command`.
+    """
+    study = STUDIES[name]
+    own = [row for row in rows if row.study == name]
+    told = [protocol_of(row) for row in own]
+    seen = {(row.arm, row.width, row.seed, row.settings) for row in own}
+    shared = [
+        row
+        for row in rows
+        if STUDIES[row.study].data == study.data
+        and row.arm in study.arms
+        and row.width in study.widths
+        and (row.arm, row.width, row.seed, row.settings) not in seen
+        and (not own or protocol_of(row) in told)
+    ]
+    return [*own, *(replace(row, study=name) for row in shared)]
 
 
 def protocol_of(row: Row) -> dict[str, object]:

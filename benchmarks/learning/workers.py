@@ -13,6 +13,7 @@ import os
 import time
 import traceback
 from collections.abc import Generator, Iterator, Sequence
+from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -182,9 +183,10 @@ def _reports(next_task: Any, device: torch.device, placement: Placement) -> Iter
                 torch.cuda.synchronize(device)
         return start(task, problems[name], placement.steps_per_graph, pool)
 
+    where = environment("learning", device, "tf32", 0, placement.revision)
     for ended in run_all(next_task, begin, placement.lanes, device):
         if ended.outcome is None:
             yield Report(ended.task, None, ended.fault)
             continue
-        where = environment("learning", device, "tf32", 0, placement.revision)
+        where["utc"] = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         yield Report(ended.task, rows.encode(ended.task, ended.outcome, placement.beside, where))

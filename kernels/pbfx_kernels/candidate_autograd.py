@@ -61,6 +61,7 @@ def differentiate(
     activations: Tensor,
     direction: Tensor,
     error_mean: Tensor,
+    regression: Tensor | None,
     weight_shape: Sequence[int],
     activation: str,
     geometry: Geometry,
@@ -72,12 +73,21 @@ def differentiate(
     """
     if not fused(z):
         return reference.candidates_backward(
-            grad, z, x, activations, direction, error_mean, weight_shape, activation, geometry
+            grad,
+            z,
+            x,
+            activations,
+            direction,
+            error_mean,
+            regression,
+            weight_shape,
+            activation,
+            geometry,
         )
     from pbfx_kernels.candidate_moments import candidate_moments
 
     signal = candidate_moments(
-        grad, z, activations, direction, error_mean, activation, geometry.channel_axis
+        grad, z, activations, direction, error_mean, regression, activation, geometry.channel_axis
     )
     weight = reference.weight_gradient(signal.dz, x.to(z.dtype), weight_shape, geometry)
     if signal.weight_scale != 1:
@@ -130,6 +140,7 @@ def apply(
     moments: Tensor,
     direction: Tensor,
     error_mean: Tensor,
+    regression: Tensor | None,
     activation: str,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:
@@ -141,7 +152,7 @@ def apply(
     """
     tensors = (
         *(neuron, x, activations, weight, bias),
-        *(to_dendrite, moments, direction, error_mean),
+        *(to_dendrite, moments, direction, error_mean, regression),
     )
     form = [None if t is None else (t.shape, t.dtype, t.get_device()) for t in tensors]
     key = (*form, activation, geometry)
@@ -179,6 +190,7 @@ class _Candidates(torch.autograd.Function):
         moments: Tensor,
         direction: Tensor,
         error_mean: Tensor,
+        regression: Tensor | None,
         activation: str,
         geometry: Geometry,
     ) -> tuple[Tensor, Tensor]:
@@ -191,7 +203,7 @@ class _Candidates(torch.autograd.Function):
         learners = weight, bias, to_dendrite, moments
         ctx.learns = any(ctx.needs_input_grad[3:7])
         if ctx.learns:
-            ctx.save_for_backward(z, x, activations, direction, error_mean)
+            ctx.save_for_backward(z, x, activations, direction, error_mean, regression)
             ctx.form = weight.shape, activation, geometry
             ctx.dtypes = [
                 learner.dtype if learner is not None and needed else None
@@ -212,7 +224,7 @@ class _Candidates(torch.autograd.Function):
                     None if dtype is None else gradient.to(dtype)
                     for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
                 ]
-        return grad, None, None, *learned, None, None, None, None
+        return grad, None, None, *learned, *(None,) * 5
 
 
 # The C++ half of `Function.apply`; the Python half looks for function transforms once more.

@@ -1,6 +1,6 @@
 """The error at a neuron, turned into its candidates' gradients and moments in one pass.
 
-    a = f(z)        dz = -direction ⊙ (g - ḡ) ⊙ f'(z) / P
+    a = f(z)        dz = -direction ⊙ (g - ḡ - β ⊙ (a - ā)) ⊙ f'(z) / P
 
     Σa   Σa²   Σg   Σg²   Σag        ∂c = Σ_p dz        ∂U_e = Σ_p dz ⊙ a_e
 
@@ -8,6 +8,8 @@ Shapes: P positions, N neurons, C candidates per neuron, D accepted dendrites. E
 site is walked as `(outer, neuron, inner)`: NCHW is (B, N, HxW), and whatever lets all positions be
 walked with one stride (linear ops, NHWC) is (1, N, P). `dz`, all that the weight gradient needs,
 leaves in the dtype of the computation; f(z) is recomputed and nothing but `dz` and sums is written.
+β and ā, which turn the covariance's gradient into the correlation's, are optional: without them the
+kernel is compiled without the term.
 
 Floor: bytes. g and z are read once and dz is written, 3 PN elements for one candidate, against
 5 PN more passes of the eager reference. The sums are made in two stages: each program adds up its
@@ -105,6 +107,7 @@ def _candidate_moments_kernel(
     a_ptr,
     direction_ptr,
     mean_ptr,
+    regression_ptr,
     dz_ptr,
     sums_ptr,
     neurons,
@@ -131,6 +134,7 @@ def _candidate_moments_kernel(
     dz_scale,
     sum_scale,
     ACTIVATION: tl.constexpr,
+    HAS_REGRESSION: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     EVEN: tl.constexpr,
@@ -145,6 +149,11 @@ def _candidate_moments_kernel(
     at_n, at_c = n.to(tl.int64)[:, None], c.to(tl.int64)
     direction = tl.load(direction_ptr + c * neurons + n, mask=real, other=0.0).to(tl.float32)
     mean = tl.load(mean_ptr + n, mask=real, other=0.0).to(tl.float32)
+    if HAS_REGRESSION:
+        line = regression_ptr + c * neurons + n
+        trend = tl.load(line, mask=real, other=0.0).to(tl.float32)
+        # (2, C, N): `row` is C N.
+        mean_a = tl.load(line + row, mask=real, other=0.0).to(tl.float32)
     g_row = g_ptr + at_n * g_n
     z_row = z_ptr + at_c * z_c + at_n * z_n
     dz_row = dz_ptr + at_c * dz_c + at_n * dz_n
@@ -169,7 +178,10 @@ def _candidate_moments_kernel(
         g = tl.load(g_row + at_o * g_o + at_i * g_i, mask=here, other=0.0).to(tl.float32)
         z = tl.load(z_row + at_o * z_o + at_i * z_i, mask=here, other=0.0).to(tl.float32)
         a, slope = _activation_and_slope(z, ACTIVATION, z_ptr.dtype.element_ty != tl.float32)
-        dz = -direction[:, None] * (g - mean[:, None]) * slope
+        residual = g - mean[:, None]
+        if HAS_REGRESSION:
+            residual -= trend[:, None] * (a - mean_a[:, None])
+        dz = -direction[:, None] * residual * slope
         if not EVEN:
             # f(0) is not 0 for every f, and 0 - ḡ is not 0 either.
             a = tl.where(here, a, 0.0)
@@ -239,6 +251,7 @@ def candidate_moments(
     activations: Tensor,
     direction: Tensor,
     error_mean: Tensor,
+    regression: Tensor | None,
     activation: str,
     channel_axis: int,
 ) -> Signal:
@@ -250,6 +263,7 @@ def candidate_moments(
         activations: a, `(D, *soma)`, of the accepted dendrites.
         direction: `(C, N)`.
         error_mean: ḡ, `(N,)`.
+        regression: β and ā, `(2, C, N)`, or None.
         activation: f, one of `ACTIVATIONS`.
         channel_axis: axis of the neurons in `grad`, negative (`Geometry.channel_axis`).
     """
@@ -257,7 +271,7 @@ def candidate_moments(
         (grad.shape, grad.stride(), grad.dtype),
         (z.shape, z.stride(), z.dtype),
         (activations.shape, activations.stride(), activations.dtype),
-        (direction.dtype, error_mean.dtype),
+        (direction.dtype, error_mean.dtype, None if regression is None else regression.dtype),
         activation,
         channel_axis,
         grad.get_device(),
@@ -266,7 +280,7 @@ def candidate_moments(
         grad = regular(grad, channel_axis)
         z, activations = (regular(stack, channel_axis, stacked=True) for stack in (z, activations))
         return candidate_moments(
-            grad, z, activations, direction, error_mean, activation, channel_axis
+            grad, z, activations, direction, error_mean, regression, activation, channel_axis
         )
     dz = z.new_empty_strided(z.shape, prepared.strides)
     if prepared.launch is None:
@@ -281,6 +295,7 @@ def candidate_moments(
                 activations,
                 direction.contiguous(),
                 error_mean.contiguous(),
+                None if regression is None else regression.contiguous(),
                 dz,
                 total,
             )
@@ -318,7 +333,7 @@ def _prepare(
     g: Form,
     z: Form,
     a: Form,
-    _: tuple[torch.dtype, torch.dtype],
+    steering: tuple[torch.dtype, torch.dtype, torch.dtype | None],
     activation: str,
     channel_axis: int,
     __: int,
@@ -329,7 +344,7 @@ def _prepare(
         g: shape, strides and dtype of the error.
         z: of the preactivations.
         a: of the older dendrites' activations.
-        _: dtypes of direction and mean, for which Triton compiles anew.
+        steering: dtypes of direction, mean and regression, for which Triton compiles anew.
         activation: f.
         channel_axis: axis of the neurons in the error, negative.
         __: the device, on which the compiled kernel lies.
@@ -375,7 +390,10 @@ def _prepare(
             average / half,
             average,
         ),
-        (activation, dendrites, padded, even, plan.tile_neurons, plan.tile_inner),
+        (
+            *(activation, steering[2] is not None),
+            *(dendrites, padded, even, plan.tile_neurons, plan.tile_inner),
+        ),
         _WARPS,
     )
     sums = (rows, neurons) if plan.shares == 1 else (plan.shares, rows, neurons)

@@ -60,9 +60,9 @@ def candidates_flops(
     **_: Any,
 ) -> int:
     """Count `pbfx::candidates`."""
-    # bias, to_dendrite, moments, direction, error_mean, activation, stride, padding, dilation,
-    # groups, transposed
-    return stacked_flops(neuron, x, weight, rest[10])
+    # bias, to_dendrite, moments, direction, error_mean, regression, activation, stride, padding,
+    # dilation, groups, transposed
+    return stacked_flops(neuron, x, weight, rest[11])
 
 
 @register_flop_formula(torch.ops.pbfx.candidates_backward)
@@ -73,6 +73,7 @@ def candidates_backward_flops(
     activations: Sequence[int],
     direction: Sequence[int],
     error_mean: Sequence[int],
+    regression: Sequence[int] | None,
     weight_shape: Sequence[int],
     *rest: Any,
     **_: Any,

@@ -85,6 +85,7 @@ def candidates(
     error_mean: Tensor,
     activation: str = "tanh",
     geometry: Geometry = LINEAR,
+    regression: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pass the neuron's output through, and teach C candidates per neuron from the error.
 
@@ -92,7 +93,8 @@ def candidates(
 
     The error g goes on to `neuron` unchanged. `weight`, `bias` and `to_dendrite` get the gradients
     whose *descent* raises the covariance of `f(z_c)` with g, and `moments` gets the batch sums of
-    `Moment` as its gradient.
+    `Moment` as its gradient. With a `regression`, what the candidate explains of the error already
+    is taken from it, `g - ḡ - β_c (a_c - ā_c)`, and descent raises the correlation.
 
     Args:
         neuron: the site's output, `(..., N)` or `(B, N, *spatial)`, the batch optional.
@@ -108,6 +110,8 @@ def candidates(
         error_mean: ḡ, `(N,)`, the running mean of the error; likewise.
         activation: f, one of `ACTIVATIONS`.
         geometry: the form of the soma; linear if left out.
+        regression: β and ā, `(2, C, N)`: the slope `Cov / σ_a²` of the error over the activation,
+            and the running mean of the activation. Likewise read in the backward.
 
     Returns:
         out: `neuron`, bit for bit. In eager mode it is the same memory, so work in place on one of
@@ -130,6 +134,7 @@ def candidates(
         moments,
         direction,
         error_mean,
+        regression,
     )
     if candidate_autograd.runs_eagerly(*tensors):
         return candidate_autograd.apply(*tensors, activation, geometry)

@@ -189,6 +189,7 @@ def candidates_op(
     moments: Tensor,
     direction: Tensor,
     error_mean: Tensor,
+    regression: Tensor | None,
     activation: str,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -209,6 +210,7 @@ def candidates_op(
         moments,
         direction,
         error_mean,
+        regression,
         activation,
         geometry,
     )
@@ -231,6 +233,7 @@ def _(
     moments: Tensor,
     direction: Tensor,
     error_mean: Tensor,
+    regression: Tensor | None,
     activation: str,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -250,6 +253,7 @@ def _(
         moments,
         direction,
         error_mean,
+        regression,
         activation,
         geometry,
     )
@@ -265,6 +269,7 @@ def candidates_backward_op(
     activations: Tensor,
     direction: Tensor,
     error_mean: Tensor,
+    regression: Tensor | None,
     weight_shape: Sequence[int],
     activation: str,
     stride: Sequence[int],
@@ -278,7 +283,16 @@ def candidates_backward_op(
     geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
     with _no_autocast(grad):
         grad_weight, bias, to_dendrite, moments = candidate_autograd.differentiate(
-            grad, z, x, activations, direction, error_mean, weight_shape, activation, geometry
+            grad,
+            z,
+            x,
+            activations,
+            direction,
+            error_mean,
+            regression,
+            weight_shape,
+            activation,
+            geometry,
         )
     # The layout of a convolution's weight gradient depends on the backend; the fake promises a
     # contiguous one.
@@ -297,6 +311,7 @@ def _(
     activations: Tensor,
     direction: Tensor,
     error_mean: Tensor,
+    regression: Tensor | None,
     weight_shape: Sequence[int],
     activation: str,
     stride: Sequence[int],
@@ -317,7 +332,7 @@ def _(
 
 
 def _candidates_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, x, activations, weight, bias, to_dendrite, moments, direction, error_mean, *form = inputs
+    _, x, activations, weight, bias, to_dendrite, moments, *steering = inputs[:10]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.learns = any(
@@ -325,9 +340,9 @@ def _candidates_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
         for learner in (weight, bias, to_dendrite, moments)
     )
     if ctx.learns:
-        ctx.save_for_backward(output[1], x, activations, direction, error_mean)
+        ctx.save_for_backward(output[1], x, activations, *steering)
         ctx.weight_shape = weight.shape
-        ctx.form = form
+        ctx.form = inputs[10:]
         # In the order of the gradients.
         ctx.dtypes = [
             None if learner is None else learner.dtype
@@ -345,7 +360,7 @@ def _candidates_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tu
             None if dtype is None else gradient.to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-    return grad, None, None, *learned, *(None,) * 9
+    return grad, None, None, *learned, *(None,) * 10
 
 
 candidates_op.register_autograd(_candidates_gradients, setup_context=_candidates_setup)

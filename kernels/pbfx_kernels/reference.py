@@ -192,6 +192,7 @@ def candidates_backward(
     activations: Tensor,
     direction: Tensor,
     error_mean: Tensor,
+    regression: Tensor | None,
     weight_shape: Sequence[int],
     activation: str,
     geometry: Geometry,
@@ -202,6 +203,10 @@ def candidates_backward(
     maximise the covariance. From there on it is the ordinary weight gradient; none reaches the
     input.
 
+    With a regression, `(g - ḡ) - β_c ⊙ (a_c - ā_c)` takes the place of `g - ḡ`. For β = Cov/σ_a²
+    and direction = sign(Cov)/σ_g that is the gradient of the correlation |Cov| / (σ_a σ_g) times
+    σ_a, which only scales it: the error that the candidate does not explain yet.
+
     Args:
         grad: g, the error at the site's preactivation, `(*soma)`.
         z: the candidates' preactivations, `(C, *soma)`.
@@ -209,6 +214,7 @@ def candidates_backward(
         activations: a, `(D, *soma)`, of the accepted dendrites.
         direction: `(C, N)`, the caller's choice, such as `sign(Cov) / σ_g`.
         error_mean: ḡ, `(N,)`, the caller's running mean.
+        regression: β and ā, `(2, C, N)`, the caller's running figures, or None.
         weight_shape: shape of the candidates' weight, `(C, N, K)` or `(C, N, channels / groups,
             *kernel)`.
         activation: f, one of `ACTIVATIONS`.
@@ -235,8 +241,11 @@ def candidates_backward(
     # largest.
     half = max(positions, 1) ** -0.5
     direction = _per_channel(direction.to(wide), grad.dim(), geometry)
-    centred = error - _per_channel(error_mean.to(wide), grad.dim(), geometry)
-    grad_z = direction * centred * activation_derivative(activation, wide_z) * -half
+    residual = error - _per_channel(error_mean.to(wide), grad.dim(), geometry)
+    if regression is not None:
+        trend, mean_a = _per_channel(regression.to(wide), grad.dim(), geometry)
+        residual = residual - trend * (a - mean_a)
+    grad_z = direction * residual * activation_derivative(activation, wide_z) * -half
 
     grad_weight = weight_gradient(grad_z.to(z.dtype), x.to(z.dtype), weight_shape, geometry)
     grad_bias = _sum_positions(grad_z, axis)

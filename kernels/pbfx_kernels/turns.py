@@ -7,6 +7,7 @@ those they only measure. For the t-th batch with sums s (rows of `Moment`):
     held-out += s                     if it measures and is finite
     running   = decay running + s     if it learns and is finite, likewise both numbers of batches
     direction = sign(Cov) / σ_g       ḡ = Σg / P             of the running moments
+    β         = Cov / σ_a²            with ā = Σa / P, for candidates that climb the correlation
     share     = usual P / P           what the gradients are divided by, so that a small batch
                                       counts by its size
 
@@ -26,6 +27,9 @@ from torch import Tensor
 
 from pbfx_kernels.candidate_autograd import triton_is_there
 from pbfx_kernels.moments import Moment
+
+# Below this share of E[a²] a variance is rounding error, and a slope would be noise over nothing.
+CONSTANT = 1e-5
 
 
 class Rules(NamedTuple):
@@ -49,6 +53,7 @@ class Memory(NamedTuple):
         error_mean: `(N,)`, ḡ.
         turns: `()`, int64, batches so far.
         steps: `()` each, float32, Adam's counters of the tensors that learn, at most three.
+        regression: `(2, C, N)`, β and ā, for candidates that climb the correlation; else None.
     """
 
     sums: Tensor
@@ -60,6 +65,13 @@ class Memory(NamedTuple):
     error_mean: Tensor
     turns: Tensor
     steps: tuple[Tensor, ...]
+    regression: Tensor | None = None
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """What stays where it is from batch to batch, Adam's counters aside."""
+        regression = () if self.regression is None else (self.regression,)
+        return [*self[1:8], *regression]
 
 
 class Verdict(NamedTuple):
@@ -103,8 +115,10 @@ def take_turn(memory: Memory, rules: Rules) -> Verdict:
 def _steer(memory: Memory) -> None:
     """Point each candidate's gradient uphill in |Cov|, in units of the neuron's error.
 
-    Dividing by the error's spread makes the step independent of the loss's scale: of batch size, of
-    the number of positions, and of a loss scaler.
+    Where there is a regression, uphill in the correlation: a candidate that is constant has no
+    slope, and climbs the covariance until it varies. Dividing by the error's spread makes the step
+    independent of the loss's scale: of batch size, of the number of positions, and of a loss
+    scaler.
     """
     count = memory.running[Moment.COUNT].clamp_min(1)
     mean_g = memory.running[Moment.G] / count
@@ -117,6 +131,13 @@ def _steer(memory: Memory) -> None:
     # Through `.data`, because graphs of later forwards of the same step may still hold these.
     memory.direction.data.copy_(direction)
     memory.error_mean.data.copy_(mean_g[0])
+    if memory.regression is None:
+        return
+    square_a = memory.running[Moment.AA] / count
+    variance_a = square_a - mean_a**2
+    varies = variance_a > CONSTANT * square_a
+    trend = torch.where(varies, covariance / torch.where(varies, variance_a, 1.0), 0.0)
+    memory.regression.data.copy_(torch.stack([trend, mean_a]))
 
 
 # Lines that make up a table, kept alive as long as it is, and the table.
@@ -153,7 +174,7 @@ def is_capturing(tensor: Tensor) -> bool:
 
 def places(memory: Memory) -> tuple[int, ...]:
     """Return where `memory` lies, this batch's sums aside; what `addresses_of` depends on."""
-    return tuple(tensor.data_ptr() for tensor in (*memory[1:-1], *memory.steps))
+    return tuple(tensor.data_ptr() for tensor in (*memory.kept, *memory.steps))
 
 
 def addresses_of(memory: Memory) -> Tensor | None:
@@ -162,7 +183,7 @@ def addresses_of(memory: Memory) -> Tensor | None:
     None where the kernel cannot run: off a GPU, or where memory has gaps. The line holds addresses:
     keep it as long as `places` of the memory stays the same, and no longer.
     """
-    dense = all(tensor.is_contiguous() for tensor in memory[1:-1])
+    dense = all(tensor.is_contiguous() for tensor in memory.kept)
     if not (memory.running.is_cuda and dense and triton_is_there()):
         return None
     from pbfx_kernels.turns_kernel import line_of

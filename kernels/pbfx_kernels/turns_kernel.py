@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pbfx_kernels.moments import Moment
 from pbfx_kernels.relaunch import Launch
-from pbfx_kernels.turns import Memory, Rules, Tables, Verdict, is_capturing
+from pbfx_kernels.turns import CONSTANT, Memory, Rules, Tables, Verdict, is_capturing
 from pbfx_kernels.walking import on_device, power_of_two
 
 # Kernels of as many models' cohorts.
@@ -28,8 +28,8 @@ _WARPS = 8
 # Links, bias and weight have one of Adam's counters each.
 _STEPS = 3
 # A line of the table: columns, neurons, addresses of running, running_batches, heldout,
-# heldout_batches, direction, error_mean, turns, and of the counters.
-_FIELDS = 9 + _STEPS
+# heldout_batches, direction, error_mean, turns, of the counters, and of the regression.
+_FIELDS = 10 + _STEPS
 
 
 @triton.jit
@@ -48,6 +48,7 @@ def _take_turns_kernel(
     DECAY: tl.constexpr,
     FIELDS: tl.constexpr,
     STEPS: tl.constexpr,
+    CONSTANT: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     # The numbers of rows and fields are written out: what a kernel reads of its module, Triton
@@ -87,6 +88,9 @@ def _take_turns_kernel(
     tl.debug_barrier()
     direction = tl.load(line + 6).to(tl.pointer_type(number))
     error_mean = tl.load(line + 7).to(tl.pointer_type(number))
+    where_regression = tl.load(line + 9 + STEPS)
+    regression = where_regression.to(tl.pointer_type(number))
+    constant = tl.full((), CONSTANT, number)
     overflow = tl.where(finite, 0.0, float("inf")).to(number)
     for start in range(0, columns, COLUMNS):
         at = start + tl.arange(0, COLUMNS)
@@ -101,6 +105,8 @@ def _take_turns_kernel(
                 p = tl.maximum(total, 1.0)
             elif row == 1:
                 mean_a = total / p
+            elif row == 2:
+                square_a = total / p
             elif row == 3:
                 mean_g = total / p
             elif row == 4:
@@ -114,6 +120,12 @@ def _take_turns_kernel(
         tl.store(direction + at, uphill.to(number), mask=steered)
         # The error is the same for all candidates; the first one's row speaks for them.
         tl.store(error_mean + at, mean_g, mask=steered & (at < neurons))
+        fits = steered & (where_regression != 0)
+        variance = square_a - mean_a * mean_a
+        varies = variance > constant * square_a
+        trend = tl.where(varies, covariance / tl.where(varies, variance, 1.0), 0.0)
+        tl.store(regression + at, trend.to(number), mask=fits)
+        tl.store(regression + columns + at, mean_a, mask=fits)
     tl.store(batches, batches_now)
     tl.store(counter, turn)
     for i in tl.static_range(STEPS):
@@ -133,6 +145,7 @@ def line_of(memory: Memory) -> Tensor:
     steps = [step.data_ptr() for step in memory.steps]
     numbers = [columns, memory.error_mean.numel(), *(part.data_ptr() for part in parts)]
     numbers += steps + [0] * (_STEPS - len(steps))
+    numbers.append(0 if memory.regression is None else memory.regression.data_ptr())
     assert len(numbers) == _FIELDS
     # By fills, each a launch with its number as argument: a copy from the host would wait for the
     # device, or keep host memory alive that a captured graph reads again.
@@ -186,6 +199,6 @@ def _prepare(sites: int, widest: int, rules: Rules, _: torch.dtype, __: int) -> 
         _take_turns_kernel,
         (sites, 1),
         (sites, rules.measure_every, rules.priming_batches),
-        (rules.moment_decay, _FIELDS, _STEPS, columns),
+        (rules.moment_decay, _FIELDS, _STEPS, CONSTANT, columns),
         _WARPS,
     )

@@ -63,6 +63,7 @@ def check_candidates(
     moments: Tensor,
     direction: Tensor,
     error_mean: Tensor,
+    regression: Tensor | None,
     activation: str,
     geometry: Geometry,
 ) -> None:
@@ -82,6 +83,7 @@ def check_candidates(
         "moments": moments,
         "direction": direction,
         "error_mean": error_mean,
+        "regression": regression,
     }
     faults = _common_faults(tensors, neuron, x, weight, activation, geometry)
     if not faults:
@@ -94,6 +96,7 @@ def check_candidates(
             ("moments", "(6 * C, N)", moments, (6 * c, n)),
             ("direction", "(C, N)", direction, (c, n)),
             ("error_mean", "(N,)", error_mean, (n,)),
+            ("regression", "(2, C, N)", regression, (2, c, n)),
         )
     if moments.dtype not in _MOMENT_DTYPES:
         # A count has to survive, and Σaa/P - (Σa/P)² has to cancel.

@@ -2,5 +2,6 @@
 
 from pbfx.learning.learner import SiteLearner, new_cohort
 from pbfx.learning.moments import Statistics, statistics
+from pbfx.learning.newest import hold_older
 
-__all__ = ["SiteLearner", "Statistics", "new_cohort", "statistics"]
+__all__ = ["SiteLearner", "Statistics", "hold_older", "new_cohort", "statistics"]

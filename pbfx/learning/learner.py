@@ -98,7 +98,10 @@ class SiteLearner:
         assert pool.moments.grad is not None
         known: dict[str, Any] = {name: buffers[name] for name in _MEMORY}
         steps = tuple(self._adam.state[p]["step"] for p in self._learnt)
-        memory = Memory(sums=pool.moments.grad, **known, turns=self._turns, steps=steps)
+        line = buffers["regression"]
+        memory = Memory(
+            sums=pool.moments.grad, **known, turns=self._turns, steps=steps, regression=line
+        )
         where = places(memory)
         if where != self._line[0]:
             self._line = where, addresses_of(memory)
@@ -124,7 +127,7 @@ class SiteLearner:
         if spread is None or not spread.open:
             return
         if is_capturing(self._turns):
-            due = scaling_batches(self.candidates, self.config)
+            due = scaling_batches(self.config, self.candidates.dendrites)
             raise RestructureError(
                 "the dendrite phase cannot be captured in a CUDA graph yet: candidates that join "
                 f"after a norm are scaled after {due} batches, and this is batch "

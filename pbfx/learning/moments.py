@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pbfx_kernels import Moment
 
-# Below this share of E[a²] a variance is rounding error: the unit is constant (a saturated tanh, a
+# A variance below this share of E[a²] is rounding error: the unit is constant (a saturated tanh, a
 # dead relu), its correlation would be noise divided by nothing.
-CONSTANT = 1e-5
+from pbfx_kernels.turns import CONSTANT
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
     z -> (z - E[z]) / σ_z        by        V -> V / σ_z    U -> U / σ_z    c -> (c - E[z]) / σ_z
 
+(plus the bend of the activation, where candidates are to start there.)
+
 A norm gives its neuron zero mean and unit spread whatever its weight is; nothing does that for a
 dendrite, whose activation would be linear or saturated where its preactivation is tiny or huge. A
 norm per dendrite would cost parameters, statistics and a pass at inference, and would have to be of
@@ -14,20 +16,25 @@ from __future__ import annotations
 import torch
 
 from pbfx.config import Config
-from pbfx.dendrites import Candidates
+from pbfx.dendrites import Candidates, bend_of
 from pbfx.learning.moments import CONSTANT
 
 
-def scaling_batches(pool: Candidates, config: Config) -> int:
-    """Return how many batches show the scale; the rest of the priming fills the moments anew."""
-    return max(1, config.phase(pool.dendrites).priming_batches // 2)
+def scaling_batches(config: Config, dendrites: int) -> int:
+    """Return how many batches show the scale; the rest of the priming fills the moments anew.
+
+    Args:
+        config: says how many batches prime.
+        dendrites: how many a site has already.
+    """
+    return max(1, config.phase(dendrites).priming_batches // 2)
 
 
 def resume_scaling(pool: Candidates, batches: int, config: Config) -> None:
     """Take up where a pool that has seen so many batches left off."""
     if pool.spread is not None:
         pool.spread.batches = batches
-        pool.spread.open = batches < scaling_batches(pool, config)
+        pool.spread.open = batches < scaling_batches(config, pool.dendrites)
 
 
 @torch.no_grad()
@@ -42,17 +49,19 @@ def scale_candidates(pool: Candidates, config: Config) -> None:
     if spread is None or not spread.open:
         return
     spread.batches += 1
-    if spread.batches < scaling_batches(pool, config):
+    if spread.batches < scaling_batches(config, pool.dendrites):
         return
     spread.open = False
     variance = spread.variance
     varies = variance > CONSTANT * (variance + spread.mean**2)
     scale = torch.where(varies, variance.clamp_min(torch.finfo(variance.dtype).tiny).rsqrt(), 1.0)
     shift = torch.where(varies, spread.mean, 0.0)
+    # The mean took it away.
+    bend = torch.where(varies, bend_of(config), 0.0)
     unmeasured = pool.best_score == 0
     for name, value in {
         "weight": pool.weight * pool.site.along_weight(scale),
-        "bias": None if pool.bias is None else (pool.bias - shift) * scale,
+        "bias": None if pool.bias is None else (pool.bias - shift) * scale + bend,
         "to_dendrite": pool.to_dendrite * scale[:, None],
     }.items():
         if value is None:
@@ -67,3 +76,5 @@ def scale_candidates(pool: Candidates, config: Config) -> None:
     # Through `.data`, because graphs of later forwards of the same step may still hold these.
     pool.direction.data.zero_()
     pool.error_mean.data.zero_()
+    if pool.regression is not None:
+        pool.regression.data.zero_()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import dendrite_step, restructure, step
+from benchmarks import dendrite_step, restructure, step, whole
 from benchmarks.benchmark import Case
 from benchmarks.environment import COLUMNS, git_revision
 from benchmarks.errors import GateError, UsageError
@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 TINY = {
     "step": "--models mnist mlp --width 0.05 --batch-size 2 --seconds 0.01 --dendrites 0 2",
     "dendrite-step": "--models mnist wide --width 0.05 --batch-size 2 --seconds 0.01",
+    "models": "--models mnist resnet18 --width 0.05 --batch-size 2 --dendrites 0 2 --seconds 0.01",
     "restructure": "--models mnist --width 0.05 --batch-size 2 --repeats 2",
 }
 
@@ -122,6 +123,11 @@ def test_tiny_run(name, tmp_path, capsys):
         assert floors["pbfx perforated", "infer"] == 3
         plain = [row for row in rows if row["provider"] == "plain"]
         assert all(float(row["x_plain_p50"]) == 1 for row in plain)
+    elif name == "models":
+        # Without dendrites there is nothing to pack.
+        assert len(rows) == 2 * (2 + 3)
+        packed = [row for row in rows if row["provider"] == "packed"]
+        assert all(float(row["x_packed"]) == 1 for row in packed)
     elif name == "dendrite-step":
         # On a CPU there are no graphs: two models, two parts, plain and candidates.
         assert len(rows) == 2 * 2 * 2
@@ -285,3 +291,16 @@ def test_a_pool_that_does_not_learn_is_not_timed(monkeypatch):
     tiny = TINY["dendrite-step"].split()
     with pytest.raises(GateError, match=r"the candidates at conv1.* do not learn"):
         list(dendrite_step.run(parser_of(dendrite_step.BENCHMARK).parse_args(tiny)))
+
+
+def test_models_that_say_something_else_are_not_timed(monkeypatch, capsys):
+    compute = whole.packed_of
+
+    def wrong(model, dendrites):
+        packed = compute(model, dendrites)
+        packed.register_forward_hook(lambda *arguments: arguments[-1] * 1.01)
+        return packed
+
+    monkeypatch.setattr(whole, "packed_of", wrong)
+    assert main(["models", *TINY["models"].split()]) == 1
+    assert "pbfx against packed: output is off" in capsys.readouterr().err

@@ -118,6 +118,19 @@ def test_a_stage_is_the_run_with_fewer_dendrites(arm: str) -> None:
 
 
 @pytest.mark.usefixtures("short_epochs")
+def test_a_last_phase_of_plain_backpropagation_is_a_stage_of_its_own() -> None:
+    data, chosen = problem("mnist"), dict([setting("finish=True")])
+    job = dataclasses.replace(tiny("mnist", "perforated"), arm=arm_named("perforated", {}, chosen))
+    stages = finish(job, data).stages
+    without = finish(tiny("mnist", "perforated"), data).stages
+    assert stages[:2] == without
+    # That phase is left out where no dendrite has helped.
+    helped = without[1].parameters > without[0].parameters
+    assert [stage.dendrites for stage in stages] == [0, 1, 1][: 2 + helped]
+    assert len({stage.epochs for stage in stages}) == len(stages)
+
+
+@pytest.mark.usefixtures("short_epochs")
 def test_runs_in_lanes_are_the_runs_alone() -> None:
     data = problem("mnist")
     jobs = [tiny("mnist", arm, seed) for seed in (0, 1) for arm in ("plain", "perforated")]
@@ -185,6 +198,17 @@ def test_an_epoch_sees_each_row_once() -> None:
     )
 
 
+def test_windows_move_as_the_text_that_they_show() -> None:
+    split = problem("tiny_shakespeare", 500).train
+    # To another device, so that something moves.
+    moved = split.to(torch.device("meta"))
+    assert moved.inputs.shape == (500, CONTEXT)
+    assert moved.inputs.untyped_storage().nbytes() == 8 * (500 + CONTEXT)
+    here = split.to(CPU)
+    assert torch.equal(here.inputs, split.inputs)
+    assert torch.equal(here.targets, split.targets)
+
+
 def test_figures_are_those_of_plain_torch() -> None:
     model, data = torch.nn.Linear(3, 4), torch.randn(2500, 3)
     targets = torch.randint(0, 4, (2500,))
@@ -192,7 +216,7 @@ def test_figures_are_those_of_plain_torch() -> None:
     logits = model(data)
     assert error == pytest.approx(100 * float((logits.argmax(1) != targets).float().mean()))
     assert loss == pytest.approx(
-        float(torch.nn.functional.cross_entropy(logits, targets)), rel=1e-5
+        torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-5
     )
     assert judge(logits, targets).shape == (2,)
 

@@ -9,7 +9,17 @@ from typing import get_args
 import pytest
 
 import pbfx
-from pbfx.config import ACTIVATIONS, LEARNING, TUNING, Learning, Tuning
+from pbfx.config import (
+    ACTIVATIONS,
+    BIASES,
+    LEARNING,
+    OBJECTIVES,
+    TUNING,
+    Bias,
+    Learning,
+    Objective,
+    Tuning,
+)
 from pbfx_kernels import reference
 
 BAD = [
@@ -18,13 +28,15 @@ BAD = [
     ({"exclude": ("fc", 1)}, r"exclude must be a glob or a tuple of globs, got \('fc', 1\)"),
     ({"filter_fn": "fc1"}, "filter_fn must be callable, got 'fc1'"),
     ({"learning": "perforate"}, "learning is unknown, got 'perforate': did you mean 'perforated'"),
-    ({"tuning": "newest"}, "tuning is unknown, got 'newest': valid: 'all', 'links'"),
+    ({"tuning": "none"}, "tuning is unknown, got 'none': "),
     ({"finish": 1}, "finish must be True or False, got 1"),
     ({"initial_link": -0.1}, r"initial_link must be a number in \[0, 1\], got -0.1"),
     ({"initial_link": 1.5}, r"initial_link must be a number in \[0, 1\], got 1.5"),
     ({"initial_link": True}, r"initial_link must be a number in \[0, 1\], got True"),
     ({"activation": "Tanh"}, "activation is unknown, got 'Tanh': did you mean 'tanh'"),
     ({"activation": None}, "activation is unknown, got None"),
+    ({"objective": "gain"}, "objective is unknown, got 'gain': did you mean 'covariance' or"),
+    ({"candidate_bias": "bent"}, "candidate_bias is unknown, got 'bent': did you mean 'bend'"),
     ({"candidates": 0}, "candidates must be a whole number of at least 1, got 0"),
     ({"candidates": 2.0}, "candidates must be a whole number of at least 1, got 2.0"),
     ({"candidates": True}, "candidates must be a whole number of at least 1, got True"),
@@ -69,6 +81,8 @@ def test_all_faults_come_in_one_message():
         {"initial_link": 1.0},
         *({"learning": learning} for learning in LEARNING),
         *({"tuning": tuning} for tuning in TUNING),
+        *({"objective": objective} for objective in OBJECTIVES),
+        *({"candidate_bias": bias} for bias in BIASES),
         *({"activation": activation} for activation in ACTIVATIONS),
     ],
 )
@@ -91,6 +105,8 @@ def test_lists_of_names_agree_with_where_they_come_from():
     assert set(ACTIVATIONS) == set(reference.ACTIVATIONS)
     assert set(LEARNING) == set(get_args(Learning))
     assert set(TUNING) == set(get_args(Tuning))
+    assert set(OBJECTIVES) == set(get_args(Objective))
+    assert set(BIASES) == set(get_args(Bias))
 
 
 def test_json_holds_everything_but_code():

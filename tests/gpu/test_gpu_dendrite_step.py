@@ -51,7 +51,9 @@ class Run:
         torch.manual_seed(0)
         net = Net().to(device, memory_format=layout)
         self.device = device
-        self.model = pbfx.transform(net, pbfx.Config(**RULES))
+        # Each objective with and without a dtype of half the bits.
+        objective = "correlation" if dendrites else "covariance"
+        self.model = pbfx.transform(net, pbfx.Config(**RULES, objective=objective))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         self.dtype, self.layout = dtype, layout
         policy = pbfx.Interval(1, 10**6)

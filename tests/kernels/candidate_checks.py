@@ -48,16 +48,16 @@ def check_backward(
     site: Site, tensors: Tensors, grad: Tensor, z: Tensor, activation: str = "tanh"
 ) -> None:
     """Compare all four results for one z with the float64 reference of the same z."""
-    names = ("x", "activations", "direction", "error_mean")
+    names = ("x", "activations", "direction", "error_mean", "regression")
     shape, geometry = tensors["weight"].shape, site.geometry
     found = candidate_autograd.differentiate(
-        grad, z, *(tensors[n] for n in names), shape, activation, geometry
+        grad, z, *(tensors.get(n) for n in names), shape, activation, geometry
     )
     wide = doubled(tensors)
     expected = reference.candidates_backward(
         grad.double().cpu(),
         z.double().cpu(),
-        *(wide[n] for n in names),
+        *(wide.get(n) for n in names),
         shape,
         activation,
         geometry,
@@ -71,10 +71,13 @@ def check_backward(
 
 
 @dtypes
-@pytest.mark.parametrize(("c", "d", "bias"), [(1, 0, True), (3, 2, True), (2, 1, False)])
+@pytest.mark.parametrize(
+    ("c", "d", "bias", "regression"),
+    [(1, 0, True, False), (3, 2, True, True), (2, 1, False, False)],
+)
 @sites
-def test_site(site: Site, c: int, d: int, bias: bool, dtype: torch.dtype) -> None:
-    case = make_candidates(site, c, d, bias=bias)
+def test_site(site: Site, c: int, d: int, bias: bool, regression: bool, dtype: torch.dtype) -> None:
+    case = make_candidates(site, c, d, bias=bias, regression=regression)
     tensors = tensors_of(case, dtype)
     arguments = [tensors[n] for n in ("x", "activations", "weight", "bias", "to_dendrite")]
     z = candidate_autograd.preactivate(*arguments, site.geometry)
@@ -88,9 +91,10 @@ def test_site(site: Site, c: int, d: int, bias: bool, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 20.0])
-def test_activation(activation: str, scale: float) -> None:
+@pytest.mark.parametrize("regression", [False, True], ids=["covariance", "correlation"])
+def test_activation(activation: str, scale: float, regression: bool) -> None:
     site = BY_NAME["linear-63-127"]
-    case = make_candidates(site, 2, 1, activation)
+    case = make_candidates(site, 2, 1, activation, regression=regression)
     tensors = tensors_of(case, F32)
     # Where tanh is all cancellation, where it bends, and where it is flat.
     z = scale * torch.randn(2, *case.grad.shape, device=DEVICE)
@@ -167,6 +171,7 @@ def test_every_run_gives_the_same_bits(name: str) -> None:
             older,
             tensors["direction"],
             tensors["error_mean"],
+            None,
             "tanh",
             site.geometry.channel_axis,
         )
@@ -193,6 +198,7 @@ def test_the_weight_gradient_takes_dz_without_a_copy(name: str, last: bool) -> N
         z[:0],
         tensors["direction"],
         tensors["error_mean"],
+        None,
         "tanh",
         site.geometry.channel_axis,
     )
@@ -220,6 +226,8 @@ def memories_of(dtype: torch.dtype, device: str) -> list[Memory]:
             zeros(n),
             zeros(dtype=torch.int64),
             tuple(zeros(dtype=F32) for _ in range(steps)),
+            # Candidates of one of them climb the covariance.
+            None if steps == 1 else zeros(2, c, n),
         )
         for steps, (c, n) in zip((1, 2, 3), SITES_OF_A_MODEL, strict=True)
     ]
@@ -256,9 +264,9 @@ def test_turns_are_those_of_the_reference(dtype: torch.dtype) -> None:
             assert torch.equal(verdict.idle.cpu(), wanted.idle), batch
             assert torch.equal(verdict.overflow.cpu(), wanted.overflow), batch
             assert_close(verdict.share.cpu(), wanted.share)
-            for name in memory._fields[1:-1]:
-                out, expected = getattr(memory, name).cpu(), getattr(twin, name)
-                assert_close(out.double(), expected, dtype)
+            assert (twin.regression is None) == (len(twin.steps) == 1)
+            for out, expected in zip(memory.kept, twin.kept, strict=True):
+                assert_close(out.cpu().double(), expected, dtype)
             for step, expected in zip(memory.steps, twin.steps, strict=True):
                 assert torch.equal(step.cpu(), expected), batch
     # The batches that neither measured nor primed nor overflowed.
@@ -277,6 +285,7 @@ def test_a_turn_touches_no_other_memory() -> None:
         heldout=torch.zeros(6, c, n, device=DEVICE),
         direction=torch.zeros(c, n, device=DEVICE),
         error_mean=torch.zeros(n, device=DEVICE),
+        regression=None,
     )
     take_turns_fused([memory], line_of(memory), RULES)
     assert (pool[[0, 2]] == 7.0).all()
@@ -289,7 +298,7 @@ def test_tables_are_remembered_and_never_dropped() -> None:
     whole = table_of(lines, tables)
     assert table_of(lines, tables) is whole
     some = [table_of(lines[:count], tables) for count in (1, 2)]
-    assert [table.numel() for table in (*some, whole)] == [12, 24, 36]
+    assert [table.numel() for table in (*some, whole)] == [13, 26, 39]
     assert table_of(lines, tables) is whole
     # Sites met in ever other combinations get a table each time, and it is right.
     for index in range(100):

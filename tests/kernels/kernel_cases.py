@@ -199,7 +199,7 @@ class Candidates:
         cast: Tensors = {}
         for name, tensor in self.tensors.items():
             wide = dtype if dtype == F64 else torch.float32
-            to = wide if name in ("moments", "direction", "error_mean") else dtype
+            to = wide if name in ("moments", "direction", "error_mean", "regression") else dtype
             cast[name] = None if tensor is None else tensor.to(to)
         for name in (*self.LEARN, "neuron"):
             tensor = cast[name]
@@ -209,9 +209,17 @@ class Candidates:
 
 
 def make_candidates(
-    site: Site, c: int, d: int, activation: str = "tanh", bias: bool = True
+    site: Site,
+    c: int,
+    d: int,
+    activation: str = "tanh",
+    bias: bool = True,
+    regression: bool = False,
 ) -> Candidates:
-    """Draw a site with D accepted dendrites and C candidates per neuron."""
+    """Draw a site with D accepted dendrites and C candidates per neuron.
+
+    With a `regression`, there is one more tensor of that name, as for the correlation objective.
+    """
     grown = make_dendrites(site, d).tensors
     neuron, x = grown["soma"], grown["x"]
     assert neuron is not None
@@ -229,6 +237,7 @@ def make_candidates(
         "moments": torch.full((6 * c, n), torch.nan, dtype=F64),
         "direction": _normal(c, n),
         "error_mean": _normal(n),
+        **({"regression": _normal(2, c, n)} if regression else {}),
     }
     return Candidates(site, tensors, _normal(*neuron.shape) + 0.3, activation)
 
@@ -237,6 +246,8 @@ def oracle_candidates(
     site: Site, tensors: Tensors, grad: Tensor, activation: str
 ) -> tuple[Tensors, Tensor]:
     """Differentiate the negated covariances by autograd, and sum the moments one by one.
+
+    With a regression, half of β (a - ā)² is taken from each covariance.
 
     Returns the gradients of weight, bias and to_dendrite, and the moments `(6, C, N)`.
     """
@@ -260,8 +271,11 @@ def oracle_candidates(
             z = z + site.per_channel(to_dendrite[c, e]) * accepted[e]
         a = ACTIVATION_MODULES[activation](z)
         mean = _sum(a, dims).detach() / positions
-        covariance = _sum((a - site.per_channel(mean)) * centred, dims) / positions
-        loss = loss - (named["direction"][c] * covariance).sum()
+        gain = _sum((a - site.per_channel(mean)) * centred, dims) / positions
+        if "regression" in named:
+            trend, center = (site.per_channel(row) for row in named["regression"][:, c])
+            gain = gain - _sum(trend * (a - center) ** 2, dims) / positions / 2
+        loss = loss - (named["direction"][c] * gain).sum()
         a = a.detach()
         rows = (torch.ones_like(a), a, a * a, grad, grad * grad, a * grad)
         moments.append(torch.stack([_sum(row, dims) for row in rows]))

@@ -31,9 +31,12 @@ def strides(prefix: str, adjoining: bool, stack: str) -> tuple[dict[str, str], d
 
 @pytest.mark.parametrize("dendrites", [0, 1, 3, 8])
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("regression", [False, True], ids=["covariance", "correlation"])
 @dtypes
 @capabilities
-def test_moments(capability: int, dtype: str, layout: str, dendrites: int) -> None:
+def test_moments(
+    capability: int, dtype: str, regression: bool, layout: str, dendrites: int
+) -> None:
     outer, inner, neurons, adjoining = LAYOUTS[layout]
     padded = 1 << max(dendrites - 1, 0).bit_length()
     plan = candidate_moments._plan(outer, inner, neurons, 1, padded, adjoining)
@@ -44,12 +47,17 @@ def test_moments(capability: int, dtype: str, layout: str, dendrites: int) -> No
     types |= dict.fromkeys(("positions", "dz_scale", "sum_scale"), "fp32")
     constants = {
         "ACTIVATION": "tanh",
+        "HAS_REGRESSION": regression,
         "D": dendrites,
         "D_PADDED": padded,
         "EVEN": neurons % plan.tile_neurons == inner % plan.tile_inner == 0,
         "TILE_N": plan.tile_neurons,
         "TILE_I": plan.tile_inner,
     }
+    if regression:
+        types["regression_ptr"] = "*fp32"
+    else:
+        constants["regression_ptr"] = None
     for prefix, stack in (("g", ""), ("z", "z_c"), ("dz", "dz_c"), ("a", "a_e")):
         more, ones = strides(prefix, adjoining, stack)
         types, constants = types | more, constants | ones
@@ -67,7 +75,8 @@ def test_moments(capability: int, dtype: str, layout: str, dendrites: int) -> No
 @capabilities
 def test_moments_of_every_activation(capability: int, activation: str) -> None:
     types = dict.fromkeys(("g_ptr", "z_ptr", "a_ptr", "dz_ptr"), "*bf16")
-    types |= dict.fromkeys(("direction_ptr", "mean_ptr", "sums_ptr"), "*fp32")
+    pointers = ("direction_ptr", "mean_ptr", "regression_ptr", "sums_ptr")
+    types |= dict.fromkeys(pointers, "*fp32")
     types |= dict.fromkeys(("neurons", "outer", "inner", "candidates", "row"), "i64")
     types |= dict.fromkeys(("positions", "dz_scale", "sum_scale"), "fp32")
     # No stride is 1, and all are wide: transposed input of more than 2^31 elements.
@@ -79,6 +88,7 @@ def test_moments_of_every_activation(capability: int, activation: str) -> None:
         types,
         {
             "ACTIVATION": activation,
+            "HAS_REGRESSION": True,
             "D": 3,
             "D_PADDED": 4,
             "EVEN": False,
@@ -129,6 +139,7 @@ def test_turns(capability: int, number: str, columns: int) -> None:
         types,
         {
             "COLUMNS": columns,
+            "CONSTANT": turns_kernel.CONSTANT,
             "DECAY": 0.95,
             "FIELDS": turns_kernel._FIELDS,
             "STEPS": turns_kernel._STEPS,

@@ -5,12 +5,21 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import BY_NAME, F64, Site, Tensors, make_candidates, oracle_candidates, sites
+from kernel_cases import (
+    ACTIVATION_MODULES,
+    BY_NAME,
+    F64,
+    Site,
+    Tensors,
+    make_candidates,
+    oracle_candidates,
+    sites,
+)
 from tolerances import assert_close
 from torch import Tensor
 from torch.nn import functional as F
 
-from pbfx_kernels import ACTIVATIONS, LINEAR, Moment, candidates
+from pbfx_kernels import ACTIVATIONS, LINEAR, Moment, candidates, reference
 
 Call = Callable[..., tuple[Tensor, Tensor]]
 
@@ -21,6 +30,7 @@ def as_op(
     """Call what a graph holds; the function takes another way where nobody records ops."""
     g = geometry
     form = g.stride, g.padding, g.dilation, g.groups, g.transposed, g.output_padding
+    tensors.setdefault("regression", None)
     return torch.ops.pbfx.candidates.default(*tensors.values(), activation, *form)
 
 
@@ -28,11 +38,16 @@ ways = pytest.mark.parametrize("call", [candidates, as_op], ids=["eager", "op"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
-@pytest.mark.parametrize(("c", "d"), [(1, 0), (3, 0), (1, 3), (3, 1)])
+@pytest.mark.parametrize(
+    ("c", "d", "regression"),
+    [(1, 0, False), (3, 0, False), (1, 3, False), (3, 1, False), (3, 1, True)],
+)
 @ways
 @sites
-def test_matches_oracle(site: Site, call: Call, c: int, d: int, dtype: torch.dtype) -> None:
-    case = make_candidates(site, c, d)
+def test_matches_oracle(
+    site: Site, call: Call, c: int, d: int, regression: bool, dtype: torch.dtype
+) -> None:
+    case = make_candidates(site, c, d, regression=regression)
     args = case.args(dtype)
     out, z = call(**args, activation="tanh", geometry=site.geometry)
     out.backward(case.grad.to(dtype))
@@ -117,6 +132,38 @@ def test_descent_raises_the_covariance() -> None:
     assert (covariance().abs() > before.abs()).all()
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_regression_makes_it_the_gradient_of_the_correlation(activation: str) -> None:
+    """Autograd of |Cov| / (σ_a σ_g) as it is written, times σ_a of each candidate."""
+    site = BY_NAME["conv2d-form"]
+    case = make_candidates(site, 2, 1, activation)
+    args, wanted = case.args(), case.args()
+
+    def moments(weight: Tensor, bias: Tensor, to_dendrite: Tensor) -> tuple[Tensor, ...]:
+        z = reference.candidate_preactivations(
+            wanted["x"], wanted["activations"], weight, bias, to_dendrite, site.geometry
+        )
+        a = ACTIVATION_MODULES[activation](z).movedim(2, -1).flatten(1, -2)
+        g = case.grad.movedim(1, -1).flatten(0, -2)
+        mean_a, mean_g = a.mean(1, keepdim=True), g.mean(0)
+        covariance = ((a - mean_a) * (g - mean_g)).mean(1)
+        return covariance, a.var(1, correction=0), mean_a[:, 0], g.var(0, correction=0), mean_g
+
+    learnt = [wanted[name] for name in ("weight", "bias", "to_dendrite")]
+    covariance, variance_a, mean_a, variance_g, mean_g = moments(*learnt)
+    spread_a = variance_a.detach().sqrt()
+    correlation = covariance.abs() / (variance_a * variance_g).sqrt()
+    expected = torch.autograd.grad(-(spread_a * correlation).sum(), learnt)
+
+    args["direction"] = covariance.detach().sign() / variance_g.sqrt()
+    args["error_mean"] = mean_g
+    line = torch.stack([covariance / variance_a, mean_a]).detach()
+    call = candidates(**args, activation=activation, geometry=site.geometry, regression=line)
+    call[0].backward(case.grad)
+    for name, gradient in zip(("weight", "bias", "to_dendrite"), expected, strict=True):
+        assert_close(args[name].grad, gradient)
+
+
 @ways
 @pytest.mark.parametrize("learner", ["weight", "bias", "to_dendrite", "moments", "neuron"])
 def test_any_one_learner_is_enough(learner: str, call: Call) -> None:
@@ -132,12 +179,12 @@ def test_any_one_learner_is_enough(learner: str, call: Call) -> None:
 
 @ways
 def test_nothing_else_gets_a_gradient(call: Call) -> None:
-    case = make_candidates(BY_NAME["linear"], 2, 1)
-    args = case.args()
-    for name in ("x", "activations", "direction", "error_mean"):
+    case = make_candidates(BY_NAME["linear"], 2, 1, regression=True)
+    args, names = case.args(), ("x", "activations", "direction", "error_mean", "regression")
+    for name in names:
         args[name] = args[name].clone().requires_grad_()
     call(**args)[0].backward(case.grad)
-    assert all(args[n].grad is None for n in ("x", "activations", "direction", "error_mean"))
+    assert all(args[name].grad is None for name in names)
 
 
 def test_buffers_may_change_before_the_backward() -> None:

@@ -54,6 +54,7 @@ def test_dendrites_says_what_does_not_fit(changes: dict[str, Any], message: str)
         ({"to_dendrite": torch.zeros(2, 2, 6)}, r"to_dendrite: .* = \(2, 1, 6\), got \(2, 2, 6\)"),
         ({"direction": torch.zeros(6)}, r"direction: expected shape \(C, N\) = \(2, 6\)"),
         ({"error_mean": torch.zeros(2, 6)}, r"error_mean: expected shape \(N,\) = \(6,\)"),
+        ({"regression": torch.zeros(2, 6)}, r"regression: expected .* = \(2, 2, 6\), got \(2, 6\)"),
         ({"neuron": torch.zeros(5, 7)}, r"neuron: expected shape of the op's output"),
         ({"activation": "Tanh"}, r"activation: expected one of"),
     ],

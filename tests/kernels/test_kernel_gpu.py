@@ -66,11 +66,12 @@ def test_dendrites(site: Site, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("c", "d"), [(1, 0), (3, 1)])
 @sites
 def test_candidates(site: Site, c: int, d: int, op: bool, dtype: torch.dtype) -> None:
-    case = make_candidates(site, c, d)
+    case = make_candidates(site, c, d, regression=d != 0)
     args = _on_gpu(case.args(dtype))
     grad = case.grad.to(dtype)
     if op:
         call = torch.ops.pbfx.candidates.default
+        args.setdefault("regression", None)
         out, _ = call(*args.values(), "tanh", *site.op_geometry)
     else:
         out, _ = candidates(**args, activation="tanh", geometry=site.geometry)
@@ -87,14 +88,15 @@ def test_candidates(site: Site, c: int, d: int, op: bool, dtype: torch.dtype) ->
 @pytest.mark.parametrize("name", ["linear", "conv2d-form", "conv2d"])
 def test_opcheck_candidates(name: str, c: int, d: int) -> None:
     site = BY_NAME[name]
-    case = make_candidates(site, c, d, bias=d != 0)
+    case = make_candidates(site, c, d, bias=d != 0, regression=d != 0)
     args = _on_gpu(case.args(torch.float32))
+    args.setdefault("regression", None)
     torch.library.opcheck(
         torch.ops.pbfx.candidates.default, (*args.values(), "gelu", *site.op_geometry)
     )
     plain = {name: None if t is None else t.detach() for name, t in args.items()}
     z = torch.randn(c, *plain["neuron"].shape, device="cuda")
-    names = ("x", "activations", "direction", "error_mean")
+    names = ("x", "activations", "direction", "error_mean", "regression")
     torch.library.opcheck(
         torch.ops.pbfx.candidates_backward.default,
         (

@@ -41,12 +41,13 @@ def test_opcheck_dendrites(site: Site, d: int) -> None:
 @pytest.mark.parametrize(("c", "d"), [(1, 0), (3, 2)])
 @forms
 def test_opcheck_candidates(site: Site, c: int, d: int) -> None:
-    case = make_candidates(site, c, d, bias=d != 0)
+    case = make_candidates(site, c, d, bias=d != 0, regression=d != 0)
     args = case.args(torch.float32)
+    args.setdefault("regression", None)
     torch.library.opcheck(OPS.candidates.default, (*args.values(), "gelu", *site.op_geometry))
     plain: Tensors = {name: None if t is None else t.detach() for name, t in args.items()}
     z = torch.randn(c, *plain["neuron"].shape)
-    names = ("x", "activations", "direction", "error_mean")
+    names = ("x", "activations", "direction", "error_mean", "regression")
     torch.library.opcheck(
         OPS.candidates_backward.default,
         (

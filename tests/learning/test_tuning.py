@@ -254,7 +254,7 @@ def test_a_run_that_stops_in_the_last_phase_goes_on_as_if_it_had_not(tmp_path: P
     assert same(task_epochs(other, again), through)
 
 
-@pytest.mark.parametrize("settings", [{"tuning": "all"}, {"finish": True}])
+@pytest.mark.parametrize("settings", [{"tuning": "all"}, {"tuning": "newest"}, {"finish": True}])
 def test_muon_is_refused_before_anything_trains(settings: dict[str, object]) -> None:
     net = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 1, bias=False))
     model = pbfx.transform(net, pbfx.Config(**settings))
@@ -262,9 +262,9 @@ def test_muon_is_refused_before_anything_trains(settings: dict[str, object]) -> 
         pbfx.Tracker(model, torch.optim.Muon(model.parameters()))
 
 
-def of_all(net: nn.Module, count: int = 2) -> nn.Module:
+def of_all(net: nn.Module, count: int = 2, tuning: str = "all") -> nn.Module:
     """Grow dendrites that matter, all of whose weights train."""
-    model = pbfx.grow(pbfx.transform(net, pbfx.Config(tuning="all")), count).double().eval()
+    model = pbfx.grow(pbfx.transform(net, pbfx.Config(tuning=tuning)), count).double().eval()
     for dendrites in dendrites_of(model).values():
         nn.init.normal_(dendrites.to_soma)
         nn.init.normal_(dendrites.to_dendrite)
@@ -345,6 +345,100 @@ def test_weights_learn_from_their_neurons_error_and_pass_none_on(kind: type[nn.M
         assert relative_error(found, wanted) < 1e-12, name
 
 
+@pytest.mark.parametrize("kind", [Mlp, Conv])
+def test_of_three_dendrites_the_newest_alone_gets_a_gradient(kind: type[nn.Module]) -> None:
+    """The others' are zero, so that clipping by the norm of all does not see them either."""
+    torch.manual_seed(0)
+    every, newest = of_all(kind(), 3), of_all(kind(), 3, "newest")
+    newest.load_state_dict(every.state_dict())
+    x = torch.randn(*((5, 6) if kind is Mlp else (5, 1, 8, 8)), dtype=torch.float64)
+    weigh = torch.randn_like(every(x))
+    for model in (every, newest):
+        (model(x) * weigh).sum().backward()
+    wanted = dict(every.named_parameters())
+    for name, parameter in newest.named_parameters():
+        gradient = wanted[name].grad
+        assert parameter.grad is not None
+        assert gradient is not None
+        if ".dendrites." in name and not name.endswith("to_soma"):
+            assert not parameter.grad[:-1].any(), name
+            # Of the links only those into the newest are read by it alone.
+            assert relative_error(parameter.grad[-1], gradient[-1]) < 1e-12, name
+        else:
+            assert relative_error(parameter.grad, gradient) < 1e-12, name
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
+    "adadelta": lambda p: torch.optim.Adadelta(p, 1.0, weight_decay=0.1),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, 0.1, max_iter=3),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_older_dendrites_keep_every_bit_while_the_newest_trains(kind: str) -> None:
+    """Through growths, in which momentum of the time when they were the newest stays behind."""
+    torch.manual_seed(0)
+    task = regression(96)
+    config = pbfx.Config(tuning="newest", priming_batches=1, measure_every=2)
+    model = pbfx.transform(Mlp(), config)
+    optimizer = OPTIMIZERS[kind](list(model.parameters()))
+    tracker = pbfx.Tracker(model, optimizer, policy=pbfx.Interval(2, 1), max_dendrites=3)
+
+    def epoch() -> None:
+        for x, y in task.batches():
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                optimizer.zero_grad()
+                loss = task.loss(model(x), y)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+
+    checked = set()
+    while not tracker.complete:
+        before = copied(dict(model.named_parameters()))
+        epoch()
+        neuron = tracker.phase is pbfx.Phase.NEURON
+        for name, dendrites in dendrites_of(model).items():
+            for role in FROZEN_ROLES if dendrites.count else ():
+                now, old = getattr(dendrites, role), before[f"{name}.{role}"]
+                assert identical(now[:-1], old[:-1]), (name, role)
+                if role == "to_dendrite" and dendrites.count == 1:
+                    continue
+                assert identical(now[-1], old[-1]) is not neuron, (name, role)
+                checked.add((dendrites.count, neuron))
+        tracker.step(float(len(tracker.history)))
+    assert checked == {(1, True), (1, False), (2, True), (2, False), (3, True)}
+
+
+def test_weights_loaded_between_steps_are_kept() -> None:
+    """What a step must not move is what was there before the step, whoever put it there."""
+    torch.manual_seed(0)
+    model = pbfx.grow(pbfx.transform(Mlp(), pbfx.Config(tuning="newest")), 2)
+    optimizer = sgd(model)
+    tracker = pbfx.Tracker(model, optimizer)
+    train(model, optimizer, regression(96))
+    other = {name: t + 1 for name, t in network(model).items()}
+    model.load_state_dict(other)
+    train(model, optimizer, regression(96))
+    for name, dendrites in dendrites_of(model).items():
+        assert dendrites.holds_older
+        assert identical(dendrites.weight[:-1], other[f"{name}.weight"][:-1]), name
+        assert not identical(dendrites.weight[-1:], other[f"{name}.weight"][-1:]), name
+    assert tracker.dendrites == 2
+
+
+def test_in_the_last_phase_older_dendrites_are_free() -> None:
+    model, tracker = trained(Action.FINISH, tuning="newest")
+    before = copied(dict(model.named_parameters()))
+    train(model, tracker.optimizer, regression(96))
+    for name, dendrites in dendrites_of(model).items():
+        assert not identical(dendrites.weight[:-1], before[f"{name}.weight"][:-1]), name
+
+
 def test_neuron_phases_tune_what_is_accepted_and_dendrite_phases_do_not() -> None:
     torch.manual_seed(0)
     model = pbfx.transform(Cnn(), pbfx.Config(tuning="all", priming_batches=1, measure_every=2))
@@ -369,7 +463,7 @@ def test_tuning_has_no_effect_on_the_other_modes() -> None:
     for learning in ("gradient", "sham"):
         plain, tuned = (
             trained(None, dendrites=1, learning=learning, tuning=tuning, finish=False)
-            for tuning in ("links", "all")
+            for tuning in ("links", "newest")
         )
         assert same(network(plain[0]), network(tuned[0])), learning
 
