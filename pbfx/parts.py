@@ -64,13 +64,10 @@ def parameter_count(model: nn.Module) -> int:
 
     Of `to_dendrite` (D, D, N) the strictly lower triangle counts; the rest is never read.
     """
-    pools = {id(p) for p in candidate_parameters(model).values()}
-    total = sum(p.numel() for p in model.parameters() if id(p) not in pools)
-    for module in model.modules():
-        if isinstance(module, Dendrites):
-            count, neurons = module.to_soma.shape
-            total -= count * (count + 1) // 2 * neurons
-    return total
+    grown = [module for module in model.modules() if isinstance(module, Dendrites)]
+    theirs = {id(p) for module in grown for p in module.parameters()}
+    plain = sum(p.numel() for p in model.parameters() if id(p) not in theirs)
+    return plain + sum(module.parameter_count for module in grown)
 
 
 def network_state(model: nn.Module) -> dict[str, Tensor]:

@@ -39,6 +39,8 @@ class Perforation:
         draws: how many pools of weights have been drawn, so that a new pool differs from the last.
         records: what the passes did at the last rebuild.
         tracker: the one tracker that may restructure this module, as a token.
+        slots: how many slots each site had at the last rebuild; with `Config(reserve=...)` only.
+        forwards: the forwards of the graphs that have run with these slots, by their code.
         followers: copies that `AveragedModel`s made of this module: they follow its structure.
     """
 
@@ -57,15 +59,19 @@ class Perforation:
     draws: int = 0
     records: tuple[PassRecord, ...] = ()
     tracker: object = None
+    slots: tuple[int, ...] = ()
+    forwards: dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     followers: weakref.WeakSet[nn.Module] = dataclasses.field(default_factory=weakref.WeakSet)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Perforation:
-        twin = dataclasses.replace(self, tracker=None, followers=weakref.WeakSet())
+        twin = dataclasses.replace(
+            self, tracker=None, slots=(), forwards={}, followers=weakref.WeakSet()
+        )
         memo[id(self)] = twin
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**vars(self), "tracker": None, "followers": ()}
+        state = {**vars(self), "tracker": None, "followers": (), "slots": (), "forwards": {}}
         state["config"] = dataclasses.replace(self.config, filter_fn=None)
         owner = f"the perforated module at {self.path!r}" if self.path else "the perforated module"
         state["source"] = plain_nodes(self.source, owner)

@@ -75,7 +75,10 @@ class _Undo:
         for module in modules:
             kept += [module._modules, module._parameters, module._buffers]
         self.training = [(module, module.training) for module in modules]
-        self.finishing = [(m, m.finishing) for m in modules if isinstance(m, Dendrites)]
+        grown = [module for module in modules if isinstance(module, Dendrites)]
+        self.grown = [(module, module.finishing, module.alive) for module in grown]
+        # Where slots are reserved, growing is writing.
+        values = values or any(module.alive is not None for module in grown)
         self.parts = [
             (part, part.perforation, dataclasses.replace(part.perforation), part._graph)
             for part in perforated_parts(models).values()
@@ -108,8 +111,8 @@ class _Undo:
             values[:] = members
         for module, training in self.training:
             module.training = training
-        for dendrites, finishing in self.finishing:
-            dendrites.finishing = finishing
+        for dendrites, finishing, alive in self.grown:
+            dendrites.finishing, dendrites.alive = finishing, alive
         for tensor, requires_grad, grad in self.flags:
             tensor.requires_grad_(requires_grad)
             tensor.grad = grad

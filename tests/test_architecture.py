@@ -27,7 +27,7 @@ LAYERS: list[tuple[str, str]] = [
         "topology cells attention sites capture structure kept plain_graph",
         "read the model; rewrite nothing",
     ),
-    ("dendrites spread draws", "own the parameters of one site; know no graph around it"),
+    ("dendrites spread draws reserve", "own the parameters of one site; know no graph around it"),
     ("learning", "train dendrites; know no pass"),
     (
         "passes pipeline perforation perforated absorbed compiled",

@@ -8,7 +8,6 @@ Neither is for a graph to take apart: both stay one node.
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,13 @@ from torch.nn.utils import parametrize
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+
+
+class _Layer:
+    """Stands for a transposed convolution; a class of our own, because Dynamo can trace that."""
+
+    def __init__(self, padding: Any) -> None:
+        self.output_padding = padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +40,7 @@ def output_padding(default: Any, *arguments: Any) -> list[int]:
         default: its own output padding, which holds where no size is asked for.
         arguments: of `nn.ConvTranspose2d._output_padding`, which computes the rest.
     """
-    layer: Any = types.SimpleNamespace(output_padding=default)
+    layer: Any = _Layer(default)
     return nn.ConvTranspose2d._output_padding(layer, *arguments)
 
 
