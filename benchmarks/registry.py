@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import dendrite_step, kernels, restructure, step, whole, zoo
+from benchmarks import dendrite_step, kernels, recompile, restructure, step, whole, zoo
 from benchmarks.benchmark import Benchmark
 from benchmarks.learning import command as learning
 
@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         kernels.BENCHMARK,
         dendrite_step.BENCHMARK,
         restructure.BENCHMARK,
+        recompile.BENCHMARK,
         zoo.BENCHMARK,
     )
 }

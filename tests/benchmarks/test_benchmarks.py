@@ -30,6 +30,7 @@ TINY = {
     "dendrite-step": "--models mnist wide --width 0.05 --batch-size 2 --seconds 0.01",
     "models": "--models mnist resnet18 --width 0.05 --batch-size 2 --dendrites 0 2 --seconds 0.01",
     "restructure": "--models mnist --width 0.05 --batch-size 2 --repeats 2",
+    "recompile": "--models mnist --width 0.05 --batch-size 2 --repeats 2 --compiler eager",
 }
 
 
