@@ -49,7 +49,7 @@ def drop_compiled_code(*modules: nn.Module) -> None:
     with compile_lock:
         for code in filter(None, (reference() for reference in seen)):
             entries = _debug_get_cache_entry_list(code)
-            guards = [entry.guard_manager for entry in entries]
+            guards: list[Any] = [entry.guard_manager for entry in entries]
             dead = [g for g in guards if isinstance(g, DeletedGuardManagerWrapper)]
             stale = [g for g in guards if g not in dead and _identities_in(g) & gone]
             if not stale:

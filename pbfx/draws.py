@@ -27,11 +27,11 @@ _BITS = 24
 def uniform(shape: tuple[int, ...], seed: str, device: torch.device) -> Tensor:
     """Return float32 numbers, uniform in [0, 1), that depend on `shape` and `seed` only."""
     total = math.prod(shape)
-    keys = tuple(zlib.crc32(f"{seed}/{part}".encode()) for part in (1, 2))
+    first, second = (zlib.crc32(f"{seed}/{part}".encode()) for part in (1, 2))
     if device.type == "cpu":
         # torch shifts integers one by one on a CPU: fifteen times slower.
-        return torch.from_numpy(_on_cpu(total, *keys)).view(shape)
-    return _on_device(total, *keys, device).view(shape)
+        return torch.from_numpy(_on_cpu(total, first, second)).view(shape)
+    return _on_device(total, first, second, device).view(shape)
 
 
 def _on_cpu(total: int, first: int, second: int) -> np.ndarray:

@@ -104,10 +104,11 @@ def _inductor(mode: str | None, options: dict[str, Any]) -> Compiler:
             )
         )
     try:
-        return torch._TorchCompileInductorWrapper(mode, options, None)
+        wrapper: Any = torch._TorchCompileInductorWrapper(mode, options, None)
     # It raises this for a value of the wrong type.
     except RuntimeError as error:
         raise ConfigError(f"backend 'pbfx': Inductor refuses an option: {error}") from error
+    return wrapper
 
 
 def _registered(name: str) -> Compiler:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.proxy import GraphAppendingTracer
 
 from pbfx.passes.context import copy_provenance, part
 from pbfx_kernels import Geometry
@@ -128,10 +129,13 @@ def _read(node: fx.Node) -> tuple[_Call | None, str]:
     soma, weight = value_of(tensors[0]), value_of(tensors[2])
     if not isinstance(soma, Tensor) or not isinstance(weight, Tensor):
         return None, "the graph does not say which shapes it has"
-    form = [named[name] for name in _FORM]
+    form: list[Any] = [named[name] for name in _FORM]
     if any(isinstance(v, fx.Node) for value in form for v in _leaves(value)):
         return None, "its geometry is dynamic"
-    geometry = Geometry(*(tuple(v) if isinstance(v, (list, tuple)) else v for v in form))
+    stride, padding, dilation, groups, transposed, output_padding = form
+    geometry = Geometry(
+        tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
+    )
     count, neurons = weight.shape[0], geometry.neurons(weight.shape[1:])
     if not isinstance(count, int) or not isinstance(neurons, int):
         return None, "its number of dendrites or neurons is dynamic"
@@ -182,11 +186,18 @@ def _absorbed(node: fx.Node) -> list[str]:
 def _replace(graph: fx.Graph, node: fx.Node, form: Form, call: _Call, ctx: LoweringContext) -> None:
     last = node.prev
     with graph.inserting_before(node), _autocast_off(graph, node, call.soma):
-        tracer = fx.proxy.GraphAppendingTracer(graph)
-        proxies = [None if t is None else fx.Proxy(t, tracer) for t in call.tensors]
+        tracer = GraphAppendingTracer(graph)
+        soma, x, weight, bias, to_soma, to_dendrite = (
+            None if node is None else fx.Proxy(node, tracer) for node in call.tensors
+        )
         out, activations = dendrites_in_graph(
             form,
-            *proxies,
+            soma,
+            x,
+            weight,
+            bias,
+            to_soma,
+            to_dendrite,
             call.activation,
             call.geometry,
             call.count,
