@@ -1,10 +1,11 @@
 """What a graph compiler puts in the place of `pbfx::dendrites`: a pure choice, and plain torch.
 
+    fused    `pbfx::perforated_linear`: soma and dendrites from one read of the input
     kernel   the op itself: a library product or one kernel, with an epilogue of ours
     packed   one library product over stacked weights; the rest is for the compiler to fuse
     looped   one library product per dendrite; likewise
 
-A compiler cannot look into an op. In the other two forms it fuses the cascade with the activation,
+A compiler cannot look into an op. In the last two forms it fuses the cascade with the activation,
 the residual or the norm that follows, and in training with the sum for `dT`; our own kernels are
 faster where the products are large, and where a single kernel avoids the preactivations altogether.
 The thresholds are read off `benchmarks/results/kernels.csv`; docs/compile.md has the rules.
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from pbfx_kernels.activations import activate
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.reference import accumulation_dtype
-from pbfx_kernels.strategy import Problem, can_split, fallback_reason
+from pbfx_kernels.strategy import Problem, can_split, fallback_reason, fuses
 
 # Multiply-adds per dendrite above which a linear op is all products, and the extra passes of a
 # compiler's epilogue cost more than they save.
@@ -44,19 +45,23 @@ _LOOPED_NEURONS, _LOOPED_CHANNELS = 64, 32
 class Form(Enum):
     """How the dendrites of a site stand in a compiled graph."""
 
+    FUSED = "fused"
     KERNEL = "kernel"
     PACKED = "packed"
     LOOPED = "looped"
 
 
-def choose_form(problem: Problem, training: bool, absorbs: bool) -> Form:
+def choose_form(problem: Problem, training: bool, absorbs: bool, with_soma: bool = False) -> Form:
     """Choose the form of a site in a graph that a compiler will fuse.
 
     Args:
         problem: the site.
         training: whether a backward follows, whose sum for `dT` the compiler fuses too.
         absorbs: whether what reads the output can be fused with it.
+        with_soma: whether the soma is a linear op of the graph that nothing else reads.
     """
+    if with_soma and fuses(problem):
+        return Form.FUSED
     if fallback_reason(problem) is not None or problem.dendrites == 0:
         # Our kernels would not run: the compiler's are better than the reference.
         return Form.PACKED

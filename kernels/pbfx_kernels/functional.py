@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import pbfx_kernels.ops  # noqa: F401  registers the ops
+import pbfx_kernels.neuron_op  # noqa: F401  registers its op and those of `pbfx_kernels.ops`
 from pbfx_kernels import candidate_autograd
 from pbfx_kernels.geometry import LINEAR, Geometry
-from pbfx_kernels.strategy import recomputes
+from pbfx_kernels.strategy import can_fuse, fuses, linear_problem, recomputes
 
 
 def dendrites(
@@ -180,6 +180,11 @@ def perforated_linear(
 
     Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
     """
+    if _fuses(x, weight, dendrite_weight):
+        keep = torch.is_grad_enabled() and to_soma.requires_grad
+        op = torch.ops.pbfx.perforated_linear.default
+        links = dendrite_bias, to_soma, to_dendrite
+        return op(x, weight, bias, dendrite_weight, *links, activation, keep)[0]
     soma = F.linear(x, weight, bias)
     return dendrites(
         soma, x, dendrite_weight, dendrite_bias, to_soma, to_dendrite, activation, LINEAR, False
@@ -231,6 +236,16 @@ def perforated_conv2d(
     return dendrites(
         soma, x, dendrite_weight, dendrite_bias, to_soma, to_dendrite, activation, geometry, False
     )[0]
+
+
+def _fuses(x: Tensor, weight: Tensor, dendrite_weight: Tensor) -> bool:
+    """Return whether soma and dendrites had better be one kernel, here and now.
+
+    A compiler decides for itself, with what follows in view, and autocast casts at the soma.
+    """
+    if not x.is_cuda or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
+        return False
+    return can_fuse(x, weight, dendrite_weight) and fuses(linear_problem(x, dendrite_weight))
 
 
 def _backward_wants_activations(

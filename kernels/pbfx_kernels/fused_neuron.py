@@ -22,7 +22,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pbfx_kernels.fused_configs import Blocks, neuron_blocks
-from pbfx_kernels.launching import ceiling, fast_activations, multiprocessors, on_device
+from pbfx_kernels.launching import (
+    ceiling,
+    fast_activations,
+    multiprocessors,
+    on_device,
+    power_of_two,
+)
 from pbfx_kernels.triton_math import cascade, link, negated_sum
 
 # Neurons whose weights are interleaved together: what a thread holds of a product's row is pairs of
@@ -118,36 +124,65 @@ def _neuron_kernel(
                 tl.store(kept + d * kept_d + at, a[d].to(kept.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _interleave_kernel(
+    rows,
+    weight,
+    dendrite_weight,
+    N,
+    K,
+    D: tl.constexpr,
+    ROLES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    if ROLES == 2:
+        n, role = row // 2, row % 2
+    else:
+        n, role = row // 16 * 4 + row % 8 // 2, row % 16 // 8 * 2 + row % 2
+    inside = (k < K)[None, :]
+    real = (n < N)[:, None] & inside
+    own = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    theirs = dendrite_weight + ((role - 1).to(tl.int64) * N + n)[:, None] * K + k[None, :]
+    value = tl.load(own, mask=real & (role == 0)[:, None], other=0.0)
+    dendrite = tl.load(
+        theirs, mask=real & (role > 0)[:, None] & (role <= D)[:, None], other=0.0
+    ).to(value.dtype)
+    value = tl.where((role == 0)[:, None], value, dendrite)
+    at = rows + row.to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(at, value, mask=(row < (N + 3) // 4 * 4 * ROLES)[:, None] & inside)
+
+
 def interleave(weight: Tensor, dendrite_weight: Tensor) -> Tensor:
-    """Lay the weights of each neuron side by side, as the kernel reads them.
+    """Lay the weights of each neuron side by side, as the kernel reads them, in one launch.
 
     Args:
-        weight: W, `(N, K)`.
-        dendrite_weight: V, `(D, N, K)`, D from 1 to 3, the dtype of `weight`.
+        weight: W, `(N, K)`, any strides.
+        dendrite_weight: V, `(D, N, K)`, D from 1 to 3, any float dtype and strides.
 
     Returns:
-        `(R * M, K)` contiguous: R is 2 for one dendrite, else 4, and M is N, rounded up to a
-        multiple of 4; roles and neurons that do not exist are zeros.
+        `(R * M, K)` contiguous, the dtype of `weight`: R is 2 for one dendrite, else 4, and M is N,
+        rounded up to a multiple of 4; roles and neurons that do not exist are zeros.
     """
     dendrites, neurons, inputs = dendrite_weight.shape
-    roles, padded = roles_of(dendrites), ceiling(neurons, QUAD) * QUAD
-    if roles == 2:
-        shape = (padded, 2, inputs)
-        rows = weight.new_empty(shape) if padded == neurons else weight.new_zeros(shape)
-        rows[:neurons, 0], rows[:neurons, 1] = weight, dendrite_weight[0]
-        return rows.view(-1, inputs)
-    full = padded == neurons and dendrites + 1 == roles
-    shape = (padded // QUAD, 2, QUAD, 2, inputs)
-    rows = weight.new_empty(shape) if full else weight.new_zeros(shape)
-    for role, source in enumerate((weight, *dendrite_weight)):
-        target = rows[:, role // 2, :, role % 2]
-        if padded == neurons:
-            target.copy_(source.view(-1, QUAD, inputs))
-        else:
-            whole = neurons // QUAD
-            target[:whole] = source[: whole * QUAD].view(-1, QUAD, inputs)
-            target[whole, : neurons % QUAD] = source[whole * QUAD :]
-    return rows.view(-1, inputs)
+    roles = roles_of(dendrites)
+    rows = weight.new_empty((ceiling(neurons, QUAD) * QUAD * roles, inputs))
+    block, deep = 32, min(128, power_of_two(inputs))
+    with on_device(weight):
+        _interleave_kernel[(ceiling(len(rows), block), ceiling(inputs, deep))](
+            rows,
+            weight.contiguous(),
+            dendrite_weight.contiguous(),
+            neurons,
+            inputs,
+            D=dendrites,
+            ROLES=roles,
+            BLOCK=block,
+            BLOCK_K=deep,
+        )
+    return rows
 
 
 def roles_of(dendrites: int) -> int:

@@ -84,7 +84,7 @@ def _fused(
     rows = rows if can_describe(rows) else rows.clone(memory_format=torch.contiguous_format)
     fused_neuron(
         rows,
-        interleave(weight, dendrite_weight.to(weight.dtype)),
+        interleave(weight, dendrite_weight),
         bias,
         dendrite_bias,
         to_soma,

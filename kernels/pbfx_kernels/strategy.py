@@ -8,6 +8,7 @@
 The thresholds are measured; docs/kernels.md has the table. Nothing is tuned at run time.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import logging
@@ -28,6 +29,9 @@ _LEAST_CAPABILITY = (8, 0)
 _MOST_PACKED, _MOST_SPLIT, _MOST_FUSED = 8, 5, 3
 # Rows of a matrix that a descriptor loads from start at multiples of so many bytes.
 _DESCRIBED_BYTES = 16
+# Positions from which the product is so much larger than the weights that laying them side by side
+# costs less than a tenth of it.
+_LEAST_FUSED_POSITIONS = 4096
 # Neurons per group of a convolution: a narrower tile is mostly empty.
 _LEAST_GROUP = 10
 # Where one kernel beats a library GEMM and an epilogue: where the preactivations would be most of
@@ -93,14 +97,13 @@ def problem_of(soma: Tensor, weight: Tensor, geometry: Geometry) -> Problem:
     """Describe a site by its tensors."""
     dendrites, _, channels, *taps = weight.shape
     neurons = geometry.neurons(weight.shape[1:])
-    cuda = soma.device.type == "cuda" and torch.version.hip is None
     if geometry.spatial:
         tf32 = torch.backends.cudnn.allow_tf32
     else:
         tf32 = torch.get_float32_matmul_precision() != "highest"
     return Problem(
         soma.device.type,
-        torch.cuda.get_device_capability(soma.device) if cuda and _has_triton() else None,
+        _capability(soma),
         soma.dtype,
         tf32,
         geometry,
@@ -180,16 +183,49 @@ def can_fuse(x: Tensor, weight: Tensor, dendrite_weight: Tensor) -> bool:
 
     Args:
         x: `(..., K)`, for device and dtype.
-        weight: W, `(N, K)`.
+        weight: W, `(N, K)`, of the dtype of `x`.
         dendrite_weight: V, `(D, N, K)`.
     """
-    if x.device.type != "cuda" or not _has_triton() or weight.dtype != x.dtype:
+    if weight.dtype != x.dtype:
         return False
-    known = x.dtype in (torch.float16, torch.bfloat16)
-    aligned = weight.shape[1] * x.element_size() % _DESCRIBED_BYTES == 0
-    few = 1 <= dendrite_weight.shape[0] <= _MOST_FUSED
+    return _knows_fused(linear_problem(x, dendrite_weight))
+
+
+def linear_problem(x: Tensor, dendrite_weight: Tensor) -> Problem:
+    """Describe a linear site whose soma has not been computed, by its input, of its dtype."""
+    soma = x.new_empty((*x.shape[:-1], dendrite_weight.shape[1]), device="meta")
+    problem = problem_of(soma, dendrite_weight, Geometry())
+    return dataclasses.replace(problem, device=x.device.type, capability=_capability(x))
+
+
+def _capability(tensor: Tensor) -> tuple[int, int] | None:
+    cuda = tensor.device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(tensor.device) if cuda and _has_triton() else None
+
+
+def fuses(problem: Problem) -> bool:
+    """Return whether *fused* is the fastest way to compute a linear site, its soma included.
+
+    The weights are laid side by side at every call, which few rows do not pay for; and few rows
+    with many inputs leave most of a GPU without a tile.
+    """
+    few = problem.positions < _LEAST_FUSED_POSITIONS
+    return _knows_fused(problem) and not few
+
+
+def _knows_fused(problem: Problem) -> bool:
     # Where it was measured; elsewhere it may spill.
-    return known and aligned and few and torch.cuda.get_device_capability(x.device)[0] == 9
+    hopper = problem.capability is not None and problem.capability[0] == 9
+    aligned = problem.inputs * problem.dtype.itemsize % _DESCRIBED_BYTES == 0
+    return (
+        hopper
+        and problem.device == "cuda"
+        and problem.geometry.spatial == 0
+        and problem.dtype in (torch.float16, torch.bfloat16)
+        and aligned
+        and problem.inputs > 0
+        and 1 <= problem.dendrites <= _MOST_FUSED
+    )
 
 
 def recomputes(soma: Tensor, weight: Tensor, geometry: Geometry) -> bool:

@@ -28,7 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
+from torch.nn import functional as F
 
+import pbfx_kernels.neuron_op  # noqa: F401  registers `pbfx::perforated_linear`
 from pbfx.passes.context import copy_provenance, part
 from pbfx_kernels import Geometry
 from pbfx_kernels.forms import Form, choose_form, dendrites_in_graph, stacked_activations
@@ -92,7 +94,10 @@ def lower_dendrites(gm: fx.GraphModule, ctx: LoweringContext) -> int:
         if call is not None:
             form, reason = _choose(call, node, ctx)
         ctx.records[node.name] = Lowered(_site(node), form.value, reason)
-        if call is not None and form is not Form.KERNEL:
+        if call is not None and form is Form.FUSED:
+            _fuse(gm.graph, node, call, ctx)
+            rewrites += 1
+        elif call is not None and form is not Form.KERNEL:
             _replace(gm.graph, node, form, call, ctx)
             rewrites += 1
     return rewrites
@@ -152,17 +157,62 @@ def _leaves(value: Any) -> Iterable[Any]:
 
 
 def _choose(call: _Call, node: fx.Node, ctx: LoweringContext) -> tuple[Form, str]:
+    with_soma = _linear_soma(node, call)
+    if ctx.strategy == Form.FUSED.value and not with_soma:
+        return Form.PACKED, "its soma is not a linear op that nothing else reads"
     if ctx.strategy != "auto":
         return Form(ctx.strategy), "asked for"
     if ctx.products is not None:
         return Form.PACKED, "its products have a dtype of their own"
     absorbed = _absorbed(node)
     form = choose_form(
-        problem_of(call.soma, call.weight, call.geometry), ctx.training, bool(absorbed)
+        problem_of(call.soma, call.weight, call.geometry), ctx.training, bool(absorbed), with_soma
     )
+    if form is Form.FUSED:
+        return form, "soma and dendrites in one kernel of ours are measured to be faster here"
     if form is Form.KERNEL:
         return form, "our own kernels are measured to be faster here"
     return form, f"fused with {', '.join(absorbed)}" if absorbed else "fused by the compiler"
+
+
+def _linear_soma(node: fx.Node, call: _Call) -> bool:
+    """Return whether the soma is `F.linear(x, W, b)` of what the dendrites read, for them alone."""
+    soma, x = call.tensors[:2]
+    return (
+        soma is not None
+        and soma.op == "call_function"
+        and soma.target is F.linear
+        and not soma.kwargs
+        and soma.args[0] is x
+        and list(soma.users) == [node]
+    )
+
+
+def _fuse(graph: fx.Graph, node: fx.Node, call: _Call, ctx: LoweringContext) -> None:
+    """Put one op in the place of the soma and of the op; autocast would have cast both alike."""
+    soma, x, *links = call.tensors
+    assert soma is not None
+    learns = isinstance(value := value_of(links[2]), Tensor) and value.requires_grad
+    keep = part(node, 1) is not None or (ctx.training and learns)
+    last = node.prev
+    with graph.inserting_before(node):
+        cast: list[fx.Node | None] = []
+        for tensor in (x, *soma.args[1:], *[None] * (3 - len(soma.args))):
+            value = value_of(tensor)
+            if isinstance(value, Tensor) and value.dtype is not call.soma.dtype:
+                tensor = graph.call_method("to", (tensor, call.soma.dtype))
+            cast.append(tensor)
+        op = torch.ops.pbfx.perforated_linear.default
+        fused = graph.call_function(op, (*cast, *links, call.activation, keep))
+    added = []
+    while last.next is not node:
+        last = last.next
+        added.append(last)
+    copy_provenance(node, *added)
+    _propagate(added)
+    node.replace_all_uses_with(fused)
+    graph.erase_node(node)
+    graph.erase_node(soma)
 
 
 def _absorbed(node: fx.Node) -> list[str]:

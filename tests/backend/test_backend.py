@@ -107,7 +107,7 @@ def test_torch_finds_it_by_its_entry_point(tmp_path):
 
 
 @each_case
-@pytest.mark.parametrize("strategy", ["auto", "kernel", "packed", "looped"])
+@pytest.mark.parametrize("strategy", ["auto", "fused", "kernel", "packed", "looped"])
 def test_training_is_as_in_eager(case, strategy):
     model, x = grown(case), case.input()
     assert_alike(step(compiled(model, strategy=strategy, **QUICK), model, x), step(model, model, x))
