@@ -21,7 +21,9 @@ def compiler(wanted: bool) -> Iterator[Callable[..., Callable] | None]:
 
 
 @contextmanager
-def counting(backend: str) -> Iterator[tuple[Callable[..., Callable], Callable[[], int]]]:
+def counting(
+    backend: str | Callable[..., Callable],
+) -> Iterator[tuple[Callable[..., Callable], Callable[[], int]]]:
     """Give the body a compile function, and one that returns how many graphs it has compiled.
 
     Caches on disk are off, so that a first call is a first call, and past the limit of

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from benchmarks import comparison, dendrite_step, kernels, restructure, selection, step, whole, zoo
+from benchmarks import (
+    comparison,
+    dendrite_step,
+    kernels,
+    recompile,
+    restructure,
+    selection,
+    step,
+    whole,
+    zoo,
+)
 from benchmarks.benchmark import Benchmark
 from benchmarks.learning import command as learning
 
@@ -15,6 +25,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         dendrite_step.BENCHMARK,
         restructure.BENCHMARK,
         selection.BENCHMARK,
+        recompile.BENCHMARK,
         zoo.BENCHMARK,
         comparison.BENCHMARK,
     )

@@ -25,7 +25,7 @@ from benchmarks.providers import sgd
 from benchmarks.table import milliseconds
 from benchmarks.timing import Quantiles, wall
 
-NAMES = ("mnist", "resnet18", "bert")
+NAMES = ("mnist", "resnet18", "resnet50", "bert")
 COLUMNS = (
     *("model", "width", "batch_size", "parameters", "sites", "compiled", "event", "repeats"),
     *("ms_p20", "ms_p50", "ms_p80", "plain_steps", "share", "compilations"),

@@ -18,7 +18,6 @@ from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, hides
 from pbfx.perforation import Perforation
 from pbfx.sites import Site, Skipped, describe_sites, is_op, why_no_layer
-from pbfx.undo import drop_compiled_code
 
 # What a parameter counts as that no known op reads.
 OWN_PARAMETER = "parameter"
@@ -137,7 +136,6 @@ def recapture(part: PerforatedModule, apart: frozenset[str], reason: str) -> Non
             lead(module, part, path)
     if changed:
         part.rebuild()
-        drop_compiled_code()
 
 
 @contextmanager

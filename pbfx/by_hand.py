@@ -77,13 +77,20 @@ def grow(
             full = join(path, site.name)
             if full in wanted:
                 asked = by_site.get(full) if isinstance(channels, Mapping) else channels
+                if asked is not None and part.perforation.config.reserve:
+                    faults.append(
+                        f"the site {full!r}: Config(reserve=...) has made slots on all of its "
+                        "channels; leave out channels"
+                    )
+                    continue
                 try:
                     settled[full] = _settle(site, grown.get(site.name), asked)
                 except ConfigError as error:
                     faults.append(f"the site {full!r}: {error}")
     if faults:
         raise ConfigError("pbfx.grow: " + "; ".join(faults))
-    with restructuring(model):
+    # What is new is written into new tensors.
+    with restructuring(model, values=False):
         for path, part in parts.items():
             names = {site.name: join(path, site.name) for site in part.perforation.sites}
             grow_part(part, n, {s: settled[full] for s, full in names.items() if full in wanted})
@@ -129,7 +136,9 @@ def grow_part(
     for site in part.perforation.sites:
         if site.name in channels:
             known = part.grown().get(site.name)
-            if known is not None and not known.count:
+            # The channels of a site are settled by its first dendrites.
+            settled = known is None or known.count or known.site.channels == channels[site.name]
+            if not settled:
                 part.drop_dendrites(site)
             for _ in range(n):
                 dendrites = part.ensure_dendrites(site, channels[site.name])

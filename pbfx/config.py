@@ -82,6 +82,8 @@ class Config:
         priming_batches: batches that fill the running moments before candidates start to learn.
         moment_decay: decay per batch of the running moments behind the sign of the covariance, in
             [0, 1).
+        reserve: dendrites per neuron for which slots are made at once, so that growing up to so
+            many recompiles nothing; an empty slot costs what a dendrite costs. 0 for none.
         seed: seeds the private generator that draws candidates; torch's global streams are never
             touched.
         capture: `"trace"` (symbolic tracing, of the whole model or of the largest modules that
@@ -116,6 +118,7 @@ class Config:
     measure_every: PerDendrite[int] = 4
     priming_batches: PerDendrite[int] = 8
     moment_decay: PerDendrite[float] = 0.95
+    reserve: int = 0
     seed: int = 0
     capture: Capture = "trace"
     sites: Sites = "all"
@@ -212,6 +215,13 @@ class Config:
             whole("measure_every", 2),
             whole("priming_batches", 0),
             between("moment_decay", 0.0, 1.0, "[)"),
+            whole("reserve", 0),
+            (
+                "reserve goes with tuning 'links' or 'all', got 'newest': which dendrite is the "
+                "newest must not be part of a graph that does not change"
+                if self.reserve and self.tuning == "newest"
+                else ""
+            ),
             whole("seed", 0),
             one_of("capture", CAPTURE),
             one_of("sites", SITES),
@@ -219,6 +229,9 @@ class Config:
             auto_only("growth_parameters"),
             'sites="auto" needs a dendrite phase to measure in, which learning="gradient" has not'
             if self.sites == "auto" and self.learning == "gradient"
+            else "",
+            'reserve makes slots on all channels, and sites="auto" chooses among them; use one'
+            if self.sites == "auto" and self.reserve
             else "",
         ]
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -28,12 +27,16 @@ from torch import Tensor, nn
 
 import pbfx_kernels
 from pbfx.config import Config
+from pbfx.draws import uniform
+from pbfx.reserve import padded
 from pbfx.sited import Sited, in_torch_func
 from pbfx.sites import Site
 from pbfx.spread import Spread
 from pbfx.structure import Counts
 from pbfx_kernels import Geometry, Moment
 
+# What candidates hold for each older dendrite.
+_LINKS = ("to_dendrite", "best_to_dendrite")
 # The candidates' buffers that are kept as their weights are.
 _LIKE_WEIGHT = frozenset(("best_weight", "best_bias", "best_to_dendrite"))
 
@@ -64,22 +67,15 @@ def draw_weights(site: Site, like: Tensor, count: int, seed: str) -> tuple[Tenso
         Weights (count, *site.shape), and biases (count, N) or None. torch's global streams are not
         touched.
     """
-    # Drawn on the CPU, so that a seed means the same on every device.
-    generator = torch.Generator("cpu").manual_seed(zlib.crc32(seed.encode()))
 
-    def uniform(*shape: int) -> Tensor:
+    def drawn(role: str, *shape: int) -> Tensor:
         if like.is_meta:
             return torch.empty(shape, dtype=like.dtype, device="meta")
-        drawn = (
-            torch.rand(shape, generator=generator, device="cpu")
-            .mul_(2)
-            .sub_(1)
-            .div_(site.fan_in**0.5)
-        )
-        return drawn.to(device=like.device, dtype=like.dtype)
+        numbers = uniform(shape, f"{seed}/{role}", like.device)
+        return numbers.mul_(2).sub_(1).div_(site.fan_in**0.5).to(like.dtype)
 
-    weight = uniform(count, *site.shape)
-    return weight, uniform(count, site.neurons) if site.biased else None
+    weight = drawn("weight", count, *site.shape)
+    return weight, drawn("bias", count, site.neurons) if site.biased else None
 
 
 class Candidates(Sited):
@@ -109,14 +105,22 @@ class Candidates(Sited):
     best_to_dendrite: Tensor
 
     def __init__(
-        self, site: Site, config: Config, weight: Tensor, bias: Tensor | None, dendrites: int
+        self,
+        site: Site,
+        config: Config,
+        weight: Tensor,
+        bias: Tensor | None,
+        dendrites: int,
+        reserved: int = 0,
     ) -> None:
         super().__init__(site, weight.device)
+        # Which of the dendrites that they read exist; None without a reserve.
+        self.alive = dendrites if reserved else None
         self.activation = config.activation
         count, neurons = weight.shape[0], site.neurons
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias)
-        self.to_dendrite = nn.Parameter(weight.new_zeros(count, dendrites, neurons))
+        self.to_dendrite = nn.Parameter(weight.new_zeros(count, reserved or dendrites, neurons))
         sums = len(Moment), count, neurons
         # Sums over many batches of small numbers: float32 at least, whatever the model's dtype.
         precise = torch.promote_types(weight.dtype, torch.float32)
@@ -157,6 +161,20 @@ class Candidates(Sited):
 
         super()._apply(change, recurse)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.alive is not None:
+            for name in _LINKS:
+                destination[prefix + name] = destination[prefix + name][:, : self.alive]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
+    ) -> None:
+        if self.alive is not None and f"{prefix}weight" in state_dict:
+            links = ((name, getattr(self, name).detach(), (1,)) for name in _LINKS)
+            state_dict = padded(state_dict, prefix, links)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
     @property
     def count(self) -> int:
@@ -211,6 +229,7 @@ class Dendrites(Sited):
 
     lists_channels = True
     candidates: Candidates | None
+    mask: Tensor | None
     # Whether the last neuron phase has begun, in which perforated dendrites train by
     # backpropagation.
     finishing: bool = False
@@ -221,11 +240,17 @@ class Dendrites(Sited):
         self.tuning = config.tuning
         neurons = site.neurons
         like = weight.detach()
-        self.weight = nn.Parameter(like.new_zeros(0, *site.shape))
-        self.bias = nn.Parameter(like.new_zeros(0, neurons)) if site.biased else None
-        self.to_soma = nn.Parameter(like.new_zeros(0, neurons))
-        self.to_dendrite = nn.Parameter(like.new_zeros(0, 0, neurons))
-        self.candidates = None
+        slots = config.reserve
+        self.weight = nn.Parameter(like.new_zeros(slots, *site.shape))
+        self.bias = nn.Parameter(like.new_zeros(slots, neurons)) if site.biased else None
+        self.to_soma = nn.Parameter(like.new_zeros(slots, neurons))
+        self.to_dendrite = nn.Parameter(like.new_zeros(slots, slots, neurons))
+        # How many slots are dendrites, and ones for those: a number in the graph would be a new
+        # graph with every dendrite. None without a reserve.
+        self.alive = 0 if slots else None
+        self.register_buffer("mask", like.new_zeros(slots, 1) if slots else None, persistent=False)
+        # Among the modules from the start: there Dynamo's guards look for them as they come and go.
+        self.register_module("candidates", None)
         self.set_trainable()
         keep_out_of_fast_paths(self)
 
@@ -236,7 +261,19 @@ class Dendrites(Sited):
     @property
     def count(self) -> int:
         """D, the number of accepted dendrites per neuron."""
+        return self.slots if self.alive is None else self.alive
+
+    @property
+    def slots(self) -> int:
+        """How many rows the tensors have: D, and with a reserve at least that."""
         return self.weight.shape[0]
+
+    @property
+    def parameter_count(self) -> int:
+        """How many numbers D dendrites are; of `to_dendrite` what is below the diagonal."""
+        d, neurons = self.count, self.to_soma.shape[1]
+        weight, bias = self.weight.shape[1:].numel(), 0 if self.bias is None else neurons
+        return d * (weight + bias + neurons) + d * (d - 1) // 2 * neurons
 
     @property
     def counts(self) -> Counts:
@@ -311,12 +348,24 @@ class Dendrites(Sited):
             self.weight[old] = weight
             if self.bias is not None and bias is not None:
                 self.bias[old] = bias
-            self.to_dendrite[old, :old] = to_dendrite
+            self.to_dendrite[old, :old] = to_dendrite[:old]
             if to_soma is not None and self.learning != "sham":
                 self.to_soma[old] = to_soma
 
     def resize(self, count: int) -> None:
-        """Keep the first `count` dendrites; new ones, if any, are all zeros."""
+        """Keep the first `count` dendrites; new ones, if any, are all zeros.
+
+        With a reserve that is large enough the parameters stay the objects that they are.
+        """
+        if self.alive is not None and self.mask is not None and count <= self.slots:
+            with torch.no_grad():
+                for row in (self.weight, self.bias, self.to_soma, self.to_dendrite):
+                    if row is not None:
+                        row[count:] = 0
+                self.to_dendrite[:, count:] = 0
+                self.mask[:count], self.mask[count:] = 1, 0
+            self.alive = count
+            return
 
         def resized(old: nn.Parameter, *shape: int) -> nn.Parameter:
             new = torch.zeros(shape, dtype=old.dtype, device=old.device)
@@ -332,7 +381,40 @@ class Dendrites(Sited):
         if self.bias is not None:
             self.bias = resized(self.bias, count, neurons)
         self.weight = resized(self.weight, count, *self.weight.shape[1:])
+        if self.mask is not None:
+            self.alive, self.mask = count, self.mask.new_ones(count, 1)
         self.set_trainable()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.alive is None:
+            return
+        for name in self._rows():
+            if self.counts == Counts():
+                # A site that has grown nothing has the plain model's keys.
+                del destination[prefix + name]
+            else:
+                destination[prefix + name] = destination[prefix + name][: self.alive]
+        if self.counts != Counts():
+            key = f"{prefix}to_dendrite"
+            destination[key] = destination[key][:, : self.alive]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
+    ) -> None:
+        if self.alive is not None:
+            rows = (
+                (name, getattr(self, name).detach(), (0, 1) if name == "to_dendrite" else (0,))
+                for name in self._rows()
+            )
+            # Rows of zeros for a site without any keys; else torch says which are missing.
+            if self.counts == Counts() or f"{prefix}weight" in state_dict:
+                state_dict = padded(state_dict, prefix, rows)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
+
+    def _rows(self) -> list[str]:
+        """Return the names of the tensors with a row for each dendrite."""
+        return [name for name, _ in self.named_parameters(recurse=False)]
 
     def forward(self, soma: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the neuron's output, and the dendrites' activations for the candidates.
@@ -342,7 +424,7 @@ class Dendrites(Sited):
             x: what the soma read.
         """
         whole, (soma, x) = soma, self.take(soma, x)
-        if not self.count:
+        if not self.slots:
             return whole, soma.new_empty((0, *soma.shape))
         # Only candidates read the activations, and only where gradients are wanted.
         keep = self.candidates is not None and torch.is_grad_enabled()
@@ -368,11 +450,15 @@ class Dendrites(Sited):
             x,
             weight,
             bias,
-            self.to_soma,
+            self.to_soma if self.mask is None else self.to_soma * self.mask,
             to_dendrite,
             self.activation,
             fit_form(self.site, soma, x),
         )
+        if keep and self.mask is not None and self.activation == "sigmoid":
+            # The others are zero where their preactivation is.
+            rows = self.mask.view(-1, *(1,) * soma.dim()).to(activations.dtype)
+            activations = activations.detach() * rows
         return self.put(whole, out), activations
 
 

@@ -80,9 +80,10 @@ def _walk(model: nn.Module) -> Survey:
         if isinstance(module, PerforatedModule):
             parts[path] = module
         elif isinstance(module, Dendrites):
-            count, neurons = module.to_soma.shape
-            dendrites = max(dendrites, count)
-            parameters -= count * (count + 1) // 2 * neurons
+            dendrites = max(dendrites, module.count)
+            # Neither slots without a dendrite count, nor links that are never read.
+            held = sum(p.numel() for p in module._parameters.values() if p is not None)
+            parameters += module.parameter_count - held
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))

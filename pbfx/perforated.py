@@ -13,8 +13,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from pbfx.absorbed import absorb, assign
 from pbfx.capture import CONSTANT
+from pbfx.compiled import drop_compiled_code
 from pbfx.dendrites import Candidates, Dendrites, bend_of, draw_weights
-from pbfx.errors import CheckpointError, PassError
+from pbfx.errors import CheckpointError, ConfigError, PassError
 from pbfx.passes.context import PassContext
 from pbfx.paths import join
 from pbfx.perforation import Perforation
@@ -58,6 +59,8 @@ class PerforatedModule(fx.GraphModule):
             if name not in GRAPH_MODULE_STATE:
                 self.__dict__[name] = value
         self.perforation = perforation
+        for site in perforation.sites if perforation.config.reserve else ():
+            self.ensure_dendrites(site)
         self.rebuild()
         absorb(self, perforation.absorbed)
 
@@ -84,6 +87,30 @@ class PerforatedModule(fx.GraphModule):
             self._graph = before
             raise
         self.recompile()
+        if not self._runs_again():
+            drop_compiled_code(self)
+
+    def _runs_again(self) -> bool:
+        """Go on with the code object of an equal graph that has run before, if there is a reserve.
+
+        Dynamo keeps what it has compiled with the code, and what may differ between two equal
+        graphs is among its guards: there is a module with every site that candidates come and go
+        in. Not without a reserve: dendrites that come with their module are no guard's business.
+        """
+        perforation, new = self.perforation, type(self).forward
+        if not perforation.config.reserve:
+            return False
+        slots = tuple(dendrites.slots for dendrites in self.grown().values())
+        if slots != perforation.slots:
+            perforation.slots = slots
+            perforation.forwards.clear()
+            perforation.forwards[self.code] = new
+            return False
+        old = perforation.forwards.setdefault(self.code, new)
+        names = (*new.__code__.co_names, *new.__code__.co_varnames)
+        if all(old.__globals__.get(n) is new.__globals__.get(n) for n in names):
+            type(self).forward = old
+        return True
 
     def grown(self) -> dict[str, Dendrites]:
         """Return the dendrites modules that exist now, by the name of their site."""
@@ -105,6 +132,11 @@ class PerforatedModule(fx.GraphModule):
 
     def drop_dendrites(self, site: Site) -> None:
         """Remove the dendrites module of `site`; its keys are the plain model's again."""
+        if self.perforation.config.reserve:
+            dendrites = self.ensure_dendrites(site)
+            dendrites.candidates = None
+            dendrites.resize(0)
+            return
         owner, _, name = site.dendrites.rpartition(".")
         self.get_submodule(owner)._modules.pop(name, None)
 
@@ -116,7 +148,7 @@ class PerforatedModule(fx.GraphModule):
         if bias is not None:
             bias += bend_of(self.perforation.config)
         dendrites.candidates = Candidates(
-            site, self.perforation.config, weight, bias, dendrites.count
+            site, self.perforation.config, weight, bias, dendrites.count, self._reserved(dendrites)
         )
         return dendrites.candidates
 
@@ -131,13 +163,31 @@ class PerforatedModule(fx.GraphModule):
 
     def structure(self) -> Structure:
         """Return how many dendrites and candidates each site has."""
-        return Structure({name: module.counts for name, module in self.grown().items()})
+        counts = {name: module.counts for name, module in self.grown().items()}
+        if self.perforation.config.reserve:
+            # Slots are there before anything is in them.
+            counts = {name: count for name, count in counts.items() if count != Counts()}
+        return Structure(counts)
+
+    def _reserved(self, dendrites: Dendrites) -> int:
+        """Return how many slots candidates read at a site, 0 without a reserve."""
+        return dendrites.slots if self.perforation.config.reserve else 0
 
     def adopt(self, structure: Structure) -> None:
         """Take on `structure`: the first D dendrites of each site survive, new ones are zero.
 
         None survives where they are to be on other channels.
+
+        Raises:
+            ConfigError: if they are to be on some channels and slots are reserved on all.
         """
+        for name, counts in structure.sites.items():
+            if counts.channels is not None and self.perforation.config.reserve:
+                raise ConfigError(
+                    f"the site {join(self.perforation.path, name)!r} is to have dendrites on some "
+                    "channels, but Config(reserve=...) has made slots on all of them; transform "
+                    "the model without reserve"
+                )
         for site in self.perforation.sites:
             counts = structure.sites.get(site.name)
             if counts is None:
@@ -155,7 +205,12 @@ class PerforatedModule(fx.GraphModule):
                 weight = like.new_zeros(counts.candidates, *site.shape)
                 bias = like.new_zeros(counts.candidates, site.neurons) if site.biased else None
                 dendrites.candidates = Candidates(
-                    site, self.perforation.config, weight, bias, counts.dendrites
+                    site,
+                    self.perforation.config,
+                    weight,
+                    bias,
+                    counts.dendrites,
+                    self._reserved(dendrites),
                 )
         changed = self.perforation.phase is not structure.phase
         self.perforation.phase = structure.phase

@@ -41,6 +41,8 @@ class Perforation:
         records: what the passes did at the last rebuild.
         tracker: the one tracker that may restructure this module, as a token.
         figures: what the last epoch of a dendrite phase measured, at each site of the model.
+        slots: how many slots each site had at the last rebuild; with `Config(reserve=...)` only.
+        forwards: the forwards of the graphs that have run with these slots, by their code.
         followers: copies that `AveragedModel`s made of this module: they follow its structure.
     """
 
@@ -60,15 +62,19 @@ class Perforation:
     records: tuple[PassRecord, ...] = ()
     tracker: object = None
     figures: tuple[SiteFigures, ...] = ()
+    slots: tuple[int, ...] = ()
+    forwards: dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     followers: weakref.WeakSet[nn.Module] = dataclasses.field(default_factory=weakref.WeakSet)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Perforation:
-        twin = dataclasses.replace(self, tracker=None, followers=weakref.WeakSet())
+        twin = dataclasses.replace(
+            self, tracker=None, slots=(), forwards={}, followers=weakref.WeakSet()
+        )
         memo[id(self)] = twin
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**vars(self), "tracker": None, "followers": ()}
+        state = {**vars(self), "tracker": None, "followers": (), "slots": (), "forwards": {}}
         state["config"] = dataclasses.replace(self.config, filter_fn=None)
         owner = f"the perforated module at {self.path!r}" if self.path else "the perforated module"
         state["source"] = plain_nodes(self.source, owner)

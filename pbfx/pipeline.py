@@ -12,6 +12,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
@@ -27,11 +28,11 @@ from pbfx.passes import (
     pack_dendrites,
     unfold_layers,
 )
-from pbfx.passes.context import PassContext
 
 logger = logging.getLogger(__name__)
 
-Pass = Callable[[fx.GraphModule, PassContext], int]
+# The context is what this family of passes is told: a `PassContext` for those of `PASSES`.
+Pass = Callable[[fx.GraphModule, Any], int]
 
 PASSES: tuple[Pass, ...] = (
     # First, because it brings the somas inside layers to light.
@@ -100,7 +101,7 @@ def sum_records(records: Sequence[PassRecord]) -> PassRecord:
 
 
 def run_passes(
-    gm: fx.GraphModule, ctx: PassContext, passes: tuple[Pass, ...] = PASSES
+    gm: fx.GraphModule, ctx: Any, passes: tuple[Pass, ...] = PASSES
 ) -> tuple[PassRecord, ...]:
     """Run `passes` over `gm.graph` in place and return a record of each. The caller recompiles.
 

@@ -45,21 +45,35 @@ class Frozen:
 
 @contextmanager
 def restructuring(
-    model: nn.Module, optimizer: Optimizer | None = None, schedule: Schedule | None = None
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    schedule: Schedule | None = None,
+    *,
+    values: bool = True,
 ) -> Iterator[None]:
     """Apply the restructuring in the body wholly or not at all, and bring `optimizer` up to date.
+
+    Args:
+        model: and what follows: see `undoing`.
+        optimizer: likewise.
+        schedule: likewise.
+        values: likewise.
 
     Raises:
         RestructureError: from whatever failed; everything is then as it was before.
     """
-    with undoing(model, optimizer, schedule):
-        before = dict(model.named_parameters())
+    with undoing(model, optimizer, schedule, values=values), synchronised(model, optimizer):
         yield
-        if optimizer is not None:
-            after = dict(model.named_parameters())
-            sync_optimizer(
-                optimizer, before, after, managed_parameters(model), soma_weight_of(model)
-            )
+
+
+@contextmanager
+def synchronised(model: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
+    """Bring `optimizer` up to date with what the body makes of the parameters of `model`."""
+    before = dict(model.named_parameters())
+    yield
+    if optimizer is not None:
+        after = dict(model.named_parameters())
+        sync_optimizer(optimizer, before, after, managed_parameters(model), soma_weight_of(model))
 
 
 def take_over(

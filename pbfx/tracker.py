@@ -302,7 +302,7 @@ class Tracker:
     def _carry_on(self, search: Search) -> None:
         """Do what the search for a learning rate has said. Structure and code stay."""
         parts = self.model, self.optimizer, self._schedule
-        with undoing(*parts, recompile=False):
+        with undoing(*parts):
             over = search.carry_on(*parts)
         if over:
             self._search, self._factor = None, search.factors[search.best]
@@ -418,8 +418,11 @@ class Tracker:
             source = self._capacity.start.network
         frozen, learners, search = None, {}, None
         parts = self.model, self.optimizer, self._schedule
-        with undoing(*parts, recompile=False):
-            with restructure.restructuring(*parts):
+        # Promotion makes new tensors; all else returns to a snapshot, which is copied into old
+        # ones.
+        values = decision.action is not Action.PROMOTE
+        with undoing(*parts, values=values):
+            with restructure.synchronised(self.model, self.optimizer):
                 if decision.action is Action.PROMOTE:
                     assert self._frozen is not None
                     restructure.promote(self.model, self._learners)

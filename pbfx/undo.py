@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pbfx.compiled import drop_compiled_code
 from pbfx.dendrites import Dendrites
 from pbfx.errors import RestructureError
 from pbfx.optimizers import Schedule
@@ -23,20 +23,22 @@ def undoing(
     model: nn.Module,
     optimizer: Optimizer | None = None,
     schedule: Schedule | None = None,
-    recompile: bool = True,
+    *,
+    values: bool = True,
 ) -> Iterator[None]:
     """Run the body; if it fails, put model, optimizer and schedule back as they were.
 
     Args:
-        model: what the body changes.
+        model: and what follows: what the body may change.
         optimizer: likewise.
         schedule: likewise.
-        recompile: whether code may change and not only values.
+        values: whether the body writes into tensors of the model that exist already, so that they
+            have to be copied first.
 
     Raises:
         RestructureError: from whatever failed.
     """
-    undo = _Undo(model, optimizer, schedule)
+    undo = _Undo(model, optimizer, schedule, values)
     try:
         yield
         for part in perforated_parts(model).values():
@@ -49,19 +51,6 @@ def undoing(
         raise RestructureError(
             f"restructuring failed and was undone: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        if recompile:
-            drop_compiled_code()
-
-
-def drop_compiled_code() -> None:
-    """Let `torch.compile` look at the model anew.
-
-    Dynamo notices the new code of a perforated module that was compiled itself, but not of one
-    inside a larger compiled module: there it would go on with the old graph, without a word.
-    """
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
 
 
 class _Undo:
@@ -72,7 +61,11 @@ class _Undo:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer | None, schedule: Schedule | None
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        schedule: Schedule | None,
+        values: bool,
     ) -> None:
         parts = list(perforated_parts(model).values())
         averaged = [copy for part in parts for copy in part.perforation.followers]
@@ -82,12 +75,16 @@ class _Undo:
         for module in modules:
             kept += [module._modules, module._parameters, module._buffers]
         self.training = [(module, module.training) for module in modules]
-        self.finishing = [(m, m.finishing) for m in modules if isinstance(m, Dendrites)]
+        grown = [module for module in modules if isinstance(module, Dendrites)]
+        self.grown = [(module, module.finishing, module.alive) for module in grown]
+        # Where slots are reserved, growing is writing.
+        values = values or any(module.alive is not None for module in grown)
         self.parts = [
             (part, part.perforation, dataclasses.replace(part.perforation), part._graph)
             for part in perforated_parts(models).values()
         ]
-        tensors = {*models.parameters(), *models.buffers()}
+        held = {*models.parameters(), *models.buffers()}
+        tensors: set[Tensor] = set()
         lists: list[list[Any]] = []
         if optimizer is not None:
             kept += [vars(optimizer), optimizer.state, *optimizer.state.values()]
@@ -101,7 +98,9 @@ class _Undo:
         self.dicts = [(d, dict(d)) for d in kept]
         lists += [v for _, items in self.dicts for v in items.values() if isinstance(v, list)]
         self.lists = [(values, list(values)) for values in lists]
-        self.tensors = [(t, t.detach().clone(), t.requires_grad, t.grad) for t in tensors]
+        self.flags = [(t, t.requires_grad, t.grad) for t in held | tensors]
+        written = held | tensors if values else tensors
+        self.values = [(t, t.detach().clone()) for t in written]
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -112,12 +111,15 @@ class _Undo:
             values[:] = members
         for module, training in self.training:
             module.training = training
-        for dendrites, finishing in self.finishing:
-            dendrites.finishing = finishing
-        for tensor, value, requires_grad, grad in self.tensors:
-            tensor.requires_grad_(requires_grad).copy_(value)
+        for dendrites, finishing, alive in self.grown:
+            dendrites.finishing, dendrites.alive = finishing, alive
+        for tensor, requires_grad, grad in self.flags:
+            tensor.requires_grad_(requires_grad)
             tensor.grad = grad
+        for tensor, value in self.values:
+            tensor.copy_(value)
         for part, perforation, fields, graph in self.parts:
             perforation.__dict__.update(fields.__dict__)
             part._graph = graph
             part.recompile()
+        drop_compiled_code(*(part for part, *_ in self.parts))

@@ -28,12 +28,12 @@ LAYERS: list[tuple[str, str]] = [
         "read the model; rewrite nothing",
     ),
     (
-        "dendrites spread sited neurons",
+        "dendrites spread sited neurons draws reserve",
         "own the parameters of one site; know no graph around it",
     ),
     ("learning", "train dendrites; know no pass"),
     (
-        "passes pipeline perforation perforated absorbed lowered",
+        "passes pipeline perforation perforated absorbed compiled lowered",
         "rewrite graphs; `perforated` is what they rewrite",
     ),
     (

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from pbfx_kernels import reference
+from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like, writable
 from pbfx_kernels.strategy import Strategy, choose, problem_of
@@ -38,12 +39,36 @@ def evaluate_dendrites(
         out: `(*soma)`, dtype of `soma`.
         activations: a, `(D, *soma)`, or `(0, *soma)` if not kept.
     """
-    strategy = strategy or choose(problem_of(soma, weight, geometry))
-    if strategy is Strategy.REFERENCE:
-        out, activations = reference.dendrites(
-            soma, x, weight, bias, to_soma, to_dendrite, activation, geometry
-        )
+    links = weight, bias, to_soma, to_dendrite, activation
+
+    def plain() -> tuple[Tensor, Tensor]:
+        out, activations = reference.dendrites(soma, x, *links, geometry)
         return out, activations if keep else activations[:0]
+
+    if strategy is not None:
+        if strategy is Strategy.REFERENCE:
+            return plain()
+        return _launch(strategy, soma, x, *links, geometry, keep)
+    problem = problem_of(soma, weight, geometry)
+    chosen = choose(problem)
+    if chosen is Strategy.REFERENCE:
+        return plain()
+    return or_reference(problem, lambda: _launch(chosen, soma, x, *links, geometry, keep), plain)
+
+
+def _launch(
+    strategy: Strategy,
+    soma: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Evaluate the dendrites of a site with kernels of ours."""
     links = weight, bias, to_soma, to_dendrite, activation
     out = writable(soma, geometry.channel_axis)
     kept = stack_like(out, weight.shape[0]) if keep else None
@@ -67,12 +92,19 @@ def sum_to_soma_gradient(grad: Tensor, activations: Tensor, channel_axis: int) -
     axis = grad.dim() + channel_axis
     # The same rules as for a forward whose weight has no more to say than its shape.
     weight = activations.new_empty((activations.shape[0], grad.shape[axis], 0), device="meta")
-    geometry = Geometry()
-    if choose(problem_of(grad, weight, geometry)) is Strategy.REFERENCE:
-        return reference.dendrites_backward(grad, activations, channel_axis)
-    from pbfx_kernels.to_soma_gradient import to_soma_gradient
+    problem = problem_of(grad, weight, Geometry())
 
-    return to_soma_gradient(grad, activations, channel_axis)
+    def plain() -> Tensor:
+        return reference.dendrites_backward(grad, activations, channel_axis)
+
+    def kernel() -> Tensor:
+        from pbfx_kernels.to_soma_gradient import to_soma_gradient
+
+        return to_soma_gradient(grad, activations, channel_axis)
+
+    return (
+        plain() if choose(problem) is Strategy.REFERENCE else or_reference(problem, kernel, plain)
+    )
 
 
 def recompute_to_soma_gradient(
@@ -100,7 +132,40 @@ def recompute_to_soma_gradient(
     Returns:
         `(D, N)`, float32, or float64 for float64 inputs.
     """
-    strategy = strategy or choose(problem_of(grad, weight, geometry))
+    dendrites = x, weight, bias, to_dendrite, activation
+
+    def plain() -> Tensor:
+        # The sum with the soma is not needed, nor its links: any finite ones do.
+        links = to_dendrite.new_zeros(to_dendrite.shape[1:])
+        _, activations = reference.dendrites(
+            grad, x, weight, bias, links, to_dendrite, activation, geometry
+        )
+        return reference.dendrites_backward(grad, activations, geometry.channel_axis)
+
+    if strategy is not None:
+        if strategy is Strategy.REFERENCE:
+            return plain()
+        return _launch_gradient(strategy, grad, *dendrites, geometry)
+    problem = problem_of(grad, weight, geometry)
+    chosen = choose(problem)
+    if chosen is Strategy.REFERENCE:
+        return plain()
+    return or_reference(
+        problem, lambda: _launch_gradient(chosen, grad, *dendrites, geometry), plain
+    )
+
+
+def _launch_gradient(
+    strategy: Strategy,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+) -> Tensor:
+    """Sum the gradient with kernels of ours, which compute the activations again."""
     if strategy is Strategy.SPLIT and geometry.spatial == 0:
         from pbfx_kernels.fused_linear import fused_linear_gradient
 
@@ -109,13 +174,6 @@ def recompute_to_soma_gradient(
         from pbfx_kernels.fused_conv2d import fused_conv2d_gradient
 
         return fused_conv2d_gradient(grad, x, weight, bias, to_dendrite, activation, geometry)
-    if strategy is Strategy.PACKED:
-        from pbfx_kernels.packed import packed_to_soma_gradient
+    from pbfx_kernels.packed import packed_to_soma_gradient
 
-        return packed_to_soma_gradient(grad, x, weight, bias, to_dendrite, activation, geometry)
-    # The sum with the soma is not needed, nor its links: any finite ones do.
-    links = to_dendrite.new_zeros(to_dendrite.shape[1:])
-    _, activations = reference.dendrites(
-        grad, x, weight, bias, links, to_dendrite, activation, geometry
-    )
-    return reference.dendrites_backward(grad, activations, geometry.channel_axis)
+    return packed_to_soma_gradient(grad, x, weight, bias, to_dendrite, activation, geometry)

@@ -40,6 +40,8 @@ _IMAGE_CHANNELS = 3
 _SPLIT_NHWC_INPUTS = 576
 # Inputs per neuron of a convolution up to which a backward computes activations again.
 RECOMPUTED_INPUTS = 512
+# What stands for a size that is known only as the graph runs.
+_UNKNOWN_SIZE = 4096
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -102,13 +104,21 @@ def problem_of(soma: Tensor, weight: Tensor, geometry: Geometry) -> Problem:
         soma.dtype,
         tf32,
         geometry,
-        soma.numel() // neurons if neurons else 0,
+        _hint(soma.numel()) // neurons if neurons else 0,
         neurons,
         channels,
         math.prod(taps),
         dendrites,
-        soma.stride(geometry.channel_axis) == 1,
+        _hint(soma.stride(geometry.channel_axis)) == 1,
     )
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """Return a dynamic size as it is in the example, so that asking adds no guard to a graph."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return _UNKNOWN_SIZE if hint is None else int(hint)
 
 
 def choose(problem: Problem) -> Strategy:

@@ -32,10 +32,14 @@ from pbfx.sites import find_join, is_permutation, leaves, read_input, soma_weigh
 def insert_dendrites(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Rewrite every call of every grown site; return how many calls were rewritten."""
     rewrites = 0
+    # Asked once per node: a large model has hundreds of each, and what is inserted is no soma.
+    somas: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        weight = soma_weight(gm, node)
+        if weight is not None:
+            somas.setdefault(weight, []).append(node)
     for path, (site, _) in ctx.grown(gm).items():
-        for soma in list(gm.graph.nodes):
-            if soma_weight(gm, soma) != site.weight:
-                continue
+        for soma in somas.get(site.weight, ()):
             join = find_join(gm, soma, site.neurons)
             place, views = (soma, ()) if join is None else (join.norm, join.views)
             if not _is_joined(place, path, len(views)):

@@ -30,6 +30,7 @@ TINY = {
     "dendrite-step": "--models mnist wide --width 0.05 --batch-size 2 --seconds 0.01",
     "models": "--models mnist resnet18 --width 0.05 --batch-size 2 --dendrites 0 2 --seconds 0.01",
     "restructure": "--models mnist --width 0.05 --batch-size 2 --repeats 2",
+    "recompile": "--models mnist --width 0.05 --batch-size 2 --repeats 2 --compiler eager",
 }
 
 
@@ -123,6 +124,18 @@ def test_tiny_run(name, tmp_path, capsys):
         assert floors["pbfx perforated", "infer"] == 3
         plain = [row for row in rows if row["provider"] == "plain"]
         assert all(float(row["x_plain_p50"]) == 1 for row in plain)
+    elif name == "recompile":
+        first = {
+            row["provider"]: row["compilations"]
+            for row in rows
+            if row["event"] == "first call after it"
+        }
+        assert first == {
+            "inductor": "1",
+            "pbfx": "1",
+            "pbfx, regional": "1",
+            "pbfx, reserve": "0",
+        }
     elif name == "models":
         # Without dendrites there is nothing to pack.
         assert len(rows) == 2 * (2 + 3)

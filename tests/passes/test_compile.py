@@ -142,6 +142,47 @@ def test_many_restructures_do_not_reach_the_recompile_limit():
     assert counter.frame_count == rounds
 
 
+@pytest.mark.parametrize("modes", [1, 2])
+def test_twelve_restructures_inside_a_larger_model(modes):
+    """The larger model's code object stays the same, and what has gone stale must not fill it."""
+
+    class Larger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = pbfx.transform(CASES["perceptron"].build())
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.part(x))
+
+    model, other, x = Larger(), nn.Linear(5, 2), CASES["perceptron"].input()
+    counter, others = CompileCounterWithBackend("eager"), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    bystander = torch.compile(other, backend=others, fullgraph=True)
+    for restructures in range(13):
+        for training in (True, False)[:modes]:
+            model.train(training)
+            for _ in range(2):
+                torch.testing.assert_close(run(compiled, x)[0], run(model, x)[0])
+        bystander(x)
+        assert counter.frame_count == modes * (restructures + 1)
+        randomise(pbfx.grow(model, 1))
+    # What does not contain the part is never compiled again.
+    assert others.frame_count == 1
+
+
+def test_a_state_dict_that_grows_a_part_is_noticed():
+    part = pbfx.transform(CASES["perceptron"].build())
+    grown = pbfx.grow(pbfx.transform(CASES["perceptron"].build()))
+    randomise(grown)
+    model, x = nn.Sequential(part, nn.Linear(3, 2)).eval(), CASES["perceptron"].input()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    before = compiled(x)
+    part.load_state_dict(grown.state_dict())
+    torch.testing.assert_close(compiled(x), model(x))
+    assert not torch.equal(compiled(x), before)
+
+
 def test_dendrites_see_gradients_that_were_frozen_when_first_compiled():
     """On torch 2.11 a parameter frozen at compile time gets no gradient later, and no error."""
     model, x = pbfx.transform(CASES["perceptron"].build()), CASES["perceptron"].input()

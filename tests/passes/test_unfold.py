@@ -110,7 +110,8 @@ STATES = {
 @pytest.mark.parametrize(("batch", "size"), [((3,), 5), ((9,), 24), ((), 5)])
 @pytest.mark.parametrize("kind", CELLS)
 def test_cells(kind: str, state: str, batch: tuple[int, ...], size: int, bias: bool):
-    torch.manual_seed(0)
+    # Such that a single sample leaves one of a few relus alive.
+    torch.manual_seed(2 if kind == "relu RNNCell" else 0)
     shapes = ((*batch, 4), (*batch, size))
     names = ["layer.weight_ih", "layer.weight_hh"]
     # Without a state and a bias the map of the state is zero, and so are its dendrites.

@@ -1,0 +1,233 @@
+"""What a restructure costs a compiled model: the call after it, compilations, and steps before it.
+
+    restructure    pbfx.grow, eager: the new graph, nothing compiled
+    first call     the training step after it, which compiles what has changed
+    fresh          the first training step of a model that was grown before it was compiled
+
+*packed + Inductor* stands for the rival: it cannot grow, so its first call is that of a new model.
+Caches on disk are off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import pbfx
+from benchmarks.benchmark import Benchmark, Case
+from benchmarks.compiling import counting
+from benchmarks.gate import output_fault, require
+from benchmarks.models import MODELS, Batch, fresh
+from benchmarks.options import count, natural, positive
+from benchmarks.packed import packed_of
+from benchmarks.providers import CONFIG, sgd
+from benchmarks.table import milliseconds
+from benchmarks.timing import Quantiles, wall
+from pbfx.backend import compile_graph
+from pbfx.backend.regions import forget_regions
+from pbfx.backend.settings import MODES
+
+NAMES = ("mnist", "resnet50", "bert")
+COLUMNS = (
+    *("model", "width", "batch_size", "parameters", "sites", "provider", "mode", "dendrites"),
+    *("event", "repeats", "ms_p20", "ms_p50", "ms_p80", "x_fresh", "compilations"),
+)
+PACKED = "packed + inductor"
+RESTRUCTURE, FIRST, FRESH = "restructure", "first call after it", "fresh compile"
+BEFORE, AFTER = "steady step before", "steady step after"
+# A deep model adds up the roundings of its layers.
+_DEPTH = 20.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to compile: the name in the table, a backend, and what the model is made with."""
+
+    name: str
+    backend: Callable[..., Callable]
+    config: pbfx.Config = CONFIG
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A plain model, one batch, and how many dendrites it has before it grows."""
+
+    name: str
+    plain: nn.Module
+    batch: Batch
+    loss: Callable[[Tensor, Tensor], Tensor]
+    dendrites: int
+    device: torch.device
+
+    def grown(self, config: pbfx.Config, dendrites: int) -> nn.Module:
+        model = pbfx.transform(copy.deepcopy(self.plain), config)
+        return (pbfx.grow(model, dendrites) if dendrites else model).train()
+
+    def step(self, call: Callable[..., Tensor], optimizer: SGD) -> None:
+        x, y = self.batch
+        optimizer.zero_grad()
+        self.loss(call(x), y).backward()
+        optimizer.step()
+
+
+def ways(mode: str, compiler: str, reserve: int) -> list[Way]:
+    """Return the ways to compile in this mode."""
+
+    def backend(**options: object) -> Callable[..., Callable]:
+        return functools.partial(
+            compile_graph, options={"compiler": compiler, "mode": mode, **options}
+        )
+
+    found = [
+        # What plain `torch.compile(model)` does with our op.
+        Way("inductor", backend(strategy="kernel")),
+        Way("pbfx", backend()),
+        Way("pbfx, reserve", backend(), dataclasses.replace(CONFIG, reserve=reserve)),
+    ]
+    if mode != "reduce-overhead":
+        found.insert(2, Way("pbfx, regional", backend(regional=True)))
+    return found
+
+
+def run(args: argparse.Namespace) -> Iterator[Case]:
+    """Grow each model while it is compiled, and time what the next calls cost.
+
+    Raises:
+        GateError: if the compiled model's output after a growth is not the eager one's.
+    """
+    device = torch.device(args.device)
+    for name in args.models:
+        model = MODELS[name]
+        plain = fresh(name, args.width, device, args.seed)
+        batch = model.batches(args.batch_size, device, args.seed)[0]
+        setting = Setting(name, plain, batch, model.loss, args.dendrites, device)
+        for mode in args.modes:
+            yield _case(args, setting, mode)
+
+
+def _follow(args: argparse.Namespace, setting: Setting, way: Way) -> dict[str, _Event]:
+    """Compile, grow, and compile again; return what was timed."""
+    device, d = setting.device, setting.dendrites
+    events: dict[str, _Event] = {}
+    forget_regions()
+    with counting(way.backend) as (compile_, compiled):
+        model = setting.grown(way.config, d + 1)
+        optimizer, call = sgd(model), compile_(model)
+        seconds = wall(lambda: setting.step(call, optimizer), device)
+        events[FRESH] = _Event([seconds], compiled())
+    forget_regions()
+    with counting(way.backend) as (compile_, compiled):
+        model = setting.grown(way.config, d)
+        optimizer, call = sgd(model), compile_(model)
+        events[BEFORE] = _steady(args, setting, call, optimizer)
+        events[RESTRUCTURE] = _Event([wall(lambda: pbfx.grow(model), device)])
+        optimizer, before = sgd(model), compiled()
+        seconds = wall(lambda: setting.step(call, optimizer), device)
+        events[FIRST] = _Event([seconds], compiled() - before)
+        events[AFTER] = _steady(args, setting, call, optimizer)
+        model.eval()
+        with torch.no_grad():
+            found, wanted = call(setting.batch[0]), model(setting.batch[0])
+        fault = output_fault(found, wanted, args.dtype, _DEPTH)
+        require([f"  {setting.name}, {way.name}: {fault}"] if fault else [])
+    return events
+
+
+def _packed(args: argparse.Namespace, setting: Setting, mode: str) -> dict[str, _Event]:
+    """Time the rival with as many dendrites as the others have after they have grown."""
+    backend = functools.partial(compile_graph, options={"compiler": args.compiler, "mode": mode})
+    with counting(backend) as (compile_, compiled):
+        model = packed_of(copy.deepcopy(setting.plain), setting.dendrites + 1).train()
+        optimizer, call = sgd(model), compile_(model)
+        seconds = wall(lambda: setting.step(call, optimizer), setting.device)
+        events = {FRESH: _Event([seconds], compiled())}
+        events[AFTER] = _steady(args, setting, call, optimizer)
+    return events
+
+
+@dataclasses.dataclass
+class _Event:
+    """Seconds of every repetition, and the graphs that it compiled."""
+
+    seconds: list[float]
+    compilations: int | None = None
+
+
+def _steady(
+    args: argparse.Namespace, setting: Setting, call: Callable[..., Tensor], optimizer: SGD
+) -> _Event:
+    # The first calls compile, and record CUDA graphs.
+    for _ in range(3):
+        setting.step(call, optimizer)
+    return _Event(
+        [wall(lambda: setting.step(call, optimizer), setting.device) for _ in range(args.repeats)]
+    )
+
+
+def _case(args: argparse.Namespace, setting: Setting, mode: str) -> Case:
+    found = {
+        way.name: _follow(args, setting, way)
+        for way in ways(mode, args.compiler, setting.dendrites + 1)
+    }
+    found[PACKED] = _packed(args, setting, mode)
+    # Every way is judged by the fresh compilation of the whole model.
+    whole = found["pbfx"][FRESH].seconds[0]
+    parameters = sum(p.numel() for p in setting.plain.parameters())
+    sites = len(pbfx.explain(pbfx.transform(setting.plain)).sites)
+    cells, rows = [], []
+    for provider, events in found.items():
+        for event, measured in events.items():
+            taken = Quantiles.of(measured.seconds)
+            compilations = "-" if measured.compilations is None else str(measured.compilations)
+            share = taken.p50 / whole
+            cells.append((provider, event, milliseconds(taken.p50), f"{share:.2f}", compilations))
+            rows.append(
+                {
+                    "model": setting.name,
+                    "width": args.width,
+                    "batch_size": args.batch_size,
+                    "parameters": parameters,
+                    "sites": sites,
+                    "provider": provider,
+                    "mode": mode,
+                    "dendrites": setting.dendrites,
+                    "event": event,
+                    "repeats": len(measured.seconds),
+                    "ms_p20": taken.p20 * 1e3,
+                    "ms_p50": taken.p50 * 1e3,
+                    "ms_p80": taken.p80 * 1e3,
+                    "x_fresh": share,
+                    "compilations": measured.compilations,
+                }
+            )
+    title = (
+        f"{setting.name}, width {args.width:g}, batch {args.batch_size}, mode {mode}: "
+        f"D = {setting.dendrites} to {setting.dendrites + 1} at {sites} sites"
+    )
+    headings = ("", "event", "ms", "x fresh", "compilations")
+    return Case(title, headings, cells, ["x fresh: of pbfx's fresh compile"], rows)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--width", type=positive, default=1.0, help="scales all layers")
+    parser.add_argument("--batch-size", type=count, default=8, help="(default 8)")
+    parser.add_argument("--dendrites", type=natural, default=2, help="before it grows (default 2)")
+    parser.add_argument("--repeats", type=count, default=10, help="of steady steps (default 10)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["default"])
+    parser.add_argument(
+        "--compiler", choices=("inductor", "aot_eager", "eager"), default="inductor"
+    )
+
+
+BENCHMARK = Benchmark(
+    "recompile", "what a growth costs a compiled model", COLUMNS, add_arguments, run
+)

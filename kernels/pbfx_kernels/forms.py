@@ -1,0 +1,203 @@
+"""What a graph compiler puts in the place of `pbfx::dendrites`: a pure choice, and plain torch.
+
+    kernel   the op itself: a library product or one kernel, with an epilogue of ours
+    packed   one library product over stacked weights; the rest is for the compiler to fuse
+    looped   one library product per dendrite; likewise
+
+A compiler cannot look into an op. In the other two forms it fuses the cascade with the activation,
+the residual or the norm that follows, and in training with the sum for `dT`; our own kernels are
+faster where the products are large, and where a single kernel avoids the preactivations altogether.
+The thresholds are read off `benchmarks/results/kernels.csv`; docs/compile.md has the rules.
+
+`dendrites_in_graph` is the reference once more, written so that it also takes `fx.Proxy`s: every
+shape that it needs is an argument. It is perforated by detaching what dendrites read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pbfx_kernels.activations import activate
+from pbfx_kernels.geometry import Geometry
+from pbfx_kernels.reference import accumulation_dtype
+from pbfx_kernels.strategy import Problem, can_split, fallback_reason
+
+# Multiply-adds per dendrite above which a linear op is all products, and the extra passes of a
+# compiler's epilogue cost more than they save.
+_LARGE_PRODUCT = 2 * 10**10
+# Inputs of linear ops whose preactivations would be most of the traffic; see `strategy`.
+_FEW_INPUTS = 256
+# Bytes of output below which whatever follows costs a launch and no bandwidth.
+_SMALL_OUTPUT = 4 * 2**20
+# Taps of a convolution of images from which a library has nothing that is as good as one kernel.
+_MANY_TAPS = 25
+# Neurons up to which D convolutions are faster than one with D times the outputs.
+_LOOPED_NEURONS, _LOOPED_CHANNELS = 64, 32
+
+
+class Form(Enum):
+    """How the dendrites of a site stand in a compiled graph."""
+
+    KERNEL = "kernel"
+    PACKED = "packed"
+    LOOPED = "looped"
+
+
+def choose_form(problem: Problem, training: bool, absorbs: bool) -> Form:
+    """Choose the form of a site in a graph that a compiler will fuse.
+
+    Args:
+        problem: the site.
+        training: whether a backward follows, whose sum for `dT` the compiler fuses too.
+        absorbs: whether what reads the output can be fused with it.
+    """
+    if fallback_reason(problem) is not None or problem.dendrites == 0:
+        # Our kernels would not run: the compiler's are better than the reference.
+        return Form.PACKED
+    geometry = problem.geometry
+    if geometry.spatial:
+        images = problem.channels <= 3 and problem.taps >= _MANY_TAPS and can_split(problem)
+        if images and not training:
+            return Form.KERNEL
+        narrow = problem.neurons <= _LOOPED_NEURONS and problem.channels > _LOOPED_CHANNELS
+        if narrow and problem.taps > 1 and geometry.groups == 1 and problem.dtype.itemsize == 2:
+            return Form.LOOPED
+        return Form.PACKED
+    work = problem.positions * problem.neurons * problem.inputs
+    if work >= _LARGE_PRODUCT:
+        return Form.KERNEL
+    # Nothing is fused with it, nothing has to be kept, and the preactivations are the traffic.
+    written = problem.positions * problem.neurons * problem.dtype.itemsize
+    thin = problem.inputs <= _FEW_INPUTS and written > _SMALL_OUTPUT
+    if thin and not training and (not absorbs or problem.inputs <= _FEW_INPUTS // 4):
+        return Form.KERNEL
+    return Form.PACKED
+
+
+def dendrites_in_graph(
+    form: Form,
+    soma: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    to_soma: Any,
+    to_dendrite: Any,
+    activation: str,
+    geometry: Geometry,
+    count: int,
+    neurons: int,
+    dtype: torch.dtype,
+    products: torch.dtype | None = None,
+) -> tuple[Any, list[Any]]:
+    """Compute a site's output in plain torch; arguments may be tensors or `fx.Proxy`s.
+
+    Args:
+        form: PACKED or LOOPED.
+        soma: `(*soma)`.
+        x: the soma's input.
+        weight: V, `(D, *W)`.
+        bias: c, `(D, N)`, or None.
+        to_soma: T, `(D, N)`; alone of all it gets a gradient, beside `soma`.
+        to_dendrite: U, `(D, D, N)`.
+        activation: f, one of `ACTIVATIONS`.
+        geometry: the form of the soma.
+        count: D, at least 1.
+        neurons: N.
+        dtype: of `soma`.
+        products: dtype of the products, `dtype` if None. Everything after them is as ever.
+
+    Returns:
+        out: `(*soma)`, `dtype`.
+        activations: a_d, `(*soma)` each, float32, or float64 for float64.
+
+    Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
+    """
+    wide, products = accumulation_dtype(dtype), products or dtype
+    x, weight = x.detach().to(products), weight.detach().to(products)
+    bias = None if bias is None else bias.detach().to(products)
+
+    def widened(value: Any, given: torch.dtype) -> Any:
+        # Every node that is not there is compiled the faster.
+        return value if given is wide else value.to(wide)
+
+    if form is Form.LOOPED:
+        z = [
+            _product(x, weight[d], None if bias is None else bias[d], geometry)
+            for d in range(count)
+        ]
+    else:
+        z = _packed(x, weight, bias, geometry, count, neurons)
+    lined_up = (neurons, *(1,) * geometry.spatial)
+    links = to_soma.to(wide).reshape((count, *lined_up))
+    cascade = to_dendrite.detach().to(wide).reshape((count, count, *lined_up))
+    activations: list[Any] = []
+    negated = None
+    for d in range(count):
+        z_d = widened(z[d], products)
+        for e, a_e in enumerate(activations):
+            z_d = z_d + cascade[d, e] * a_e
+        a_d = activate(activation, z_d)
+        added = links[d] * a_d
+        # Kept negated, for the sake of signed zeros: see `reference.dendrites`.
+        negated = 0.0 - added if negated is None else negated - added
+        activations.append(a_d)
+    out = widened(soma, dtype) - negated
+    return out if dtype is wide else out.to(dtype), activations
+
+
+def _packed(
+    x: Any, weight: Any, bias: Any, geometry: Geometry, count: int, neurons: int
+) -> Sequence[Any]:
+    """Return the D preactivations of one product over stacked weights."""
+    groups, axis = geometry.groups, geometry.channel_axis
+    if count == 1:
+        return [_product(x, weight[0], None if bias is None else bias[0], geometry)]
+    if geometry.transposed:
+        stacked = weight.movedim(0, 1).flatten(1, 2)
+    elif groups == 1:
+        stacked = weight.flatten(0, 1)
+    else:
+        # The channels of a group lie together, so the order is (group, d, neuron of group).
+        stacked = weight.unflatten(1, (groups, neurons // groups)).movedim(1, 0).flatten(0, 2)
+    if bias is not None and groups == 1:
+        bias = bias.flatten(0, 1)
+    elif bias is not None:
+        bias = bias.unflatten(1, (groups, neurons // groups)).movedim(1, 0).flatten(0, 2)
+    z = _product(x, stacked, bias, geometry)
+    if groups == 1:
+        return [z.narrow(axis, d * neurons, neurons) for d in range(count)]
+    z = z.unflatten(axis, (groups, count, neurons // groups))
+    return [z.select(axis - 1, d).flatten(axis - 1, axis) for d in range(count)]
+
+
+def _product(x: Any, weight: Any, bias: Any, geometry: Geometry) -> Any:
+    """Run the library's op; of a convolution whose input may lack the batch."""
+    if geometry.spatial == 0:
+        return F.linear(x, weight, bias)
+    if geometry.transposed:
+        transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+        return transposed[geometry.spatial - 1](
+            x,
+            weight,
+            bias,
+            geometry.stride,
+            geometry.padding,
+            geometry.output_padding,
+            geometry.groups,
+            geometry.dilation,
+        )
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[geometry.spatial - 1]
+    return convolution(
+        x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    )
+
+
+def stacked_activations(activations: list[Any], dtype: torch.dtype) -> Tensor:
+    """Return the activations as the op gives them: `(D, *soma)`, without gradient."""
+    return torch.stack([a.detach().to(dtype) for a in activations])

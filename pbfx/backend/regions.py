@@ -1,0 +1,258 @@
+"""Compile a graph block by block: equal blocks once, and after a growth only those that changed.
+
+    stem -> blocks.0 -> blocks.1 -> ... -> head      one compiled function per distinct block
+
+A block is a run of nodes that belong to one member of a repeated container, such as `blocks.3`;
+what lies between blocks is a region too. Regions are told apart by their content: ops and their
+arguments, and the shapes, strides, dtypes and gradients of their inputs. So twelve equal layers are
+compiled once, and a restructure costs the compilation of the regions in which it changed something.
+
+Each region is a graph with a backward of its own, which costs some tens of microseconds per region
+and step, and fusion across its borders.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import operator
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.split_module import split_module
+
+from pbfx.backend.settings import Compiled, Settings
+from pbfx.errors import PassError
+from pbfx.passes.lower_dendrites import module_path
+
+# A member of a container of modules, and something inside it: `blocks.3` of `blocks.3.conv1`. A
+# layer that is a member itself is too small to be a region.
+_BLOCK = re.compile(r"((?:\D[^.]*\.)*?\d+(?:\.\d+)*)\..+")
+# What only looks at a tensor from another side: work in place on it is work on what it looks at.
+_VIEWS = frozenset(
+    ("view", "reshape", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "getitem")
+)
+# Compiled regions by their content, those used last at the end. A restructure leaves some behind.
+_MOST_REGIONS = 256
+_compiled: collections.OrderedDict[Any, Compiled] = collections.OrderedDict()
+
+
+def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> Compiled:
+    """Compile the regions of `gm` that have not been compiled before, and chain them all.
+
+    Args:
+        gm: a graph of Dynamo's; left as it is.
+        example_inputs: fake tensors and sizes.
+        settings: who compiles a region.
+
+    Returns:
+        What computes `gm`.
+    """
+    region_of = assign_regions(gm.graph)
+    if len(set(region_of.values())) < 2:
+        return settings.inner(gm, example_inputs)
+    split = split_module(
+        gm, nn.Module(), lambda node: region_of[node.name], keep_original_order=True
+    )
+    _Compilation(split, settings).run(*_as_fake(example_inputs))
+    return split
+
+
+def _as_fake(example_inputs: list[Any]) -> list[Any]:
+    """Return the inputs as Dynamo traced with them: it gives its backend the real ones.
+
+    Raises:
+        PassError: if no compilation is under way.
+    """
+    from torch._guards import TracingContext
+    from torch._subclasses import FakeTensor
+
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        raise PassError("regions can be compiled within torch.compile only: no trace is under way")
+    mode, known = context.fake_mode, context.tensor_to_context
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+            return value
+        sizes = known.get(value)
+        if sizes is None:
+            return mode.from_tensor(value, static_shapes=True)
+        source = getattr(sizes, "tensor_source", None)
+        return mode.from_tensor(value, symbolic_context=sizes, source=source, trace=False)
+
+    return [fake(value) for value in example_inputs]
+
+
+def forget_regions() -> None:
+    """Drop every compiled region."""
+    _compiled.clear()
+
+
+def assign_regions(graph: fx.Graph) -> dict[str, int]:
+    """Return the number of the region of each node that computes, by its name.
+
+    Regions are runs of nodes, so that a graph of regions has no circles. What is computed outside
+    any module, such as the addition at the end of a block in a traced model, belongs to the block
+    before it.
+    """
+    computed = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    paths = {node.name: module_path(node).removesuffix(".dendrites") for node in computed}
+    inside = {path: match[1] for path in paths.values() if (match := _BLOCK.fullmatch(path))}
+    regions: dict[str, int] = {}
+    number, block = 0, ""
+    for name, path in paths.items():
+        if path:
+            here = path if path in inside.values() else inside.get(path, "")
+            if here != block and regions:
+                number += 1
+            block = here
+        regions[name] = number
+    return _whole_mutations(graph, regions)
+
+
+def _whole_mutations(graph: fx.Graph, regions: dict[str, int]) -> dict[str, int]:
+    """Merge the regions between a tensor and work in place on it.
+
+    A region saves what its backward needs; another one must not change that afterwards.
+    """
+    merged = list(range(max(regions.values(), default=0) + 1))
+    for node in graph.nodes:
+        if node.name not in regions or not _in_place(node):
+            continue
+        source = node.all_input_nodes[0] if node.all_input_nodes else node
+        while source.name in regions and _name(source) in _VIEWS and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        first, last = regions.get(source.name, regions[node.name]), regions[node.name]
+        for number in range(first, last + 1):
+            merged[number] = min(merged[number], merged[first])
+    return {name: merged[number] for name, number in regions.items()}
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+
+
+def _in_place(node: fx.Node) -> bool:
+    name = _name(node)
+    written = name.endswith("_") and not name.endswith("__")
+    augmented = node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+    return written or augmented or name == "setitem" or node.kwargs.get("inplace") is True
+
+
+class _Compilation(fx.Interpreter):
+    """Runs a split graph on fake tensors, and compiles each region as its inputs are known."""
+
+    def __init__(self, split: fx.GraphModule, settings: Settings) -> None:
+        super().__init__(split)
+        self.settings = settings
+        self.extra_traceback = False
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compile the region `target`, and return what it gives for `args`."""
+        assert not kwargs, "split_module passes everything by position"
+        region = self.module.get_submodule(target)
+        assert isinstance(region, fx.GraphModule)
+        (output,) = region.graph.find_nodes(op="output")
+        alone = not isinstance(output.args[0], (tuple, list))
+        if alone:
+            # Compilers want a tuple.
+            output.args = ((output.args[0],),)
+            region.recompile()
+        # Before it runs, because a run may change its inputs.
+        key = _content(region, args, self.settings)
+        results = region(*args)
+        compiled = _compiled.get(key) if key is not None else None
+        if compiled is None:
+            compiled = self.settings.inner(region, list(args))
+        if key is not None:
+            _compiled[key] = compiled
+            _compiled.move_to_end(key)
+            while len(_compiled) > _MOST_REGIONS:
+                _compiled.popitem(last=False)
+        self.module.add_module(target, _Region(compiled, alone))
+        return results[0] if alone else results
+
+
+class _Region(nn.Module):
+    """A compiled region in a split graph."""
+
+    def __init__(self, compiled: Compiled, alone: bool) -> None:
+        super().__init__()
+        self.compiled, self.alone = compiled, alone
+
+    def forward(self, *args: Any) -> Any:
+        results = self.compiled(*args)
+        return results[0] if self.alone else results
+
+
+def _content(region: fx.GraphModule, args: tuple[Any, ...], settings: Settings) -> Any:
+    """Return what decides how a region is compiled, or None where that is not all known here.
+
+    Two regions of equal content are compiled to the same code. With dynamic sizes they are not: the
+    guards of such code belong to the compilation in which it was made.
+    """
+    numbers = {node: index for index, node in enumerate(region.graph.nodes)}
+    storages: dict[int, int] = {}
+    inputs: list[Any] = []
+    for arg in args:
+        if not isinstance(arg, Tensor):
+            if not isinstance(arg, (bool, int, float, str, type(None))):
+                return None
+            inputs.append((type(arg), arg))
+            continue
+        sizes = (*arg.shape, *arg.stride(), arg.storage_offset())
+        if arg.layout is not torch.strided or not all(type(size) is int for size in sizes):
+            return None
+        # Tensors that share memory are compiled in another way than ones that do not.
+        storage = storages.setdefault(arg.untyped_storage()._cdata, len(storages))
+        inputs.append(
+            (sizes, arg.dtype, arg.device, arg.requires_grad, arg.is_leaf, type(arg), storage)
+        )
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return ("node", numbers[value])
+        if isinstance(value, (tuple, list)):
+            return (type(value).__name__, *map(plain, value))
+        if isinstance(value, dict):
+            return ("dict", *((name, plain(item)) for name, item in value.items()))
+        if isinstance(value, slice):
+            return ("slice", plain(value.start), plain(value.stop), plain(value.step))
+        # A number and its type: 1, 1.0 and True are equal, but compiled differently.
+        return (type(value), value)
+
+    nodes = []
+    for node in region.graph.nodes:
+        if node.op == "get_attr":
+            # A constant, or a graph inside: whose content is not looked at.
+            return None
+        target = None if node.op == "placeholder" else node.target
+        nodes.append((node.op, target, plain(node.args), plain(node.kwargs)))
+    key = (tuple(nodes), tuple(inputs), _surroundings(settings))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _surroundings(settings: Settings) -> tuple[Any, ...]:
+    """Return what else compilers look at."""
+    devices = ("cpu", "cuda")
+    return (
+        settings.compiler,
+        repr(sorted(getattr(settings.inner, "config", {}).items())),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_default_dtype(),
+        *itertools.chain.from_iterable(
+            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in devices
+        ),
+    )

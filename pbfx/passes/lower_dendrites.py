@@ -1,0 +1,286 @@
+"""Put the best form of each dendrites op into a graph that a compiler will fuse.
+
+    y = soma(x)                            y = soma(x)
+    d = pbfx::dendrites(y, x, V, ...)  ->  z = linear(x, [V_1; ...; V_D])
+    ... d[0] ...                           a_1 = f(z_1 + c_1); a_2 = f(z_2 + c_2 + U_21 a_1); ...
+                                           ... y - (0 - T_1 a_1 - T_2 a_2 - ...) ...
+
+Safe because what is put there is the op's reference, bit for bit the soma where the links are zero,
+and because it is as perforated as the op: what dendrites read is detached, so the error goes on to
+the soma and to `to_soma` alone. It fires on the op, whatever face the soma has: a linear or conv
+module, function, method, or a norm that follows one.
+
+It does not fire where `pbfx_kernels.forms` prefers the op's own kernels, and where it cannot know
+better: shapes that are not in the graph's metadata, a number of dendrites that is dynamic. Every
+site is recorded, with the reason. Candidates stay ops: their backward is no derivative.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.proxy import GraphAppendingTracer
+
+from pbfx.passes.context import copy_provenance, part
+from pbfx_kernels import Geometry
+from pbfx_kernels.forms import Form, choose_form, dendrites_in_graph, stacked_activations
+from pbfx_kernels.strategy import problem_of
+
+logger = logging.getLogger(__name__)
+
+STRATEGIES = ("auto", *(form.value for form in Form))
+
+# What a compiler fuses with the sum before it: activations, residuals, norms and what is as local.
+_ARITHMETIC = "add add_ iadd sub mul mul_ imul truediv div clamp float half bfloat16 to"
+_ACTIVATIONS = (
+    "relu relu_ relu6 leaky_relu gelu silu elu celu selu mish sigmoid tanh hardtanh hardswish "
+    "hardsigmoid softplus softmax log_softmax dropout"
+)
+_NORMS = "batch_norm layer_norm group_norm instance_norm rms_norm"
+_FUSED = frozenset(f"{_ARITHMETIC} {_ACTIVATIONS} {_NORMS}".split())
+# What only looks at the values from another side, so that fusion reaches past it.
+_LOOKS = (
+    "view reshape reshape_as flatten unflatten squeeze unsqueeze transpose permute movedim "
+    "contiguous detach"
+)
+_VIEWS = frozenset(_LOOKS.split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """What became of one site: its path as the graph tells it, the form, and why."""
+
+    site: str
+    form: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweringContext:
+    """What is wanted of a lowered graph, and a record of what was done, filled as the pass runs.
+
+    Attributes:
+        strategy: `"auto"`, or the form that every site gets.
+        products: dtype of the dendrites' products; None for the soma's.
+        training: whether a backward follows.
+        records: one for each dendrites op that the pass met, by the name of its node.
+    """
+
+    strategy: str = "auto"
+    products: torch.dtype | None = None
+    training: bool = False
+    records: dict[str, Lowered] = dataclasses.field(default_factory=dict)
+
+
+def lower_dendrites(gm: fx.GraphModule, ctx: LoweringContext) -> int:
+    """Rewrite the dendrites ops of `gm`, whose nodes carry example values; return how many."""
+    rewrites = 0
+    op = torch.ops.pbfx.dendrites.default
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target is not op:
+            continue
+        call, reason = _read(node)
+        form = Form.KERNEL
+        if call is not None:
+            form, reason = _choose(call, node, ctx)
+        ctx.records[node.name] = Lowered(_site(node), form.value, reason)
+        if call is not None and form is not Form.KERNEL:
+            _replace(gm.graph, node, form, call, ctx)
+            rewrites += 1
+    return rewrites
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The arguments of an op's node, and what is known of them while the graph is compiled."""
+
+    tensors: tuple[fx.Node | None, ...]
+    activation: str
+    geometry: Geometry
+    soma: Tensor
+    weight: Tensor
+    count: int
+    neurons: int
+
+
+def value_of(node: Any) -> Any:
+    """Return the example value of a node, by Dynamo's name or by that of torch.export and fx."""
+    if not isinstance(node, fx.Node):
+        return None
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def _read(node: fx.Node) -> tuple[_Call | None, str]:
+    """Return what the op is called with, or None and why it is not known."""
+    arguments = node.normalized_arguments(fx.GraphModule({}, fx.Graph()), None, None, True)
+    assert arguments is not None, "an overload normalises its own call"
+    named = arguments.kwargs
+    tensors = tuple(
+        named[name] for name in ("soma", "x", "weight", "bias", "to_soma", "to_dendrite")
+    )
+    soma, weight = value_of(tensors[0]), value_of(tensors[2])
+    if not isinstance(soma, Tensor) or not isinstance(weight, Tensor):
+        return None, "the graph does not say which shapes it has"
+    form: list[Any] = [named[name] for name in _FORM]
+    if any(isinstance(v, fx.Node) for value in form for v in _leaves(value)):
+        return None, "its geometry is dynamic"
+    stride, padding, dilation, groups, transposed, output_padding = form
+    geometry = Geometry(
+        tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
+    )
+    count, neurons = weight.shape[0], geometry.neurons(weight.shape[1:])
+    if not isinstance(count, int) or not isinstance(neurons, int):
+        return None, "its number of dendrites or neurons is dynamic"
+    if count == 0:
+        return None, "it has no dendrites"
+    return _Call(tensors, named["activation"], geometry, soma, weight, count, neurons), ""
+
+
+_FORM = ("stride", "padding", "dilation", "groups", "transposed", "output_padding")
+
+
+def _leaves(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _choose(call: _Call, node: fx.Node, ctx: LoweringContext) -> tuple[Form, str]:
+    if ctx.strategy != "auto":
+        return Form(ctx.strategy), "asked for"
+    if ctx.products is not None:
+        return Form.PACKED, "its products have a dtype of their own"
+    absorbed = _absorbed(node)
+    form = choose_form(
+        problem_of(call.soma, call.weight, call.geometry), ctx.training, bool(absorbed)
+    )
+    if form is Form.KERNEL:
+        return form, "our own kernels are measured to be faster here"
+    return form, f"fused with {', '.join(absorbed)}" if absorbed else "fused by the compiler"
+
+
+def _absorbed(node: fx.Node) -> list[str]:
+    """Return the names of what a compiler fuses with the site's output, if that is all it feeds."""
+    out = part(node, 0)
+    if out is None:
+        return []
+    names, seen = [], [out]
+    for value in seen:
+        for user in value.users:
+            name = str(getattr(user.target, "__name__", user.target)).partition(".")[0]
+            if name in _VIEWS:
+                seen.append(user)
+            elif name in _FUSED or user.target in (operator.add, operator.mul):
+                names.append(name)
+            else:
+                return []
+    return sorted(set(names))
+
+
+def _replace(graph: fx.Graph, node: fx.Node, form: Form, call: _Call, ctx: LoweringContext) -> None:
+    last = node.prev
+    with graph.inserting_before(node), _autocast_off(graph, node, call.soma):
+        tracer = GraphAppendingTracer(graph)
+        soma, x, weight, bias, to_soma, to_dendrite = (
+            None if node is None else fx.Proxy(node, tracer) for node in call.tensors
+        )
+        out, activations = dendrites_in_graph(
+            form,
+            soma,
+            x,
+            weight,
+            bias,
+            to_soma,
+            to_dendrite,
+            call.activation,
+            call.geometry,
+            call.count,
+            call.neurons,
+            call.soma.dtype,
+            ctx.products,
+        )
+        results = {0: out}
+        if part(node, 1) is not None:
+            results[1] = stacked_activations(activations, call.soma.dtype)
+    added = []
+    while last.next is not node:
+        last = last.next
+        added.append(last)
+    copy_provenance(node, *added)
+    _propagate(added)
+    for index, result in results.items():
+        taken = part(node, index)
+        if taken is not None:
+            taken.replace_all_uses_with(result.node)
+            graph.erase_node(taken)
+    graph.erase_node(node)
+
+
+@contextlib.contextmanager
+def _autocast_off(graph: fx.Graph, node: fx.Node, soma: Tensor) -> Iterator[None]:
+    """Switch autocast off for what the body adds, where a graph switches it on.
+
+    The dtype of the computation is the soma's; a library's product would else be cast once more.
+    """
+    device = soma.device.type
+    enter = torch.amp.autocast_mode._enter_autocast
+    inside = torch.is_autocast_enabled(device) or any(
+        other.target is enter for other in graph.nodes if other is not node
+    )
+    if not inside:
+        yield
+        return
+    entered = graph.call_function(enter, (device, None, False, None))
+    yield
+    graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+
+
+def _propagate(nodes: list[fx.Node]) -> None:
+    """Compute the example values of new nodes from those of the nodes that they read."""
+    for node in nodes:
+        arguments, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: value_of(n))
+        run: Callable[..., Any]
+        if node.op == "call_method":
+            run = getattr(arguments[0], str(node.target))
+            arguments = arguments[1:]
+        elif getattr(node.target, "__name__", "").endswith("_autocast"):
+            # Modes have no value; that they hold for the nodes between is not seen here, because
+            # those cast nothing themselves.
+            continue
+        else:
+            assert callable(node.target)
+            run = node.target
+        # Of the values, not the one that now traces: Dynamo gives its backend another.
+        modes = [
+            mode for value in _leaves(arguments) if (mode := getattr(value, "fake_mode", None))
+        ]
+        with modes[0] if modes else contextlib.nullcontext():
+            node.meta["example_value"] = run(*arguments, **kwargs)
+
+
+def _site(node: fx.Node) -> str:
+    """Return the path of the module whose op it is, as far as the graph remembers it."""
+    return module_path(node).removesuffix(".dendrites") or node.name
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the path of the module that `node` was traced in, in the words of `named_modules`.
+
+    Dynamo writes `L['self'].blocks[0]` and `getattr(L['self'], '0')`, symbolic tracing the path.
+    """
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return ""
+    name = stack[-1][0] if isinstance(stack[-1], (tuple, list)) else ""
+    words = [word for word in re.findall(r"\w+", name) if word not in _SOURCE_WORDS]
+    return ".".join(words)
+
+
+# What sources in Dynamo's graphs are made of beside names of modules.
+_SOURCE_WORDS = frozenset(("L", "G", "getattr", "self", "_modules"))

@@ -1,0 +1,411 @@
+"""`torch.compile(model, backend="pbfx")`: options, forms, faces, dynamic sizes, failures."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+import torch._inductor.config
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import pbfx
+from models import CASES, Case, randomise, run
+from pbfx.backend import compile_graph, compiler
+from pbfx.backend.regions import assign_regions
+from pbfx.backend.settings import settings_of
+from pbfx.errors import ConfigError, PassError
+from pbfx.passes.lower_dendrites import LoweringContext, lower_dendrites
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_cxx = pytest.mark.skipif(
+    not shutil.which("c++") and not shutil.which("g++"), reason="no C++ compiler"
+)
+# AOTAutograd without code generation: the same graphs as for Inductor, in a fraction of the time.
+QUICK = {"compiler": "aot_eager"}
+
+
+# Dynamo breaks the graph at a GRU, whoever compiles it.
+WHOLE = {name: case for name, case in CASES.items() if name != "attention"}
+each_case = pytest.mark.parametrize("case", WHOLE.values(), ids=WHOLE.keys())
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def grown(case: Case, dendrites: int = 2) -> nn.Module:
+    model = pbfx.grow(pbfx.transform(case.build()), dendrites)
+    randomise(model)
+    return model
+
+
+def compiled(model: nn.Module, **options: object) -> nn.Module:
+    return torch.compile(model, backend=compile_graph, fullgraph=True, options=options)
+
+
+def step(model: nn.Module, owner: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Run one training step from the same state every time; return outputs and gradients."""
+    state = copy.deepcopy(owner.state_dict())
+    outs = run(model, x)
+    sum((out.square().sum() for out in outs), torch.zeros(())).backward()
+    found = {f"output {i}": out.detach() for i, out in enumerate(outs)}
+    found |= {n: p.grad for n, p in owner.named_parameters() if p.grad is not None}
+    owner.zero_grad(set_to_none=True)
+    owner.load_state_dict(state)
+    return found
+
+
+def assert_alike(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        # ‖found - wanted‖ / ‖wanted‖ in float32, as in the kernels' table; a bias before a norm has
+        # a gradient of zero, but for rounding.
+        distance = (found[name] - value).norm() / value.norm().clamp(min=1)
+        assert distance <= 1e-5, f"{name}: {distance}"
+
+
+def test_torch_finds_it_by_its_entry_point(tmp_path):
+    """A program that never imports pbfx: torch loads the backend itself."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    points = project["entry-points"]["torch_dynamo_backends"]
+    assert points == {"pbfx": "pbfx.backend:compile_graph"}
+    # As an installer writes it: the checkout may have been installed before there was one.
+    info = tmp_path / "points-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: points\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        "[torch_dynamo_backends]\n" + "\n".join(f"{k} = {v}" for k, v in points.items())
+    )
+    program = (
+        "import sys, torch\n"
+        "f = torch.compile(torch.nn.Linear(2, 3), backend='pbfx', fullgraph=True,"
+        " options={'compiler': 'eager'})\n"
+        "assert f(torch.ones(1, 2)).shape == (1, 3)\n"
+        "assert 'pbfx.backend' in sys.modules\n"
+    )
+    path = ":".join([str(tmp_path), *(entry for entry in sys.path if entry)])
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@each_case
+@pytest.mark.parametrize("strategy", ["auto", "kernel", "packed", "looped"])
+def test_training_is_as_in_eager(case, strategy):
+    model, x = grown(case), case.input()
+    assert_alike(step(compiled(model, strategy=strategy, **QUICK), model, x), step(model, model, x))
+
+
+@each_case
+def test_growth_leaves_the_output_alone(case):
+    """Links of zero: the lowered graph gives the soma's bits, signed zeros included."""
+    model = pbfx.transform(case.build()).eval()
+    wanted = run(model, case.input())
+    pbfx.grow(model, 2)
+    for strategy in ("packed", "looped"):
+        found = run(compiled(model, strategy=strategy, compiler="eager"), case.input())
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one, other)
+            assert torch.equal(one.signbit(), other.signbit())
+
+
+@each_case
+def test_regions(case):
+    model, x = grown(case), case.input()
+    assert_alike(step(compiled(model, regional=True, **QUICK), model, x), step(model, model, x))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "packed"])
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+def test_convolutions_with_groups_and_transposed(spatial, strategy):
+    torch.manual_seed(0)
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial - 1]
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[spatial - 1]
+    plain = nn.Sequential(
+        conv(4, 6, 3, padding=1, groups=2), nn.ReLU(), transposed(6, 4, 3, stride=2, groups=2)
+    )
+    model = pbfx.grow(pbfx.transform(plain), 3)
+    randomise(model)
+    x = torch.randn(2, 4, *(5,) * spatial)
+    assert_alike(step(compiled(model, strategy=strategy, **QUICK), model, x), step(model, model, x))
+    # Without a batch.
+    assert_alike(step(compiled(model, **QUICK), model, x[0]), step(model, model, x[0]))
+
+
+def test_the_dendrite_phase():
+    case = CASES["convolutional"]
+    model = pbfx.transform(case.build())
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    policy = pbfx.Interval(neuron_epochs=1, dendrite_epochs=10)
+    tracker = pbfx.Tracker(model, optimizer, policy=policy)
+    pbfx_model = compiled(model, **QUICK)
+    for phase in (pbfx.Phase.NEURON, pbfx.Phase.DENDRITE):
+        assert_alike(step(pbfx_model, model, case.input()), step(model, model, case.input()))
+        assert tracker.phase is phase
+        if phase is pbfx.Phase.NEURON:
+            tracker.step(0.0)
+
+
+def test_a_model_without_dendrites_is_left_to_the_compiler():
+    seen = []
+
+    def inner(gm: fx.GraphModule, inputs: list[Tensor]):
+        seen.append(gm)
+        return gm.forward
+
+    settings = settings_of(None, {"compiler": "eager"})
+    gm = fx.symbolic_trace(nn.Linear(2, 3))
+    assert compiler.lower(gm, [torch.ones(1, 2)], settings) is gm
+
+
+def test_autocast_casts_products_once():
+    case = CASES["normed"]
+    model, x = grown(case), case.input()
+
+    def call(module: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(x)
+
+    # Both round to bfloat16 in the same places.
+    torch.testing.assert_close(call(compiled(model.eval(), **QUICK)), call(model))
+
+    @torch.compile(backend=compile_graph, fullgraph=True, options=QUICK)
+    def inside(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    torch.testing.assert_close(inside(x), call(model))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_precision_rounds_the_dendrites_and_not_the_soma(precision):
+    case = CASES["perceptron"]
+    model, x = grown(case).eval(), case.input()
+    wanted, plain = model(x), pbfx.transform(case.build()).eval()(x)
+    found = compiled(model, precision=precision, **QUICK)(x)
+    error = (found - wanted).norm() / wanted.norm()
+    assert 0 < error < 1e-2
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("to_soma"):
+                parameter.zero_()
+    assert torch.equal(compiled(model, precision=precision, compiler="eager")(x), plain)
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_dynamic_batch_sizes(regional):
+    case = CASES["convolutional"]
+    model = grown(case).eval()
+    options = {"regional": regional, **QUICK}
+    call = torch.compile(
+        model, backend=compile_graph, fullgraph=True, dynamic=True, options=options
+    )
+    for batch in (4, 3, 7, 2):
+        x = torch.randn(batch, 2, 6, 5)
+        torch.testing.assert_close(call(x), model(x))
+    code = type(model).forward.__code__
+    assert len(torch._dynamo.eval_frame._debug_get_cache_entry_list(code)) == 1
+
+
+def test_equal_blocks_are_compiled_once_and_a_growth_recompiles_what_changed(monkeypatch):
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.relu(self.fc(self.norm(x)))
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Sequential(*(Block() for _ in range(6))))
+    model = pbfx.grow(pbfx.transform(plain))
+    regions = []
+
+    def counted(name: str):
+        def compile_region(gm: fx.GraphModule, inputs: list[Tensor]):
+            regions.append(gm)
+            return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
+
+        return compile_region
+
+    monkeypatch.setattr("pbfx.backend.settings._registered", counted)
+    call, x = compiled(model, regional=True, **QUICK), torch.randn(5, 3)
+
+    def new() -> int:
+        before = len(regions)
+        assert_alike(step(call, model, x), step(model, model, x))
+        return len(regions) - before
+
+    # The stem, and one for all six blocks.
+    assert new() == 2
+    assert new() == 0
+    pbfx.grow(model, 1, sites="1.3.fc")
+    assert new() == 1
+    pbfx.grow(model, 1, sites=["1.0.fc", "1.1.fc"])
+    # They are now what that one is.
+    assert new() == 0
+    pbfx.grow(model)
+    # The stem, and blocks of three dendrites: there are some of two already.
+    assert new() == 2
+
+
+def test_work_in_place_stays_in_one_region():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    relu = graph.call_function(torch.relu, (x,))
+    relu.meta["nn_module_stack"] = {"a": ("blocks.0.act", nn.ReLU)}
+    other = graph.call_function(torch.tanh, (relu,))
+    other.meta["nn_module_stack"] = {"a": ("blocks.1.act", nn.Tanh)}
+    added = graph.call_method("add_", (relu, other))
+    added.meta["nn_module_stack"] = {"a": ("blocks.2.act", nn.ReLU)}
+    graph.output(added)
+    assert set(assign_regions(graph).values()) == {0}
+    graph.erase_node(added) if not added.users else added.replace_all_uses_with(other)
+    graph.erase_node(added)
+    assert assign_regions(graph) == {relu.name: 0, other.name: 1}
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "words"),
+    [
+        (None, {"strategy": "pakced"}, "strategy is unknown, got 'pakced': did you mean 'packed'"),
+        (None, {"precision": "fp8"}, "precision is unknown, got 'fp8'"),
+        (None, {"strategy": "kernel", "precision": "bfloat16"}, "goes with strategy 'packed'"),
+        (None, {"compiler": "gcc"}, "compiler is unknown, got 'gcc'"),
+        (None, {"regional": 1}, "regional must be True or False, got 1"),
+        ("fastest", None, "mode is unknown, got 'fastest'"),
+        (None, {"max_autotun": True}, "neither ours nor Inductor's: did you mean 'max_autotune'"),
+        (None, {"max_autotune": "yes"}, "Inductor refuses an option"),
+        (None, {"compiler": "eager", "max_autotune": True}, "is for compiler 'inductor'"),
+        ("max-autotune", {"compiler": "eager"}, "mode 'max-autotune' is for compiler 'inductor'"),
+        ("reduce-overhead", {"regional": True}, "regional cannot be combined with CUDA graphs"),
+        (None, [1], "options must be a dict, got [1]"),
+    ],
+)
+def test_options_are_checked(mode, options, words):
+    with pytest.raises(ConfigError) as error:
+        settings_of(mode, options)
+    assert words in str(error.value)
+
+
+def test_all_faults_are_named_at_once_and_reach_the_user():
+    model = pbfx.transform(CASES["perceptron"].build())
+    call = torch.compile(model, backend=compile_graph, options={"strategy": 1, "precision": 2})
+    with pytest.raises(BackendCompilerFailed, match=r"strategy is unknown.*precision is unknown"):
+        call(CASES["perceptron"].input())
+
+
+def test_mode_and_options_reach_inductor():
+    settings = settings_of("max-autotune-no-cudagraphs", {"epilogue_fusion": False})
+    assert settings.inner.config["max_autotune"] is True
+    assert settings.inner.config["epilogue_fusion"] is False
+    settings = settings_of(None, {"mode": "reduce-overhead", "strategy": "packed"})
+    assert settings.inner.config == {"triton.cudagraphs": True}
+
+
+def graph_of(model: nn.Module, x: Tensor) -> fx.GraphModule:
+    found = []
+
+    def keep(gm: fx.GraphModule, inputs: list[Tensor]):
+        found.append(gm)
+        return gm.forward
+
+    torch.compile(model, backend=keep, fullgraph=True)(x)
+    return found[0]
+
+
+def ops(gm: fx.GraphModule) -> int:
+    op = torch.ops.pbfx.dendrites.default
+    return sum(node.target is op for node in gm.graph.nodes)
+
+
+def test_what_the_pass_does_not_know_stays_and_is_recorded():
+    case = CASES["perceptron"]
+    model, x = grown(case).eval(), case.input()
+    gm = graph_of(model, x)
+    assert ops(gm) == 2
+    first = next(n for n in gm.graph.nodes if n.target is torch.ops.pbfx.dendrites.default)
+    values = first.args[0].meta.pop("example_value")
+    context = LoweringContext("packed")
+    assert lower_dendrites(gm, context) == 1
+    assert lower_dendrites(gm, context) == 0
+    assert ops(gm) == 1
+    assert context.records[first.name].form == "kernel"
+    assert "does not say which shapes" in context.records[first.name].reason
+    assert context.records[first.name].site == "0"
+    first.args[0].meta["example_value"] = values
+    assert lower_dendrites(gm, LoweringContext("kernel")) == 0
+    assert lower_dendrites(gm, LoweringContext("looped")) == 1
+    gm.graph.lint()
+
+
+def test_what_is_absorbed_is_recorded():
+    case = CASES["convolutional"]
+    context = LoweringContext()
+    lower_dendrites(graph_of(grown(case).eval(), case.input()), context)
+    reasons = {record.site: record.reason for record in context.records.values()}
+    assert reasons["conv1"] == "fused with relu"
+    assert reasons["fc"] == "fused with mul"
+    assert all(record.form == "packed" for record in context.records.values())
+
+
+def test_a_crash_in_a_pass_leaves_the_graph_as_it_was(monkeypatch):
+    case = CASES["perceptron"]
+    model, x = grown(case).eval(), case.input()
+
+    def crashes(gm: fx.GraphModule, ctx: LoweringContext) -> int:
+        lower_dendrites(gm, LoweringContext("packed"))
+        raise KeyError("a bug")
+
+    gm = graph_of(model, x)
+    before = str(gm.graph)
+    monkeypatch.setattr(compiler, "LOWERING", (crashes,))
+    with pytest.raises(PassError, match="pass crashes failed"):
+        compile_graph(gm, [], options=QUICK)
+    assert str(gm.graph) == before
+    torch._dynamo.reset()
+    with pytest.raises(BackendCompilerFailed, match="pass crashes failed"):
+        compiled(model, **QUICK)(x)
+    assert torch.equal(model(x), grown(case).eval()(x))
+
+
+@needs_cxx
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("perceptron", {}),
+        ("convolutional", {"strategy": "looped"}),
+        ("residual", {"regional": True}),
+    ],
+)
+def test_inductor(name, options):
+    case = CASES[name]
+    model, x = grown(case), case.input()
+    # Its dropout draws other numbers than eager's unless told not to.
+    with torch._inductor.config.patch(fallback_random=True, compile_threads=1):
+        assert_alike(step(compiled(model, **options), model, x), step(model, model, x))
+
+
+@needs_cxx
+def test_plain_inductor_takes_it_too():
+    case = CASES["perceptron"]
+    model, x = grown(case).eval(), case.input()
+    with torch._inductor.config.patch(compile_threads=1):
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
