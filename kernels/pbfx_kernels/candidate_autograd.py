@@ -167,9 +167,16 @@ def apply(
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Hold autocast off inside an op: the dtype of the soma's output, already autocast, decides."""
     device = tensor.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def autocasts(device: str) -> bool:
+    """Return whether autocast is on for devices of a type, some of which do not know it."""
+    # Dynamo of torch 2.11 cannot trace `is_autocast_available`. Of the devices that compilers see,
+    # meta alone has no autocast.
+    compiling = torch.compiler.is_compiling()
+    known = device != "meta" if compiling else torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
 
 
 def _no_grad() -> AbstractContextManager[object]:

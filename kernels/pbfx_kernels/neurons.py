@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pbfx_kernels import reference
-from pbfx_kernels.candidate_autograd import no_autocast
+from pbfx_kernels.candidate_autograd import autocasts, no_autocast
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.strategy import fallback_reason, problem_of
 
@@ -72,7 +72,7 @@ def neurons(
         `(*soma)`, in the dtype of the soma's own op.
     """
     count = to_soma.shape[0]
-    if not count or not _runs_kernel((x, weight), _dtype_of_product(x), to_soma, geometry):
+    if not count or not _runs_kernel((x, weight), None, to_soma, geometry):
         r = reference.product(x, weight, bias, geometry)
         if not count:
             return r
@@ -118,7 +118,7 @@ def joined(
     count, dtype = to_soma.shape[0], soma.dtype
     x, weight = x.to(dtype), weight.to(dtype)
     with no_autocast(soma):
-        if _runs_kernel((x, weight, soma), dtype, to_soma, geometry):
+        if _runs_kernel((x, weight), soma, to_soma, geometry):
             z = reference.product(x, weight, None, geometry)
             offsets = None if bias is None else _unpacked_bias(bias, count, geometry)
             return _epilogue(soma, z, offsets, to_soma, to_dendrite, activation, geometry)
@@ -171,19 +171,17 @@ def _epilogue(
 
 def _dtype_of_product(x: Tensor) -> torch.dtype:
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return torch.get_autocast_dtype(device) if autocasts(device) else x.dtype
 
 
 def _runs_kernel(
-    inputs: tuple[Tensor, ...], dtype: torch.dtype, to_soma: Tensor, geometry: Geometry
+    inputs: tuple[Tensor, Tensor], soma: Tensor | None, to_soma: Tensor, geometry: Geometry
 ) -> bool:
     """Return whether the epilogue of this call is the Triton kernel; it knows no gradients.
 
     Args:
-        inputs: what the neurons read, and the other tensors that may want gradients.
-        dtype: of the soma's output.
+        inputs: what the neurons read, and their packed weight.
+        soma: its output, or None where the product is to give it.
         to_soma: T.
         geometry: the form of the soma.
     """
@@ -193,9 +191,10 @@ def _runs_kernel(
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, soma)):
         return False
     count, each = to_soma.shape
     form = torch.empty((count, each, *(1,) * (1 + geometry.spatial)), device="meta")
+    dtype = _dtype_of_product(x) if soma is None else soma.dtype
     problem = dataclasses.replace(problem_of(x, form, geometry), dtype=dtype)
     return fallback_reason(problem) is None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernel_cases import BY_NAME, SITES, Site, Tensors, make_dendrites, oracle_dendrites
-from tolerances import EAGER_FACTOR, assert_close, relative_error
+from tolerances import EAGER_FACTOR, TOLERANCES, assert_close, relative_error
 from torch import Tensor
 
 import pbfx_kernels.neuron_op  # noqa: F401  registers `pbfx::perforated_linear`
@@ -83,11 +83,22 @@ def test_matches_oracle(
     }
     ref, ref_activations = oracle_dendrites(site, upcast, "tanh")
     out, activations = evaluate(args, site, strategy)
-    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
-    if dtype is torch.float32 and strategy is Strategy.SPLIT:
-        tolerance = TF32
-    assert relative_error(out.cpu(), ref.detach()) <= tolerance
-    assert relative_error(activations.cpu(), torch.stack(ref_activations)) <= tolerance
+    on_tensor_cores = dtype is torch.float32 and strategy is Strategy.SPLIT
+    tolerance = TF32 if on_tensor_cores else TOLERANCES[dtype]
+    # TF32 factors may by themselves cost more than the table has: 1.195e-3 of the activations of
+    # one position with 4 inputs. Beyond them, a kernel may lose what float32 sums lose.
+    cut = {name: None if t is None else t.detach().clone() for name, t in upcast.items()}
+    if on_tensor_cores:
+        cut |= {name: cut_to_tf32(args[name].cpu()) for name in ("x", "weight")}
+    cut["to_soma"].requires_grad_()
+    coarse, coarse_activations = oracle_dendrites(site, cut, "tanh")
+    sums = TOLERANCES[torch.float32]
+    for found, by_format, exact in (
+        (out, coarse.detach(), ref.detach()),
+        (activations, torch.stack(coarse_activations), torch.stack(ref_activations)),
+    ):
+        allowed = max(tolerance, relative_error(by_format, exact) + sums)
+        assert relative_error(found.cpu(), exact) <= allowed
     lean = evaluate(args, site, strategy, keep=False)
     assert torch.equal(lean[0], out)
     assert lean[1].shape == (0, *out.shape)
@@ -101,15 +112,22 @@ def test_matches_oracle(
         out.shape, dtype=dtype, device="cuda", generator=torch.Generator("cuda").manual_seed(0)
     )
     ref.backward(grad.cpu().double())
-    wanted = upcast["to_soma"].grad
+    coarse.backward(grad.cpu().double())
+    wanted, by_format = upcast["to_soma"].grad, cut["to_soma"].grad
     given = to_soma_gradient(grad, activations, site.geometry.channel_axis)
     again = recompute(args, grad, site, strategy)
     # Activations that were rounded, in a sum that cancels: the scale is that of its terms.
     exact = tolerance == 1e-5
     scale = wanted.norm() if exact else size_of_terms(grad, ref_activations, site)
+    allowed = max(tolerance * scale, (by_format - wanted).norm() + sums * scale)
     for found in (given, again):
-        assert (found.cpu().double() - wanted).norm() <= tolerance * scale
+        assert (found.cpu().double() - wanted).norm() <= allowed
     assert torch.equal(recompute(args, grad, site, strategy), again)
+
+
+def cut_to_tf32(tensor: Tensor) -> Tensor:
+    """Drop all but TF32's 10 bits of a float32 mantissa, as tensor cores do; in float64."""
+    return (tensor.view(torch.int32) & -(2**13)).view(torch.float32).double()
 
 
 def size_of_terms(grad: Tensor, activations: list[Tensor], site: Site) -> Tensor:

@@ -59,7 +59,7 @@ def test_the_epilogue_is_one_kernel():
     x = CASES["perceptron"].input().cuda()
     with torch.no_grad():
         lowered(x)
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:
             lowered(x)
     names = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
     assert sum("_dendrites_epilogue_kernel" in name for name in names) == 2

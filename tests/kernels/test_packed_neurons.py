@@ -104,3 +104,29 @@ def test_exports_to_aten_alone(name: str, device: str) -> None:
     called = {node.target for node in program.graph.nodes if node.op == "call_function"}
     assert all(getattr(op, "namespace", "aten") == "aten" for op in called), called
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_without_asking_what_dynamo_cannot_trace(
+    autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Dynamo of torch 2.11 warns where it meets this query, and breaks the graph.
+    def refuse(device: str) -> bool:
+        raise AssertionError(device)
+
+    site = BY_NAME["conv2d-form"]
+    case = make_neurons(site, 2, dtype=torch.float32)
+    soma = case.soma.float()
+    calls = (
+        lambda: neurons(*case.together, "tanh", site.geometry),
+        lambda: joined(soma, *case.apart, "tanh", site.geometry),
+    )
+    for call, dtype in zip(calls, (torch.bfloat16, torch.float32), strict=True):
+        torch._dynamo.reset()
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.amp, "is_autocast_available", refuse)
+                found = compiled()
+            assert found.dtype == (dtype if autocast else torch.float32)
+            assert_close(found, case.expected)

@@ -115,6 +115,7 @@ def test_a_compiled_package_needs_no_pbfx(tmp_path: Path):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings(TREES)
 def test_a_package_compiled_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model, (_, x) = grown("resnet").cuda(), MODELS["resnet"](3)
