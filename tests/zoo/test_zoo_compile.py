@@ -25,6 +25,8 @@ from zoo.test_zoo import call, distance, loss_of
 each_member = pytest.mark.parametrize("member", ZOO.values(), ids=ZOO.keys())
 # ‖out - ref‖ / ‖ref‖ in float32, and of gradients, which sum over all positions.
 ROUNDING, GRADIENTS = 1e-5, 1e-4
+# A tensor whose gradient is all cancellation is judged by this share of the whole gradient's norm.
+SMALL_SHARE = 1e-2
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +79,8 @@ def test_compiled_as_in_eager(member):
     assert grads.keys() == wanted_grads.keys()
     for found, expected in zip(outs, tensors_of(wanted), strict=True):
         assert distance(found, expected) <= ROUNDING
+    whole = torch.stack([grad.norm() for grad in wanted_grads.values()]).norm()
     for name, expected in wanted_grads.items():
-        # What is zero but for rounding has no direction.
-        if expected.norm() > 1e-6:
-            assert distance(grads[name], expected) <= GRADIENTS, name
+        # What is zero but for rounding, as a bias before a norm, has no direction.
+        scale = max(expected.norm(), SMALL_SHARE * whole)
+        assert (grads[name] - expected).norm() <= GRADIENTS * scale, name
