@@ -189,7 +189,7 @@ def _measure(
         once(0)
         peaks[name] = _peak(once, device)
         captured = not isinstance(neuron, neurons.Full) or neuron.captured
-        calls[name] = _repeated(once, count, device, captured)
+        calls[name] = repeated_call(once, count, device, captured)
     times = interleave(calls, device, args.seconds, dict.fromkeys(calls, 1), prepare=lambda _: None)
     each = {name: [t / count for t in values] for name, values in times.items()}
     return _case(args, tensors, dendrites, mode, roofline, each, peaks)
@@ -207,7 +207,7 @@ def _peak(once: Callable[[int], object], device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def _repeated(
+def repeated_call(
     once: Callable[[int], object], count: int, device: torch.device, captured: bool
 ) -> Callable[[], object]:
     """Return a call that goes through all inputs once; on a GPU, by replaying a graph if it can."""

@@ -10,6 +10,7 @@ from benchmarks import (
     restructure,
     selection,
     step,
+    tune,
     whole,
     zoo,
 )
@@ -22,6 +23,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         step.BENCHMARK,
         whole.BENCHMARK,
         kernels.BENCHMARK,
+        tune.BENCHMARK,
         dendrite_step.BENCHMARK,
         restructure.BENCHMARK,
         selection.BENCHMARK,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import kernels, neurons
+from benchmarks import kernels, neurons, tune
 from benchmarks.environment import COLUMNS
 from benchmarks.neurons import Layer
 from benchmarks.runner import main
@@ -69,3 +69,31 @@ def test_counts():
     assert roofline.seconds(layer, 0, 2) == 2 * layer.elements(0)
     names = [layer.name for layer in neurons.LAYERS]
     assert len(set(names)) == len(names)
+
+
+def test_tuning_without_the_gpu_that_it_needs(monkeypatch, capsys, tmp_path):
+    """The table and the gate, with the loop in the place of the kernel."""
+    layer = neurons.LAYERS[8]
+    assert layer.name == "linear 128x10x128"
+    monkeypatch.setattr(tune, "LAYERS", (layer,))
+    assert main(["tune"]) == 2
+    assert "Hopper" in capsys.readouterr().err
+
+    def loop(tensors, blocks):
+        x, *rest = tensors.inputs[0], tensors.weight, tensors.bias, *tensors.dendrites
+        return lambda _: neurons.loop(layer)(x, *rest).detach() * factor
+
+    monkeypatch.setattr(tune, "can_fuse", lambda *_: True)
+    monkeypatch.setattr(neurons, "forced", lambda layer, _: neurons.loop(layer))
+    monkeypatch.setattr(tune, "_fused", loop)
+    path = tmp_path / "tune.csv"
+    factor = 1.0
+    arguments = ["tune", "--dendrites", "3", "--seconds", "0.01", "--out", str(path)]
+    assert main(arguments) == 0
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["provider"] for row in rows][:2] == ["plain", "packed"]
+    assert sum(row["chosen"] == "True" for row in rows) == 1
+    factor = 1.1
+    assert main(arguments) == 1
+    assert "output is off" in capsys.readouterr().err
