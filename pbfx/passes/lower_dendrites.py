@@ -196,7 +196,7 @@ def _fuse(graph: fx.Graph, node: fx.Node, call: _Call, ctx: LoweringContext) -> 
     keep = part(node, 1) is not None or (ctx.training and learns)
     last = node.prev
     with graph.inserting_before(node):
-        cast: list[fx.Node | None] = []
+        cast: list[Any] = []
         for tensor in (x, *soma.args[1:], *[None] * (3 - len(soma.args))):
             value = value_of(tensor)
             if isinstance(value, Tensor) and value.dtype is not call.soma.dtype:
