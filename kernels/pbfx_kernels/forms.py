@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pbfx_kernels.activations import activate
 from pbfx_kernels.geometry import Geometry
-from pbfx_kernels.reference import accumulation_dtype
+from pbfx_kernels.reference import accumulation_dtype, product
 from pbfx_kernels.strategy import Problem, can_split, fallback_reason, fuses
 
 # Multiply-adds per dendrite above which a linear op is all products, and the extra passes of a
@@ -133,8 +132,7 @@ def dendrites_in_graph(
 
     if form is Form.LOOPED:
         z = [
-            _product(x, weight[d], None if bias is None else bias[d], geometry)
-            for d in range(count)
+            product(x, weight[d], None if bias is None else bias[d], geometry) for d in range(count)
         ]
     else:
         z = _packed(x, weight, bias, geometry, count, neurons)
@@ -162,7 +160,7 @@ def _packed(
     """Return the D preactivations of one product over stacked weights."""
     groups, axis = geometry.groups, geometry.channel_axis
     if count == 1:
-        return [_product(x, weight[0], None if bias is None else bias[0], geometry)]
+        return [product(x, weight[0], None if bias is None else bias[0], geometry)]
     if geometry.transposed:
         stacked = weight.movedim(0, 1).flatten(1, 2)
     elif groups == 1:
@@ -174,33 +172,11 @@ def _packed(
         bias = bias.flatten(0, 1)
     elif bias is not None:
         bias = bias.unflatten(1, (groups, neurons // groups)).movedim(1, 0).flatten(0, 2)
-    z = _product(x, stacked, bias, geometry)
+    z = product(x, stacked, bias, geometry)
     if groups == 1:
         return [z.narrow(axis, d * neurons, neurons) for d in range(count)]
     z = z.unflatten(axis, (groups, count, neurons // groups))
     return [z.select(axis - 1, d).flatten(axis - 1, axis) for d in range(count)]
-
-
-def _product(x: Any, weight: Any, bias: Any, geometry: Geometry) -> Any:
-    """Run the library's op; of a convolution whose input may lack the batch."""
-    if geometry.spatial == 0:
-        return F.linear(x, weight, bias)
-    if geometry.transposed:
-        transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-        return transposed[geometry.spatial - 1](
-            x,
-            weight,
-            bias,
-            geometry.stride,
-            geometry.padding,
-            geometry.output_padding,
-            geometry.groups,
-            geometry.dilation,
-        )
-    convolution = (F.conv1d, F.conv2d, F.conv3d)[geometry.spatial - 1]
-    return convolution(
-        x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-    )
 
 
 def stacked_activations(activations: list[Any], dtype: torch.dtype) -> Tensor:
