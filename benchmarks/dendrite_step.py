@@ -32,7 +32,7 @@ from benchmarks.providers import (
 )
 from benchmarks.table import milliseconds, multiple
 from benchmarks.timing import Quantiles, interleave, ratios
-from pbfx.dendrites import Candidates
+from pbfx.candidates import Candidates
 
 NAMES = ("mnist", "mlp", "wide")
 PARTS = ("pass", "step")

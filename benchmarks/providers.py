@@ -20,7 +20,7 @@ from torch.optim import SGD, Optimizer
 
 import pbfx
 from benchmarks import loop
-from pbfx.dendrites import Candidates
+from pbfx.candidates import Candidates
 
 # Only the speed matters: so small a rate keeps weights and activations ordinary for ever.
 LEARNING_RATE = 1e-5

@@ -1,4 +1,4 @@
-"""The modules that own a site's dendrites: the accepted ones, and the candidates in training.
+"""The module that owns the accepted dendrites of a site.
 
 All D dendrites of a site are stacked in one tensor per role, so that one op evaluates them and a
 checkpoint holds four tensors per site whatever D is:
@@ -16,206 +16,27 @@ remembers the shape of a leaf for as long as anyone holds an old loss.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pbfx_kernels
+from pbfx.candidates import Candidates
 from pbfx.config import Config
-from pbfx.draws import uniform
 from pbfx.reserve import padded
-from pbfx.sited import Sited, in_torch_func
+from pbfx.sited import (
+    Sited,
+    fit_form,
+    in_torch_func,
+    keep_out_of_fast_paths,
+    pad,
+    per_dendrite,
+)
 from pbfx.sites import Site
-from pbfx.spread import Spread
 from pbfx.structure import Counts
-from pbfx_kernels import Geometry, Moment
-
-# What candidates hold for each older dendrite.
-_LINKS = ("to_dendrite", "best_to_dendrite")
-# The candidates' buffers that are kept as their weights are.
-_LIKE_WEIGHT = frozenset(("best_weight", "best_bias", "best_to_dendrite"))
-
-
-# Where |f''| is largest: artanh(1/√3), and twice that. The other activations bend most at zero.
-_BENDS = {"tanh": 0.6584789484624085, "sigmoid": 1.316957896924817}
-
-
-def bend_of(config: Config) -> float:
-    """Return the preactivation around which candidates start, 0 unless `config` asks for more."""
-    return _BENDS.get(config.activation, 0.0) if config.candidate_bias == "bend" else 0.0
-
-
-def draw_weights(site: Site, like: Tensor, count: int, seed: str) -> tuple[Tensor, Tensor | None]:
-    """Draw `count` sets of weights as torch initialises a fresh linear or conv layer,
-    U(±1/sqrt(fan_in)).
-
-    For a transposed convolution torch takes the fan-in of the convolution that it transposes; here
-    it is what a neuron reads, so that preactivations have the same scale at every site.
-
-    Args:
-        site: for the shape, and whether to draw biases too.
-        like: the soma's weight, for dtype and device.
-        count: D or C.
-        seed: names the draw; the same words give the same numbers on every machine.
-
-    Returns:
-        Weights (count, *site.shape), and biases (count, N) or None. torch's global streams are not
-        touched.
-    """
-
-    def drawn(role: str, *shape: int) -> Tensor:
-        if like.is_meta:
-            return torch.empty(shape, dtype=like.dtype, device="meta")
-        numbers = uniform(shape, f"{seed}/{role}", like.device)
-        return numbers.mul_(2).sub_(1).div_(site.fan_in**0.5).to(like.dtype)
-
-    weight = drawn("weight", count, *site.shape)
-    return weight, drawn("bias", count, site.neurons) if site.biased else None
-
-
-class Candidates(Sited):
-    """C candidates per neuron: they read what the soma reads, and feed nothing.
-
-    The forward returns the neuron's output unchanged. The backward leaves each candidate's learning
-    gradient in its parameters, and the batch's moments of activation and error in the `.grad` of
-    `moments`, a parameter whose value is never read. `pbfx.learning` consumes both as they arrive.
-
-    The buffers are the learner's memory; they live here so that they move, save and load with the
-    model: `running` the decayed sums of learning batches, `heldout` the sums of measuring batches
-    of this epoch, `best_*` the best candidates seen on measuring batches, and what was measured of
-    them. `spread` measures the preactivations of candidates that join after a norm.
-    """
-
-    direction: Tensor
-    error_mean: Tensor
-    regression: Tensor | None
-    running: Tensor
-    running_batches: Tensor
-    heldout: Tensor
-    heldout_batches: Tensor
-    best_score: Tensor
-    best_moments: Tensor
-    best_batches: Tensor
-    best_weight: Tensor
-    best_to_dendrite: Tensor
-
-    def __init__(
-        self,
-        site: Site,
-        config: Config,
-        weight: Tensor,
-        bias: Tensor | None,
-        dendrites: int,
-        reserved: int = 0,
-    ) -> None:
-        super().__init__(site, weight.device)
-        # Which of the dendrites that they read exist; None without a reserve.
-        self.alive = dendrites if reserved else None
-        self.activation = config.activation
-        count, neurons = weight.shape[0], site.neurons
-        self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
-        self.to_dendrite = nn.Parameter(weight.new_zeros(count, reserved or dendrites, neurons))
-        sums = len(Moment), count, neurons
-        # Sums over many batches of small numbers: float32 at least, whatever the model's dtype.
-        precise = torch.promote_types(weight.dtype, torch.float32)
-        # 2-D, because an optimizer may take matrices only (Muon), and the user's optimizer holds
-        # this parameter.
-        self.moments = nn.Parameter(weight.new_zeros(sums[0] * count, neurons, dtype=precise))
-        for name, shape in {
-            "direction": (count, neurons),
-            "error_mean": (neurons,),
-            "running": sums,
-            "running_batches": (),
-            "heldout": sums,
-            "heldout_batches": (),
-            "best_score": (count, neurons),
-            "best_moments": sums,
-            "best_batches": (count, neurons),
-        }.items():
-            self.register_buffer(name, weight.new_zeros(shape, dtype=precise))
-        climbs = config.objective == "correlation"
-        line = weight.new_zeros(2, count, neurons, dtype=precise) if climbs else None
-        self.register_buffer("regression", line)
-        # A norm scales what its neuron computes; dendrites join after it and have to come scaled.
-        self.spread = Spread(count, neurons, weight, precise) if site.norm else None
-        self.register_buffer("best_weight", weight.detach().clone())
-        self.register_buffer("best_bias", None if bias is None else bias.detach().clone())
-        self.register_buffer("best_to_dendrite", self.to_dendrite.detach().clone())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Candidates:
-        # Sums over many batches keep their float32 under `half` and `bfloat16`.
-        sums = [self.moments, *(t for name, t in self.named_buffers() if name not in _LIKE_WEIGHT)]
-        wide = {id(t) for s in sums for t in (s, s.grad) if t is not None}
-        per_dendrite = _per_dendrite(fn, self.weight, self.best_weight)
-
-        def change(tensor: Tensor) -> Tensor:
-            new = per_dendrite(tensor)
-            narrowed = id(tensor) in wide and new.dtype.itemsize < torch.float32.itemsize
-            return tensor.to(new.device) if narrowed else new
-
-        super()._apply(change, recurse)
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.alive is not None:
-            for name in _LINKS:
-                destination[prefix + name] = destination[prefix + name][:, : self.alive]
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
-    ) -> None:
-        if self.alive is not None and f"{prefix}weight" in state_dict:
-            links = ((name, getattr(self, name).detach(), (1,)) for name in _LINKS)
-            state_dict = padded(state_dict, prefix, links)
-        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
-
-    @property
-    def count(self) -> int:
-        """C, the size of the pool."""
-        return self.weight.shape[0]
-
-    @property
-    def dendrites(self) -> int:
-        """D, how many accepted dendrites the neurons had when the pool was drawn."""
-        return self.to_dendrite.shape[1]
-
-    def learnt(self) -> list[nn.Parameter]:
-        """Return the parameters that candidate learning steps, and no one else."""
-        return [
-            p for p in (self.weight, self.bias, self.to_dendrite) if p is not None and p.numel()
-        ]
-
-    def forward(self, neuron: Tensor, x: Tensor, activations: Tensor) -> Tensor:
-        """Return `neuron` unchanged; on the way back, measure the error that arrives there."""
-        # Nothing comes back from a forward without gradients, such as a validation pass, and of one
-        # that torch.func differentiates nothing stays behind.
-        if not torch.is_grad_enabled() or in_torch_func():
-            return neuron
-        part, x = self.take(neuron, x)
-        out, z = pbfx_kernels.candidates(
-            part,
-            pad(x, self.site),
-            activations,
-            self.site.op_weight(self.weight),
-            self.bias,
-            self.to_dendrite,
-            self.moments,
-            self.direction,
-            self.error_mean,
-            self.activation,
-            fit_form(self.site, part, x),
-            self.regression,
-        )
-        if self.spread is not None and self.spread.open:
-            self.spread.add(z, self.site.geometry.channel_axis)
-        return self.put(neuron, out)
 
 
 class Dendrites(Sited):
@@ -255,7 +76,7 @@ class Dendrites(Sited):
         keep_out_of_fast_paths(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dendrites:
-        super()._apply(_per_dendrite(fn, self.weight), recurse)
+        super()._apply(per_dendrite(fn, self.weight), recurse)
         return self
 
     @property
@@ -465,48 +286,3 @@ class Dendrites(Sited):
 def _newest_learns(stack: Tensor) -> Tensor:
     """Return `stack`, of which only the last row passes gradients on."""
     return torch.cat([stack[:-1].detach(), stack[-1:]])
-
-
-def keep_out_of_fast_paths(module: nn.Module) -> None:
-    """Let torch's fused fast paths stand aside for `module`.
-
-    nn.TransformerEncoderLayer and nn.MultiheadAttention in eval read the weights around the modules
-    inside, which would leave dendrites out without a word. They stand aside where one has a hook.
-    """
-    module.register_forward_pre_hook(_do_nothing)
-
-
-def _do_nothing(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Be a hook; that there is one is what counts."""
-
-
-def fit_form(site: Site, soma: Tensor, x: Tensor) -> Geometry:
-    """Return the form of this call: a transposed convolution may be asked for another size."""
-    form = site.geometry
-    if not form.transposed:
-        return form
-    bare = dataclasses.replace(form, output_padding=(0,) * form.spatial)
-    least = bare.output_shape(x.shape, site.op_shape)[-form.spatial :]
-    extents = soma.shape[-form.spatial :]
-    added = tuple(size - base for size, base in zip(extents, least, strict=True))
-    return form if added == form.output_padding else dataclasses.replace(form, output_padding=added)
-
-
-def _per_dendrite(fn: Callable[[Tensor], Tensor], *stacks: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return what applies `fn` to stacked weights as if each were a soma's.
-
-    A memory format is for a convolution's weight; the stack has one axis more than the format has.
-    """
-    stacked = {id(t) for s in stacks for t in (s, s.grad) if t is not None}
-
-    def apply(tensor: Tensor) -> Tensor:
-        if id(tensor) not in stacked:
-            return fn(tensor)
-        return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
-
-    return apply
-
-
-def pad(x: Tensor, site: Site) -> Tensor:
-    """Apply the padding that the op itself cannot, as the soma's own module does."""
-    return x if site.padding is None else F.pad(x, site.padding.widths, mode=site.padding.mode)

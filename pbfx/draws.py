@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pbfx.sites import Site
+
 # As signed 32-bit numbers.
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
 # Elements hashed at a time on a CPU: what several passes over find in the cache again.
@@ -77,3 +79,31 @@ def _mix(bits: Tensor) -> Tensor:
 
 def _signed(number: int) -> int:
     return number - 2**32 if number >= 2**31 else number
+
+
+def draw_weights(site: Site, like: Tensor, count: int, seed: str) -> tuple[Tensor, Tensor | None]:
+    """Draw `count` sets of weights as torch initialises a fresh linear or conv layer,
+    U(±1/sqrt(fan_in)).
+
+    For a transposed convolution torch takes the fan-in of the convolution that it transposes; here
+    it is what a neuron reads, so that preactivations have the same scale at every site.
+
+    Args:
+        site: for the shape, and whether to draw biases too.
+        like: the soma's weight, for dtype and device.
+        count: D or C.
+        seed: names the draw; the same words give the same numbers on every machine.
+
+    Returns:
+        Weights (count, *site.shape), and biases (count, N) or None. torch's global streams are not
+        touched.
+    """
+
+    def drawn(role: str, *shape: int) -> Tensor:
+        if like.is_meta:
+            return torch.empty(shape, dtype=like.dtype, device="meta")
+        numbers = uniform(shape, f"{seed}/{role}", like.device)
+        return numbers.mul_(2).sub_(1).div_(site.fan_in**0.5).to(like.dtype)
+
+    weight = drawn("weight", count, *site.shape)
+    return weight, drawn("bias", count, site.neurons) if site.biased else None

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pbfx.dendrites import Dendrites, fit_form, keep_out_of_fast_paths, pad
+from pbfx.dendrites import Dendrites
 from pbfx.errors import ConfigError
-from pbfx.sited import Sited
+from pbfx.sited import Sited, fit_form, keep_out_of_fast_paths, pad
 from pbfx.sites import Site
 from pbfx_kernels.neurons import joined, neurons, pack, pack_bias
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from pbfx.dendrites import Candidates, Dendrites
+from pbfx.candidates import Candidates
+from pbfx.dendrites import Dendrites
 from pbfx.errors import RestructureError
 from pbfx.paths import join
 from pbfx.perforated import PerforatedModule, perforated_parts

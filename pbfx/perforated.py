@@ -12,9 +12,11 @@ from torch import Tensor, fx, nn
 from torch.optim.swa_utils import AveragedModel
 
 from pbfx.absorbed import absorb, assign
+from pbfx.candidates import Candidates, bend_of
 from pbfx.capture import CONSTANT
 from pbfx.compiled import drop_compiled_code
-from pbfx.dendrites import Candidates, Dendrites, bend_of, draw_weights
+from pbfx.dendrites import Dendrites
+from pbfx.draws import draw_weights
 from pbfx.errors import CheckpointError, ConfigError, PassError
 from pbfx.passes.context import PassContext
 from pbfx.paths import join

@@ -9,14 +9,17 @@ tensors here are made from the site's own numbers, anew after every move.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pbfx.sites import Site
 from pbfx.structure import channels_of
+from pbfx_kernels import Geometry
 
 
 class Sited(nn.Module):
@@ -115,3 +118,48 @@ def in_torch_func() -> bool:
     """Return whether torch.func (grad, vmap, jvp, ...) is transforming what runs now."""
     # Dynamo does not know the question, and compiles torch.func's transforms by itself.
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def pad(x: Tensor, site: Site) -> Tensor:
+    """Apply the padding that the op itself cannot, as the soma's own module does."""
+    return x if site.padding is None else F.pad(x, site.padding.widths, mode=site.padding.mode)
+
+
+def fit_form(site: Site, soma: Tensor, x: Tensor) -> Geometry:
+    """Return the form of this call: a transposed convolution may be asked for another size."""
+    form = site.geometry
+    if not form.transposed:
+        return form
+    bare = dataclasses.replace(form, output_padding=(0,) * form.spatial)
+    least = bare.output_shape(x.shape, site.op_shape)[-form.spatial :]
+    extents = soma.shape[-form.spatial :]
+    added = tuple(size - base for size, base in zip(extents, least, strict=True))
+    return form if added == form.output_padding else dataclasses.replace(form, output_padding=added)
+
+
+def per_dendrite(fn: Callable[[Tensor], Tensor], *stacks: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what applies `fn` to stacked weights as if each were a soma's.
+
+    A memory format is for a convolution's weight; the stack has one axis more than the format has.
+    """
+    stacked = {id(t) for s in stacks for t in (s, s.grad) if t is not None}
+
+    def apply(tensor: Tensor) -> Tensor:
+        if id(tensor) not in stacked:
+            return fn(tensor)
+        return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+
+    return apply
+
+
+def keep_out_of_fast_paths(module: nn.Module) -> None:
+    """Let torch's fused fast paths stand aside for `module`.
+
+    nn.TransformerEncoderLayer and nn.MultiheadAttention in eval read the weights around the modules
+    inside, which would leave dendrites out without a word. They stand aside where one has a hook.
+    """
+    module.register_forward_pre_hook(_do_nothing)
+
+
+def _do_nothing(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Be a hook; that there is one is what counts."""

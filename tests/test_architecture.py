@@ -28,7 +28,7 @@ LAYERS: list[tuple[str, str]] = [
         "read the model; rewrite nothing",
     ),
     (
-        "dendrites spread sited neurons draws reserve",
+        "dendrites candidates spread sited neurons draws reserve",
         "own the parameters of one site; know no graph around it",
     ),
     ("learning", "train dendrites; know no pass"),

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from pbfx.candidates import Candidates
 from pbfx.config import Config
-from pbfx.dendrites import Candidates
 from pbfx.errors import RestructureError
 from pbfx.figures import SiteFigures
 from pbfx.learning.cohort import Cohort

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import torch
 
+from pbfx.candidates import Candidates, bend_of
 from pbfx.config import Config
-from pbfx.dendrites import Candidates, bend_of
 from pbfx.learning.moments import CONSTANT
 
 

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from pbfx.dendrites import Candidates, Dendrites
+from pbfx.candidates import Candidates
+from pbfx.dendrites import Dendrites
 from pbfx.passes.context import PassContext, copy_provenance
 from pbfx.phase import Phase
 from pbfx.sites import is_site_module, read_input

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pbfx
 from learning.loops import network, relative_error, same
-from pbfx.dendrites import Candidates
+from pbfx.candidates import Candidates
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import pbfx
 from learning.loops import Cnn, Mlp, enter_dendrite_phase, images, relative_error, sgd, train
-from pbfx.dendrites import Candidates, bend_of
+from pbfx.candidates import Candidates, bend_of
 from pbfx.learning import statistics
 from pbfx_kernels import ACTIVATIONS
 from pbfx_kernels.reference import activate

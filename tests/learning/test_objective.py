@@ -20,7 +20,7 @@ from learning.loops import (
     sgd,
     train,
 )
-from pbfx.dendrites import Candidates
+from pbfx.candidates import Candidates
 from pbfx.learning import statistics
 from pbfx_kernels import Moment
 from pbfx_kernels.turns import Memory, Rules, take_turn

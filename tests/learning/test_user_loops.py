@@ -35,7 +35,7 @@ from learning.loops import (
     sgd,
     train,
 )
-from pbfx.dendrites import Candidates
+from pbfx.candidates import Candidates
 from pbfx.learning import learner as learner_module
 from pbfx_kernels.turns import take_turns
 

@@ -23,7 +23,8 @@ from models import (
     randomise,
     run,
 )
-from pbfx.dendrites import Candidates, Dendrites
+from pbfx.candidates import Candidates
+from pbfx.dendrites import Dendrites
 from pbfx.neurons import Neurons, PackedDendrites
 from pbfx.pipeline import LOWERING, op_name
 from pbfx.restructure import start_dendrite_phase

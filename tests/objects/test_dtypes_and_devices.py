@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import pbfx
 from models import Case, assert_equal, outputs, run
-from pbfx.dendrites import Candidates
+from pbfx.candidates import Candidates
 from pbfx.parts import candidate_parameters
 from subjects import STAGES, SUBJECTS, bring, each_stage, each_subject, gradients, loss_of, make
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import pbfx
 from models import Case, assert_equal, run
-from pbfx.dendrites import Candidates, Dendrites
+from pbfx.candidates import Candidates
+from pbfx.dendrites import Dendrites
 from subjects import SUBJECTS, bring, each_stage, each_subject, loss_of, make
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import pbfx
-from pbfx.dendrites import Candidates, Dendrites
+from pbfx.candidates import Candidates
+from pbfx.dendrites import Dendrites
 from pbfx.passes import attach_candidates, hold_eval, insert_dendrites
 from pbfx.passes.context import PassContext
 from pbfx.phase import Phase

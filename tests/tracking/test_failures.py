@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import pbfx
 from learning.loops import Mlp, identical, regression
 from pbfx import Action, Decision, RestructureError, pipeline
-from pbfx.dendrites import Candidates, Dendrites
+from pbfx.candidates import Candidates
+from pbfx.dendrites import Dendrites
 from pbfx.perforated import PerforatedModule
 
 TASK = regression(96)
