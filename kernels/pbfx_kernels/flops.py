@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import pbfx_kernels.ops  # noqa: F401  registers the ops
+import pbfx_kernels.neuron_op  # noqa: F401  registers its op and those of `pbfx_kernels.ops`
 
 
 def stacked_flops(
@@ -39,6 +39,19 @@ def dendrites_flops(
     """Count `pbfx::dendrites`; its backward by saved activations has no GEMM."""
     # bias, to_soma, to_dendrite, activation, stride, padding, dilation, groups, transposed
     return stacked_flops(soma, x, weight, rest[8])
+
+
+@register_flop_formula(torch.ops.pbfx.perforated_linear)
+def perforated_linear_flops(
+    x: Sequence[int],
+    weight: Sequence[int],
+    bias: Sequence[int] | None,
+    dendrite_weight: Sequence[int],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Count `pbfx::perforated_linear`: its soma and its dendrites; its backward is plain ops."""
+    return 2 * math.prod(x) * weight[0] * (1 + dendrite_weight[0])
 
 
 @register_flop_formula(torch.ops.pbfx.dendrites_recompute)

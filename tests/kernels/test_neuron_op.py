@@ -101,3 +101,21 @@ def test_refuses_what_does_not_fit() -> None:
     args["to_soma"] = args["to_soma"].detach()[:, :-1]
     with pytest.raises(ArgumentError, match="to_soma"):
         call(args)
+
+
+def test_flops() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import pbfx_kernels.flops  # noqa: F401  registers the formulas
+
+    site = BY_NAME["linear-sequence"]
+    args = arguments(site, 2)
+    with FlopCounterMode(display=False) as counter:
+        out, _ = call(args)
+    neurons, inputs = site.weight
+    product = 2 * out.numel() // neurons * neurons * inputs
+    assert counter.get_total_flops() == 3 * product
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    # Perforated: the error reaches the input and the soma's weight, and no dendrite's.
+    assert counter.get_total_flops() == 2 * product
