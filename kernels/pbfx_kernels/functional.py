@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import pbfx_kernels.neuron_op  # noqa: F401  registers its op and those of `pbfx_kernels.ops`
 from pbfx_kernels import candidate_autograd
 from pbfx_kernels.geometry import LINEAR, Geometry
-from pbfx_kernels.strategy import can_fuse, fuses, linear_problem, recomputes
+from pbfx_kernels.strategy import fuses, linear_problem, recomputes
 
 
 def dendrites(
@@ -245,7 +245,8 @@ def _fuses(x: Tensor, weight: Tensor, dendrite_weight: Tensor) -> bool:
     """
     if not x.is_cuda or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
         return False
-    return can_fuse(x, weight, dendrite_weight) and fuses(linear_problem(x, dendrite_weight))
+    problem = linear_problem(x, weight, dendrite_weight)
+    return problem is not None and fuses(problem)
 
 
 def _backward_wants_activations(

@@ -33,19 +33,12 @@ def pack(stacked: Tensor, geometry: Geometry) -> Tensor:
     Returns:
         `(S * N, ...)`, or transposed `(channels, S * N / groups, *kernel)`, contiguous.
     """
-    if geometry.transposed:
-        # Groups lie on the channels' axis, so neurons merge freely.
-        return stacked.movedim(0, 1).flatten(1, 2).contiguous()
-    groups = geometry.groups
-    split = stacked.unflatten(1, (groups, stacked.shape[1] // groups))
-    return split.movedim(1, 0).flatten(0, 2).contiguous()
+    return reference.flatten_weight(stacked, geometry).contiguous()
 
 
 def pack_bias(stacked: Tensor, geometry: Geometry) -> Tensor:
     """Make one bias of S, `(S, N)` to `(S * N,)`, in the order of `pack`."""
-    groups = geometry.groups
-    split = stacked.unflatten(1, (groups, stacked.shape[1] // groups))
-    return split.movedim(1, 0).flatten().contiguous()
+    return reference.flatten_stack(stacked, -1, geometry.groups).contiguous()
 
 
 def neurons(

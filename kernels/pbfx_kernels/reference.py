@@ -67,8 +67,8 @@ def preactivations(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geo
     if stacked == 0:
         # A convolution without output channels is an error in torch.
         return x.new_empty((0, *geometry.output_shape(x.shape, weight.shape[1:])))
-    weight = _flatten_weight(weight, geometry)
-    bias = None if bias is None else _flatten_stack(bias, -1, geometry.groups)
+    weight = flatten_weight(weight, geometry)
+    bias = None if bias is None else flatten_stack(bias, -1, geometry.groups)
     flat = product(x, weight, bias, geometry)
     return _unflatten_stack(flat, geometry.channel_axis, geometry.groups, stacked, neurons)
 
@@ -324,7 +324,7 @@ def weight_gradient(
 ) -> Tensor:
     """Compute the gradient of stacked weights from that of their preactivations, in one op."""
     stacked = weight_shape[0]
-    flat = _flatten_stack(grad_z, geometry.channel_axis, geometry.groups)
+    flat = flatten_stack(grad_z, geometry.channel_axis, geometry.groups)
     if geometry.spatial == 0:
         rows, (neurons, inputs) = math.prod(x.shape[:-1]), weight_shape[1:]
         grad = flat.reshape(rows, stacked * neurons).t() @ x.reshape(rows, inputs)
@@ -349,23 +349,23 @@ def weight_gradient(
     return _unflatten_weight(grad, geometry, stacked)
 
 
-def _flatten_weight(weight: Tensor, geometry: Geometry) -> Tensor:
+def flatten_weight(weight: Tensor, geometry: Geometry) -> Tensor:
     """Make one weight of D, `(D, *W)` to `(*W)` with D times the neurons."""
     if geometry.transposed:
         # A transposed convolution's groups lie on the channels' axis, so its neurons merge freely.
         return weight.movedim(0, 1).flatten(1, 2)
-    return _flatten_stack(weight, -(geometry.spatial + 2), geometry.groups)
+    return flatten_stack(weight, -(geometry.spatial + 2), geometry.groups)
 
 
 def _unflatten_weight(flat: Tensor, geometry: Geometry, stacked: int) -> Tensor:
-    """Undo `_flatten_weight`: one weight with D times the neurons to `(D, *W)`."""
+    """Undo `flatten_weight`: one weight with D times the neurons to `(D, *W)`."""
     if geometry.transposed:
         return flat.unflatten(1, (stacked, flat.shape[1] // stacked)).movedim(1, 0)
     axis = -(geometry.spatial + 2)
     return _unflatten_stack(flat, axis, geometry.groups, stacked, flat.shape[axis] // stacked)
 
 
-def _flatten_stack(stacked: Tensor, axis: int, groups: int) -> Tensor:
+def flatten_stack(stacked: Tensor, axis: int, groups: int) -> Tensor:
     """Merge the leading axis into the channels: `(D, ..., N, ...)` to `(..., D * N, ...)`.
 
     A grouped convolution wants all channels of its first group first, so the order is (group, d,
@@ -380,7 +380,7 @@ def _flatten_stack(stacked: Tensor, axis: int, groups: int) -> Tensor:
 
 
 def _unflatten_stack(flat: Tensor, axis: int, groups: int, stacked: int, neurons: int) -> Tensor:
-    """Undo `_flatten_stack`: `(..., D * N, ...)` to `(D, ..., N, ...)`."""
+    """Undo `flatten_stack`: `(..., D * N, ...)` to `(D, ..., N, ...)`."""
     if stacked == 1:
         return flat[None]
     split = flat.unflatten(axis, (groups, stacked, neurons // groups))

@@ -8,7 +8,6 @@
 The thresholds are measured; docs/kernels.md has the table. Nothing is tuned at run time.
 """
 
-import dataclasses
 import functools
 import importlib.util
 import logging
@@ -186,16 +185,31 @@ def can_fuse(x: Tensor, weight: Tensor, dendrite_weight: Tensor) -> bool:
         weight: W, `(N, K)`, of the dtype of `x`.
         dendrite_weight: V, `(D, N, K)`.
     """
-    if weight.dtype != x.dtype:
-        return False
-    return _knows_fused(linear_problem(x, dendrite_weight))
+    problem = linear_problem(x, weight, dendrite_weight)
+    return problem is not None and _knows_fused(problem)
 
 
-def linear_problem(x: Tensor, dendrite_weight: Tensor) -> Problem:
-    """Describe a linear site whose soma has not been computed, by its input, of its dtype."""
-    soma = x.new_empty((*x.shape[:-1], dendrite_weight.shape[1]), device="meta")
-    problem = problem_of(soma, dendrite_weight, Geometry())
-    return dataclasses.replace(problem, device=x.device.type, capability=_capability(x))
+def linear_problem(x: Tensor, weight: Tensor, dendrite_weight: Tensor) -> Problem | None:
+    """Describe a linear site whose soma has not been computed; arguments as of `can_fuse`.
+
+    Returns:
+        None where the weights do not fit: not of one dtype, or no stack of a linear op's.
+    """
+    if weight.dtype != x.dtype or dendrite_weight.dim() != 3:
+        return None
+    dendrites, neurons, inputs = dendrite_weight.shape
+    return Problem(
+        x.device.type,
+        _capability(x),
+        x.dtype,
+        torch.get_float32_matmul_precision() != "highest",
+        Geometry(),
+        _hint(x.numel()) // inputs if inputs else 0,
+        neurons,
+        inputs,
+        1,
+        dendrites,
+    )
 
 
 def _capability(tensor: Tensor) -> tuple[int, int] | None:

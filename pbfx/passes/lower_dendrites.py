@@ -204,15 +204,20 @@ def _fuse(graph: fx.Graph, node: fx.Node, call: _Call, ctx: LoweringContext) -> 
             cast.append(tensor)
         op = torch.ops.pbfx.perforated_linear.default
         fused = graph.call_function(op, (*cast, *links, call.activation, keep))
+    _describe(last, node)
+    node.replace_all_uses_with(fused)
+    graph.erase_node(node)
+    graph.erase_node(soma)
+
+
+def _describe(last: fx.Node, node: fx.Node) -> None:
+    """Give what stands between `last` and `node` its provenance and its example values."""
     added = []
     while last.next is not node:
         last = last.next
         added.append(last)
     copy_provenance(node, *added)
     _propagate(added)
-    node.replace_all_uses_with(fused)
-    graph.erase_node(node)
-    graph.erase_node(soma)
 
 
 def _absorbed(node: fx.Node) -> list[str]:
@@ -258,12 +263,7 @@ def _replace(graph: fx.Graph, node: fx.Node, form: Form, call: _Call, ctx: Lower
         results = {0: out}
         if part(node, 1) is not None:
             results[1] = stacked_activations(activations, call.soma.dtype)
-    added = []
-    while last.next is not node:
-        last = last.next
-        added.append(last)
-    copy_provenance(node, *added)
-    _propagate(added)
+    _describe(last, node)
     for index, result in results.items():
         taken = part(node, index)
         if taken is not None:

@@ -119,3 +119,10 @@ def test_flops() -> None:
         out.sum().backward()
     # Perforated: the error reaches the input and the soma's weight, and no dendrite's.
     assert counter.get_total_flops() == 2 * product
+
+
+def test_refuses_weights_of_another_rank() -> None:
+    args = arguments(SITES[0], 2)
+    args["dendrite_weight"] = args["dendrite_weight"][0]
+    with pytest.raises(ArgumentError, match="weight"):
+        call(args)
