@@ -19,6 +19,7 @@ from benchmarks import incumbent
 from benchmarks.benchmark import Benchmark, Case
 from benchmarks.compiling import compiler
 from benchmarks.gate import gradient_fault, output_fault, require, same_bits
+from benchmarks.memory import peak_mib
 from benchmarks.models import MODELS, Batch, Model, fresh
 from benchmarks.options import count, natural, positive
 from benchmarks.providers import (
@@ -31,7 +32,7 @@ from benchmarks.providers import (
     dendrite_state,
 )
 from benchmarks.table import milliseconds, multiple
-from benchmarks.timing import Quantiles, interleave, ratios, synchronize
+from benchmarks.timing import Quantiles, interleave, ratios
 
 NAMES = ("mnist", "mlp")
 MODES = ("train", "infer")
@@ -204,24 +205,9 @@ def _warm(setting: Setting, runner: Runner) -> None:
     runner.model.train()
     for _ in range(runner.provider.warmup):
         runner.train(setting)
-    if setting.device.type == "cuda":
-        synchronize(setting.device)
-        before = torch.cuda.memory_allocated(setting.device)
-        torch.cuda.reset_peak_memory_stats(setting.device)
-        runner.train(setting)
-        synchronize(setting.device)
-        # The other providers lie on the device too: count this one's tensors, and what it added.
-        added = torch.cuda.max_memory_allocated(setting.device) - before
-        runner.peak_mib = (added + _resident(runner)) / 2**20
-
-
-def _resident(runner: Runner) -> int:
-    """Return the bytes of a provider's weights, buffers, gradients and optimizer state."""
-    tensors = [*runner.model.parameters(), *runner.model.buffers()]
-    tensors += [p.grad for p in runner.model.parameters() if p.grad is not None]
-    for state in runner.optimizer.state.values():
-        tensors += [value for value in state.values() if isinstance(value, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    runner.peak_mib = peak_mib(
+        lambda: runner.train(setting), runner.model, runner.optimizer, setting.device
+    )
 
 
 def _time(

@@ -22,12 +22,13 @@ import pbfx
 from benchmarks.benchmark import Benchmark, Case
 from benchmarks.compiling import counting
 from benchmarks.gate import output_fault, require
+from benchmarks.memory import peak_mib
 from benchmarks.models import MODELS, Batch, fresh
 from benchmarks.options import count, natural, positive
 from benchmarks.packed import copy_weights, packed_of
 from benchmarks.providers import CONFIG, dendrite_state, sgd
 from benchmarks.table import milliseconds, multiple
-from benchmarks.timing import Quantiles, interleave, ratios, synchronize
+from benchmarks.timing import Quantiles, interleave, ratios
 
 NAMES = ("mnist", "resnet18", "resnet50", "vit", "bert", "gpt2")
 COLUMNS = (
@@ -144,21 +145,10 @@ def _faults(name: str, runners: dict[str, Runner], dtype: str) -> list[str]:
 
 
 def _warm(runner: Runner, device: torch.device) -> float | None:
-    """Run until nothing is made any more; return the MiB that a step adds at most, on a GPU."""
+    """Run until nothing is made any more; return the MiB of a step, on a GPU."""
     for _ in range(3):
         runner.step()
-    if device.type != "cuda":
-        return None
-    synchronize(device)
-    runner.optimizer.zero_grad()
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    runner.step()
-    synchronize(device)
-    own = sum(t.nbytes for t in (*runner.model.parameters(), *runner.model.buffers()))
-    for state in runner.optimizer.state.values():
-        own += sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
-    return (torch.cuda.max_memory_allocated(device) - before + own) / 2**20
+    return peak_mib(runner.step, runner.model, runner.optimizer, device)
 
 
 def _case(
