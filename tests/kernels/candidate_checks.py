@@ -202,7 +202,7 @@ def test_the_weight_gradient_takes_dz_without_a_copy(name: str, last: bool) -> N
         "tanh",
         site.geometry.channel_axis,
     )
-    flat = reference._flatten_stack(signal.dz, site.geometry.channel_axis, 1)
+    flat = reference.flatten_stack(signal.dz, site.geometry.channel_axis, 1)
     assert flat.data_ptr() == signal.dz.data_ptr()
 
 
