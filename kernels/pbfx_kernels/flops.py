@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import pbfx_kernels.neuron_op  # noqa: F401  registers its op and those of `pbfx_kernels.ops`
+# They register their ops and those of `pbfx_kernels.ops`.
+import pbfx_kernels.frozen
+import pbfx_kernels.neuron_op  # noqa: F401
 
 
 def stacked_flops(
@@ -52,6 +54,20 @@ def perforated_linear_flops(
 ) -> int:
     """Count `pbfx::perforated_linear`: its soma and its dendrites; its backward is plain ops."""
     return 2 * math.prod(x) * weight[0] * (1 + dendrite_weight[0])
+
+
+@register_flop_formula(torch.ops.pbfx.frozen_neurons)
+def frozen_neurons_flops(
+    x: Sequence[int],
+    weights: Sequence[int],
+    bias: Sequence[int] | None,
+    to_soma: Sequence[int],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Count `pbfx::frozen_neurons`, without the rows of zeros."""
+    dendrites, neurons = to_soma
+    return 2 * math.prod(x) * neurons * (1 + dendrites)
 
 
 @register_flop_formula(torch.ops.pbfx.dendrites_recompute)

@@ -31,6 +31,9 @@ _DESCRIBED_BYTES = 16
 # Positions, and positions for each input, from which laying weights side by side costs less than
 # the kernel gains: 3 % more than *packed* at 8192x4096x4096, where it would be 4 % less without.
 _LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO = 4096, 4
+# Inputs up to which it is faster for any number of positions if the weights lie so already: a tile
+# is one program's, and few tiles of long products leave multiprocessors idle.
+_MOST_FROZEN_INPUTS = 2048
 # Neurons per group of a convolution: a narrower tile is mostly empty.
 _LEAST_GROUP = 10
 # Where one kernel beats a library GEMM and an epilogue: where the preactivations would be most of
@@ -226,6 +229,14 @@ def fuses(problem: Problem) -> bool:
     """
     least = max(_LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO * problem.inputs)
     return _knows_fused(problem) and problem.positions >= least
+
+
+def fuses_frozen(problem: Problem) -> bool:
+    """Return whether *fused* is the fastest where the weights lie side by side for good.
+
+    However many rows: what they cost is paid once.
+    """
+    return _knows_fused(problem) and problem.inputs <= _MOST_FROZEN_INPUTS
 
 
 def _knows_fused(problem: Problem) -> bool:

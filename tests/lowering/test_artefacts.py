@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import pbfx
 from models import CASES, assert_near, randomise
+from pbfx_kernels import frozen
 from zoo.registry import ZOO
 
 BARE = Path(__file__).with_name("bare.py")
@@ -94,6 +95,22 @@ def test_an_exported_program_needs_no_pbfx(tmp_path: Path):
     program = torch.export.export(pbfx.lower(model), (x,), dynamic_shapes=({0: BATCH},))
     torch.export.save(program, tmp_path / "model.pt2")
     inputs = [(MODELS["vit"](batch)[1],) for batch in (2, 5)]
+    with torch.no_grad():
+        expected = [model(*given) for given in inputs]
+    assert_near(run_bare("export", tmp_path, inputs), expected)
+
+
+@pytest.mark.filterwarnings(TREES)
+def test_a_program_in_the_layout_of_a_kernel_needs_no_pbfx(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # As if the model were on a GPU that has the kernel.
+    monkeypatch.setattr(frozen, "wins", lambda stacked: True)
+    monkeypatch.setattr(frozen, "_on_gpu", lambda x: True)
+    model, (_, x) = grown("perceptron"), MODELS["perceptron"](3)
+    program = torch.export.export(pbfx.lower(model), (x,), dynamic_shapes=({0: BATCH},))
+    torch.export.save(program, tmp_path / "model.pt2")
+    inputs = [(MODELS["perceptron"](batch)[1],) for batch in (2, 5)]
     with torch.no_grad():
         expected = [model(*given) for given in inputs]
     assert_near(run_bare("export", tmp_path, inputs), expected)
