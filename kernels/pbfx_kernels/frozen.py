@@ -20,7 +20,7 @@ from pbfx_kernels.candidate_autograd import autocasts, no_autocast
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import LINEAR
 from pbfx_kernels.launching import ceiling, power_of_two
-from pbfx_kernels.strategy import can_fuse, fuses_frozen, linear_problem
+from pbfx_kernels.strategy import fuses_frozen, linear_problem
 
 # Neurons whose rows take turns; see `fused_neuron`.
 _QUAD = 4
@@ -165,10 +165,9 @@ def _evaluate(
     links = weights, bias, to_soma, to_dendrite, activation
     count, each = to_soma.shape
     form = torch.empty((count, each, x.shape[-1]), device="meta")
-    if not x.numel() or not can_fuse(x, weights, form):
-        return _plain(x, *links)
     problem = linear_problem(x, weights, form)
-    assert problem is not None, "can_fuse knows it"
+    if not x.numel() or problem is None or not fuses_frozen(problem):
+        return _plain(x, *links)
     return or_reference(problem, lambda: _launch(x, *links), lambda: _plain(x, *links))
 
 

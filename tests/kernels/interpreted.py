@@ -251,7 +251,7 @@ def test_frozen_neurons(d: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     assert torch.equal(rows, interleave(stacked[0], stacked[1:]))
     plain = frozen.frozen_neurons(x, rows, *links, "tanh")
     monkeypatch.setattr(frozen, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(frozen, "can_fuse", lambda *_: True)
+    monkeypatch.setattr(frozen, "fuses_frozen", lambda problem: True)
     monkeypatch.setattr(frozen, "_plain", None)
     # Rows that start anywhere have to be copied for the descriptors.
     for given in (x, torch.cat([x[..., :1], x], -1)[..., 1:]):
