@@ -142,8 +142,9 @@ def _may_run_kernel(x: Tensor, weights: Tensor) -> bool:
     if not _on_gpu(x) or x.dtype != weights.dtype or autocasts(x.device.type):
         return False
     if torch.compiler.is_compiling():
-        # An exported graph runs where nobody knows the op.
-        if torch.compiler.is_exporting():
+        # An exported graph runs where nobody knows the op. Dynamo of torch 2.11 holds
+        # `torch.compiler.is_exporting()` to be true of every graph, so the flag itself is read.
+        if torch.compiler._is_exporting_flag:
             return False
     elif torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return False
@@ -203,7 +204,7 @@ def _plain(
     count, each = to_soma.shape
     product = reference.product(x, weights, None, LINEAR)
     wide = reference.accumulation_dtype(product.dtype)
-    soma, *z = (role.to(wide) for role in take_apart(product, -1, 1 + count, each))
+    soma, *z = [role.to(wide) for role in take_apart(product, -1, 1 + count, each)]
     if bias is not None:
         own, *theirs = bias.to(wide).unflatten(0, (1 + count, each)).unbind()
         soma, z = soma + own, [role + offset for role, offset in zip(z, theirs, strict=True)]

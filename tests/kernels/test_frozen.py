@@ -141,7 +141,9 @@ def test_where_it_is_chosen() -> None:
         {"capability": None},
         {"dtype": torch.float64},
         {"channels": 127},
-        {"channels": 2**20},
+        {"channels": 1032},
+        {"channels": 520, "dendrites": 2},
+        {"channels": 776, "dendrites": 1},
         {"dendrites": 0},
     ):
         assert not fuses_frozen(problem(**change)), change
