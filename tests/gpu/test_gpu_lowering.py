@@ -137,6 +137,17 @@ def test_compiled(name: str):
         assert error(outputs(lowered(x.cuda())), expected) <= TOLERANCES[torch.float32]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ["perceptron", "convolutional"])
+def test_a_tracer_that_cannot_look_into_a_launch_sees_plain_torch(name: str):
+    lowered, case = pbfx.lower(grown(name).cuda()), CASES[name]
+    with torch.no_grad():
+        traced = torch.jit.trace(lowered, (case.input(0).cuda(),), check_trace=False)
+        x = case.input(1).cuda()
+        assert error(outputs(traced(x)), outputs(lowered(x))) <= TOLERANCES[torch.float32]
+
+
 @pytest.mark.parametrize("name", ["resnet", "unet", "mobilenet", "vit"])
 def test_the_zoo(name: str):
     model = pbfx.transform(ZOO[name].fresh())
