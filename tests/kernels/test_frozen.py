@@ -79,10 +79,13 @@ class Module(nn.Module):
     def __init__(self, site: Site) -> None:
         super().__init__()
         (self.x, *frozen), _ = laid(site, 2, True, torch.float32)
-        self.frozen = nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in frozen)
+        self.weights, self.bias, self.to_soma, self.to_dendrite = (
+            nn.Parameter(tensor, requires_grad=False) for tensor in frozen
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return frozen_neurons(x, *self.frozen, "gelu")
+        links = self.bias, self.to_soma, self.to_dendrite
+        return frozen_neurons(x, self.weights, *links, "gelu")
 
 
 @pytest.mark.parametrize("strict", [False, True])
