@@ -502,7 +502,7 @@ def test_decisions_can_be_carried_out_and_say_why(
             neuron(1.0),
             Decision(Action.RETRY, "x", keep=False),
             "decided 'retry' without keeping the phase's network in the neuron phase, after 1 "
-            "epochs; possible there: 'continue', 'grow'",
+            "epoch; possible there: 'continue', 'grow'",
         ),
         (neuron(1.0), Decision(Action.COMPLETE, "x", keep=False), "decided 'complete' without"),
         (dendrite(0.1), Decision(G, "x"), "decided 'grow' in the dendrite phase"),
