@@ -28,7 +28,7 @@ def wrappers_of(model: nn.Module) -> Wrappers:
     """Return the wrappers through which several processes train `model`, or parts of it.
 
     A module does not know its wrapper: where there is a process group of several, all objects that
-    are alive are looked at, which takes some hundredths of a second.
+    the garbage collector tracks are looked at, which takes some hundredths of a second.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return []

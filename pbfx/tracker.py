@@ -51,7 +51,8 @@ class Tracker:
     """Decide from validation scores when to add dendrites, and add them.
 
     Replaces `scheduler.step()` in a training script. The model, the optimizer and the scheduler are
-    edited in place: whatever the script holds stays valid.
+    edited in place: whatever the script holds stays valid. Under `DistributedDataParallel` every
+    rank has a tracker, and its wrapper stays valid too.
 
     Args:
         model: a model from `pbfx.transform`, or one that contains such parts, compiled or not.
@@ -188,8 +189,10 @@ class Tracker:
 
         Raises:
             ScoreError: if the score is not a finite number; nothing has moved.
-            TrackerError: if another tracker has taken over the model, or the policy decided what
-                cannot be done; nothing has moved.
+            TrackerError: if another tracker has taken over the model, the policy decided what
+                cannot be done, or the ranks of `DistributedDataParallel` give different scores;
+                nothing has moved. Or if candidates have learnt different things on different ranks;
+                the model is as it was.
             RestructureError: if restructuring failed. It was undone; the score stays in the
                 history.
         """

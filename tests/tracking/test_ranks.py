@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ def join(rank: int, scenario: Callable[[int], None], folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=RANKS)
     try:
         scenario(rank)
+        # No rank may leave while another still talks to it, nor a group before its wrappers.
+        dist.barrier()
+        gc.collect()
     finally:
         dist.destroy_process_group()
 
