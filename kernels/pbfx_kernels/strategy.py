@@ -33,7 +33,7 @@ _DESCRIBED_BYTES = 16
 _LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO = 4096, 4
 # Inputs, by D, up to which it is faster if the weights lie so already, whatever the number of
 # positions: 7 % less at 128x4096x1024, where few tiles leave multiprocessors idle, is the most that
-# it loses. With two dendrites a quarter of what it multiplies is zeros.
+# it was seen to lose. With two dendrites a quarter of what it multiplies is zeros.
 _MOST_FROZEN_INPUTS = {1: 768, 2: 512, 3: 1024}
 # Neurons per group of a convolution: a narrower tile is mostly empty.
 _LEAST_GROUP = 10
