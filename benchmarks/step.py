@@ -135,11 +135,12 @@ def judge(setting: Setting, runners: Iterable[Runner], exact: bool = True) -> li
     """Return what `runners` compute wrongly, a line each. They come in the order of `built`.
 
     Outputs are compared with the loop's, at D = 0 with the plain model's, bit for bit if `exact`;
-    gradients with those of the loop that learns the same way. All run in eval mode: dropout draws
-    differ.
+    gradients with those in float64 of the loop that learns the same way, as far as that loop itself
+    keeps to them in this dtype. All run in eval mode: dropout draws differ.
     """
     outputs: dict[str, Tensor] = {}
-    grads: dict[str, dict[str, Tensor]] = {CANDIDATES: {}}
+    wanted = _exact_gradients(setting)
+    grads: dict[str, dict[str, Tensor]] = {}
     faults = []
     for runner in runners:
         provider, name = runner.provider, runner.provider.name
@@ -156,12 +157,26 @@ def judge(setting: Setting, runners: Iterable[Runner], exact: bool = True) -> li
             found = provider.gradients(runner.model)
             if name in (LOOP, LOOP_FROZEN):
                 grads[name] = found
-            # A rival that failed itself is a fault already, and no reference.
-            elif (wanted := grads.get(provider.rival or name)) is not None:
-                fault = gradient_fault(found, wanted, setting.dtype)
+            like = provider.rival or name
+            # A loop that failed itself is a fault already, and no yardstick.
+            fault = gradient_fault(found, wanted[like], setting.dtype, grads.get(like))
         if fault:
             faults.append(f"  {setting.name}, D = {setting.dendrites}, {name}: {fault}")
     return faults
+
+
+def _exact_gradients(setting: Setting) -> dict[str, dict[str, Tensor]]:
+    """Return what each loop's gradients are in float64; candidates leave none in the network."""
+    found: dict[str, dict[str, Tensor]] = {CANDIDATES: {}}
+    x, y = setting.batches[0]
+    for provider in PROVIDERS:
+        if provider.name in (LOOP, LOOP_FROZEN):
+            assert provider.gradients is not None, "a loop says what its gradients are"
+            model = setting.build(provider)[0].double().eval()
+            with torch.autocast(setting.device.type, enabled=False):
+                setting.model.loss(model(x.double()), y).backward()
+            found[provider.name] = provider.gradients(model)
+    return found
 
 
 def _references_first(provider: Provider) -> int:
