@@ -92,8 +92,13 @@ class Setting:
         call: Callable[..., Tensor] = model
         if backend is not None:
             mode = None if self.args.mode == "default" else self.args.mode
+            backend, _, strategy = backend.partition("/")
+            # Torch takes one of the two.
+            how: dict[str, Any] = {"mode": mode}
+            if strategy:
+                how = {"options": {"strategy": strategy, "mode": mode}}
             compile_: Any = torch.compile
-            call = compile_(model, backend=backend, mode=mode, fullgraph=True, dynamic=False)
+            call = compile_(model, backend=backend, fullgraph=True, dynamic=False, **how)
         loss = MODELS[self.name].loss
         return Training(model, call, sgd(model), loss, self.batches, self.device)
 
@@ -386,8 +391,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="(default: a small and a large one for each model)",
     )  # fmt: skip
     parser.add_argument(
-        "--backend", nargs="+", default=[PBFX], help="with --compile: pbfx's (default pbfx)"
-    )
+        "--backend", nargs="+", default=[PBFX], metavar="NAME",
+        help="with --compile: pbfx's; pbfx/packed and the like force a form (default pbfx)",
+    )  # fmt: skip
     parser.add_argument(
         "--mode", choices=MODES, default="default", help="with --compile: torch.compile's"
     )

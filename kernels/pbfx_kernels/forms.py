@@ -16,6 +16,7 @@ shape that it needs is an argument. It is perforated by detaching what dendrites
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any
@@ -39,6 +40,8 @@ _SMALL_OUTPUT = 4 * 2**20
 _MANY_TAPS = 25
 # Neurons up to which D convolutions are faster than one with D times the outputs.
 _LOOPED_NEURONS, _LOOPED_CHANNELS = 64, 32
+# Positions of an image, or tokens of a sequence, that are worth a sum of their own.
+_LEAST_POSITIONS = 32
 
 
 class Form(Enum):
@@ -84,6 +87,23 @@ def choose_form(problem: Problem, training: bool, absorbs: bool, with_soma: bool
     return Form.PACKED
 
 
+def sums_by_image(shape: Sequence[Any], channel_axis: int) -> bool:
+    """Return whether a compiler had better sum `dT` over each image first, and then over images.
+
+    It then sums in the loop that computes the error further down, `(image, neuron)` by positions,
+    instead of in a pass of its own over the error and the preactivations.
+
+    Args:
+        shape: of the soma's output, sizes that are dynamic included.
+        channel_axis: of the neurons, negative.
+    """
+    neurons = len(shape) + channel_axis
+    inner = [size for axis, size in enumerate(shape) if axis not in (0, neurons)]
+    known = neurons > 0 and all(isinstance(size, int) for size in inner)
+    # Of a few positions the partial sums are as many as what is summed.
+    return known and math.prod(inner) >= _LEAST_POSITIONS
+
+
 def dendrites_in_graph(
     form: Form,
     soma: Any,
@@ -98,6 +118,7 @@ def dendrites_in_graph(
     neurons: int,
     dtype: torch.dtype,
     products: torch.dtype | None = None,
+    axes: int | None = None,
 ) -> tuple[Any, list[Any]]:
     """Compute a site's output in plain torch; arguments may be tensors or `fx.Proxy`s.
 
@@ -115,6 +136,8 @@ def dendrites_in_graph(
         neurons: N.
         dtype: of `soma`.
         products: dtype of the products, `dtype` if None. Everything after them is as ever.
+        axes: of `soma`, where the gradient of `to_soma` is to be summed image by image first (see
+            `sums_by_image`); None for one sum.
 
     Returns:
         out: `(*soma)`, `dtype`.
@@ -124,25 +147,35 @@ def dendrites_in_graph(
     """
     wide, products = accumulation_dtype(dtype), products or dtype
     x, weight = x.detach().to(products), weight.detach().to(products)
-    bias = None if bias is None else bias.detach().to(products)
 
     def widened(value: Any, given: torch.dtype) -> Any:
         # Every node that is not there is compiled the faster.
         return value if given is wide else value.to(wide)
 
+    # The bias is for the epilogue: a backward keeps what a library wrote, and a sum with the bias
+    # would be a pass over it.
     if form is Form.LOOPED:
-        z = [
-            product(x, weight[d], None if bias is None else bias[d], geometry) for d in range(count)
-        ]
+        z = [product(x, weight[d], None, geometry) for d in range(count)]
     else:
-        z = _packed(x, weight, bias, geometry, count, neurons)
+        z = _packed(x, weight, geometry, count, neurons)
     lined_up = (neurons, *(1,) * geometry.spatial)
+    if bias is not None:
+        bias = bias.detach().to(wide).reshape((count, *lined_up))
     links = to_soma.to(wide).reshape((count, *lined_up))
+    if axes is not None:
+        # One link for each image, of which autograd makes two sums.
+        between = (1,) * (axes - 1 - len(lined_up))
+        images = soma.size(0), *between, *lined_up
+        links = links.reshape((count, 1, *between, *lined_up)).expand(count, *images)
+    # A backward of `unbind` is one stack, and of an index a sum of padded tensors.
+    links = links.unbind()
     cascade = to_dendrite.detach().to(wide).reshape((count, count, *lined_up))
     activations: list[Any] = []
     negated = None
     for d in range(count):
         z_d = widened(z[d], products)
+        if bias is not None:
+            z_d = z_d + bias[d]
         for e, a_e in enumerate(activations):
             z_d = z_d + cascade[d, e] * a_e
         a_d = activate(activation, z_d)
@@ -154,13 +187,11 @@ def dendrites_in_graph(
     return out if dtype is wide else out.to(dtype), activations
 
 
-def _packed(
-    x: Any, weight: Any, bias: Any, geometry: Geometry, count: int, neurons: int
-) -> Sequence[Any]:
-    """Return the D preactivations of one product over stacked weights."""
+def _packed(x: Any, weight: Any, geometry: Geometry, count: int, neurons: int) -> Sequence[Any]:
+    """Return the D preactivations, without bias, of one product over stacked weights."""
     groups, axis = geometry.groups, geometry.channel_axis
     if count == 1:
-        return [product(x, weight[0], None if bias is None else bias[0], geometry)]
+        return [product(x, weight[0], None, geometry)]
     if geometry.transposed:
         stacked = weight.movedim(0, 1).flatten(1, 2)
     elif groups == 1:
@@ -168,11 +199,7 @@ def _packed(
     else:
         # The channels of a group lie together, so the order is (group, d, neuron of group).
         stacked = weight.unflatten(1, (groups, neurons // groups)).movedim(1, 0).flatten(0, 2)
-    if bias is not None and groups == 1:
-        bias = bias.flatten(0, 1)
-    elif bias is not None:
-        bias = bias.unflatten(1, (groups, neurons // groups)).movedim(1, 0).flatten(0, 2)
-    z = product(x, stacked, bias, geometry)
+    z = product(x, stacked, None, geometry)
     if groups == 1:
         return [z.narrow(axis, d * neurons, neurons) for d in range(count)]
     z = z.unflatten(axis, (groups, count, neurons // groups))

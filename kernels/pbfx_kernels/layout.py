@@ -7,13 +7,17 @@ all tensors can be walked with a single stride: linear ops, NHWC, unbatched inpu
 nothing else of a site's geometry.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pbfx_kernels.walking import merged_stride
+from pbfx_kernels.walking import Sizes, merged_stride
+
+# Of shapes and strides; a training loop meets a handful.
+_REMEMBERED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +57,37 @@ def grid_of(channel_axis: int, *tensors: Tensor) -> Grid:
     Returns:
         The grid, with strides in the order of `tensors`.
     """
-    shape = tensors[0].shape
+    return _grid(channel_axis, tensors[0].shape, tuple(tensor.stride() for tensor in tensors))
+
+
+@functools.lru_cache(_REMEMBERED)
+def _grid(channel_axis: int, shape: Sizes, strides: tuple[Sizes, ...]) -> Grid:
     axis = len(shape) + channel_axis
     positions, inner = math.prod(shape) // shape[axis], math.prod(shape[axis + 1 :])
-    singles = [_merged(tensor, axis, 0, len(shape)) for tensor in tensors]
+    singles = [_merged(shape, each, axis, 0, len(shape)) for each in strides]
     found = []
-    for tensor, single in zip(tensors, singles, strict=True):
-        outer, within = _merged(tensor, axis, 0, axis), _merged(tensor, axis, axis, len(shape))
+    for each, single in zip(strides, singles, strict=True):
+        outer = _merged(shape, each, axis, 0, axis)
+        within = _merged(shape, each, axis, axis, len(shape))
         assert outer is not None, "not regular"
         assert within is not None, "not regular"
         if None not in singles:
             outer, within = single, 0
-        found.append((outer, within, tensor.stride(axis)))
+        found.append((outer, within, each[axis]))
     return Grid(positions, shape[axis], 1 if None not in singles else inner, tuple(found))
 
 
 def is_regular(tensor: Tensor, channel_axis: int) -> bool:
     """Return whether the axes before the channels merge into one, and likewise those after them."""
-    axis = tensor.dim() + channel_axis
-    halves = _merged(tensor, axis, 0, axis), _merged(tensor, axis, axis, tensor.dim())
+    return _regular(tensor.shape, tensor.stride(), tensor.dim() + channel_axis)
+
+
+@functools.lru_cache(_REMEMBERED)
+def _regular(shape: Sizes, strides: Sizes, axis: int) -> bool:
+    halves = (
+        _merged(shape, strides, axis, 0, axis),
+        _merged(shape, strides, axis, axis, len(shape)),
+    )
     return None not in halves
 
 
@@ -80,10 +96,9 @@ def regular(tensor: Tensor, channel_axis: int) -> Tensor:
     return tensor if is_regular(tensor, channel_axis) else tensor.contiguous()
 
 
-def _merged(tensor: Tensor, axis: int, start: int, stop: int) -> int | None:
+def _merged(shape: Sizes, strides: Sizes, axis: int, start: int, stop: int) -> int | None:
     """Merge the axes from `start` to `stop`, without the neurons' own."""
     kept = [i for i in range(start, stop) if i != axis]
-    shape, strides = tensor.shape, tensor.stride()
     return merged_stride(tuple(shape[i] for i in kept), tuple(strides[i] for i in kept))
 
 
