@@ -17,7 +17,7 @@ from torch import Tensor
 from pbfx_kernels.walking import Sizes, merged_stride
 
 # Of shapes and strides; a training loop meets a handful.
-_REMEMBERED = 4096
+REMEMBERED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,18 @@ def grid_of(channel_axis: int, *tensors: Tensor) -> Grid:
     Returns:
         The grid, with strides in the order of `tensors`.
     """
-    return _grid(channel_axis, tensors[0].shape, tuple(tensor.stride() for tensor in tensors))
+    return grid_of_strides(channel_axis, tensors[0].shape, *(t.stride() for t in tensors))
 
 
-@functools.lru_cache(_REMEMBERED)
-def _grid(channel_axis: int, shape: Sizes, strides: tuple[Sizes, ...]) -> Grid:
+@functools.lru_cache(REMEMBERED)
+def grid_of_strides(channel_axis: int, shape: Sizes, *strides: Sizes) -> Grid:
+    """Find the strides with which tensors are walked; see `grid_of`.
+
+    Args:
+        channel_axis: as there.
+        shape: of the tensors.
+        strides: of each tensor.
+    """
     axis = len(shape) + channel_axis
     positions, inner = math.prod(shape) // shape[axis], math.prod(shape[axis + 1 :])
     singles = [_merged(shape, each, axis, 0, len(shape)) for each in strides]
@@ -82,7 +89,7 @@ def is_regular(tensor: Tensor, channel_axis: int) -> bool:
     return _regular(tensor.shape, tensor.stride(), tensor.dim() + channel_axis)
 
 
-@functools.lru_cache(_REMEMBERED)
+@functools.lru_cache(REMEMBERED)
 def _regular(shape: Sizes, strides: Sizes, axis: int) -> bool:
     halves = (
         _merged(shape, strides, axis, 0, axis),
