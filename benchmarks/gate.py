@@ -3,8 +3,8 @@
 A result is judged by its distance from a more exact one, `‖found - exact‖ / ‖exact‖`. What distance
 is right is in a table, per dtype. Where sums cancel, as in a convolution's weight gradient over a
 large batch, rounding alone leads further than that, whoever computes. There the yardstick is what
-eager torch, written from the equation, loses in the same dtype: nobody may lose more than
-`EAGER_FACTOR` times as much, and nobody a fifth.
+eager torch, written from the equation, loses in the same dtype, at worst in a few batches: nobody
+may lose more than `EAGER_FACTOR` times as much, and nobody a fifth.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def output_fault(
     reference: Tensor,
     dtype: str,
     depth: float = 1.0,
-    eager: Tensor | None = None,
+    lost: float = 0.0,
     most: float = MOST,
 ) -> str | None:
     """Return what is wrong with an output, or None.
@@ -52,15 +52,12 @@ def output_fault(
         reference: what is right, or more exact.
         dtype: in which `out` was computed, of `TOLERANCES`.
         depth: widens the tolerance of one op.
-        eager: what eager torch gave in `dtype`; its own error widens the tolerance, up to `most`.
-        most: see there.
+        lost: how far eager torch is off in `dtype`, of `output_error`; widens the tolerance too.
+        most: where that ends.
     """
     if out.shape != reference.shape:
         return f"output has shape {tuple(out.shape)}, not {tuple(reference.shape)}"
-    scale = _norm(reference)
-    error = _error(out, reference, scale)
-    lost = 0.0 if eager is None else _error(eager, reference, scale)
-    tolerance = _allowed(depth * TOLERANCES[dtype], lost, most)
+    error, tolerance = output_error(out, reference), allowed(depth * TOLERANCES[dtype], lost, most)
     # Written so that NaN fails.
     if error <= tolerance:
         return None
@@ -71,7 +68,7 @@ def gradient_fault(
     found: Mapping[str, Tensor],
     reference: Mapping[str, Tensor],
     dtype: str,
-    eager: Mapping[str, Tensor] | None = None,
+    lost: Mapping[str, float] | None = None,
     most: float = MOST,
 ) -> str | None:
     """Return what is wrong with a model's gradients, or None. Empty tensors do not count.
@@ -80,27 +77,41 @@ def gradient_fault(
         found: what is judged, by names of parameters.
         reference: what is right, or more exact.
         dtype: in which `found` was computed, of `TOLERANCES`.
-        eager: what eager torch gave in `dtype`; its own error in each tensor widens the tolerance
-            for that tensor, up to `most`.
-        most: see there.
+        lost: how far eager torch is off in `dtype`, of `gradient_errors`; widens the tolerance,
+            tensor by tensor.
+        most: where that ends.
     """
     found = {name: grad for name, grad in found.items() if grad.numel()}
     reference = {name: grad for name, grad in reference.items() if grad.numel()}
     if found.keys() != reference.keys():
         odd = sorted(found.keys() ^ reference.keys())
         return f"gradients arrive at other parameters, such as {odd[0]}"
-    whole = sum(_norm(grad) ** 2 for grad in reference.values()) ** 0.5
-    for name, expected in reference.items():
-        scale = max(_norm(expected), SMALL_SHARE * whole)
-        error = _error(found[name], expected, scale)
-        lost = 0.0 if eager is None else _error(eager[name], expected, scale)
-        tolerance = _allowed(TOLERANCES[dtype] * GRADIENT_FACTOR, lost, most)
+    for name, error in gradient_errors(found, reference).items():
+        widened = 0.0 if lost is None else lost[name]
+        tolerance = allowed(TOLERANCES[dtype] * GRADIENT_FACTOR, widened, most)
         if not error <= tolerance:
             return f"gradient of {name} is off by {error:.1e}, tolerance {tolerance:.0e}"
     return None
 
 
-def _allowed(table: float, lost: float, most: float) -> float:
+def output_error(out: Tensor, reference: Tensor) -> float:
+    """Return `‖out - ref‖ / ‖ref‖`."""
+    return _error(out, reference, _norm(reference))
+
+
+def gradient_errors(
+    found: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Return how far each gradient of a model is off, by names of parameters."""
+    whole = sum(_norm(grad) ** 2 for grad in reference.values()) ** 0.5
+    return {
+        name: _error(found[name], grad, max(_norm(grad), SMALL_SHARE * whole))
+        for name, grad in reference.items()
+        if grad.numel()
+    }
+
+
+def allowed(table: float, lost: float, most: float) -> float:
     """Return the tolerance: the table's, or that of a result that eager torch rounds badly."""
     return max(table, min(EAGER_FACTOR * lost, most))
 

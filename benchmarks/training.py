@@ -36,6 +36,7 @@ class Training:
         loss: from outputs and targets.
         batches: to rotate over.
         device: where all of it lies.
+        compile_seconds: what the first call took, if it compiled; caches on disk count.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Training:
     loss: Callable[[Tensor, Tensor], Tensor]
     batches: list[Batch]
     device: torch.device
+    compile_seconds: float | None = None
     _turn: int = 0
 
     def step(self) -> None:
@@ -57,13 +59,13 @@ class Training:
         self.loss(self.call(x), y).backward()
         self.optimizer.step()
 
-    def look(self) -> Look:
-        """Compute the first batch, without a step.
+    def look(self, batch: int = 0) -> Look:
+        """Compute a batch, without a step.
 
         A model that drops units out does it in eval mode, because no two ways draw alike.
         """
         self.model.train(not drops_out(self.model))
-        x, y = self.batches[0]
+        x, y = self.batches[batch]
         torch.clear_autocast_cache()
         out = self.call(x)
         self.loss(out, y).backward()

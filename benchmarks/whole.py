@@ -17,6 +17,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ from benchmarks.benchmark import Benchmark, Case
 from benchmarks.compiling import strict
 from benchmarks.environment import precision
 from benchmarks.errors import GateError
-from benchmarks.gate import gradient_fault, output_fault
+from benchmarks.gate import gradient_errors, gradient_fault, output_error, output_fault
 from benchmarks.models import MODELS, Batch, fresh
 from benchmarks.options import count, natural, positive
 from benchmarks.packed import copy_weights, packed_of
@@ -52,14 +53,14 @@ COLUMNS = (
     *("model", "width", "batch_size", "dendrites", "provider", "mode"),
     *("ms_p20", "ms_p50", "ms_p80", "x_plain_p50", "x_packed"),
     *("device_ms_p20", "device_ms_p50", "device_ms_p80", "x_plain_device", "x_packed_device"),
-    *("x_floor", "rounds", "peak_mib"),
+    *("x_floor", "rounds", "peak_mib", "compile_s"),
 )
 PLAIN, PBFX, PACKED, INDUCTOR = "plain", "pbfx", "packed", "inductor"
 # Outputs have been through all layers of a model: this much more than the table of one op.
 _DEPTH = 5.0
 # And in 16 bits through up to fifty norms; a gradient that is off by half is wrong in any case.
 _MOST = 0.5
-_BATCHES = 4
+_BATCHES, _JUDGED = 4, 3
 
 
 @dataclasses.dataclass
@@ -111,17 +112,38 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Yardstick:
-    """What an eager model makes of the first batch: in float32, and in the dtype of the run."""
+    """What an eager model makes of the first batch in float32, and what the run's dtype costs it.
+
+    Attributes:
+        exact: in float32.
+        output: how far it is off in the dtype of the run, at worst in a few batches.
+        gradients: likewise, by names of parameters.
+    """
 
     exact: Look
-    eager: Look
+    output: float
+    gradients: dict[str, float]
+
+    @classmethod
+    def of(cls, training: Training) -> Yardstick:
+        """Run a few batches both ways; the model keeps its weights."""
+        looks: list[Look] = []
+        output, gradients = 0.0, dict[str, float]()
+        for batch in range(min(_JUDGED, len(training.batches))):
+            with precision("float32", training.device):
+                exact = training.look(batch)
+            eager = training.look(batch)
+            output = max(output, output_error(eager.output, exact.output))
+            for name, error in gradient_errors(eager.gradients, exact.gradients).items():
+                gradients[name] = max(gradients.get(name, 0.0), error)
+            looks = looks or [exact]
+        return cls(looks[0], output, gradients)
 
     def fault(self, found: Look, dtype: str) -> str | None:
         """Return what is wrong with what the same model made of it another way, or None."""
-        exact, eager = self.exact, self.eager
         return output_fault(
-            found.output, exact.output, dtype, _DEPTH, eager.output, _MOST
-        ) or gradient_fault(found.gradients, exact.gradients, dtype, eager.gradients, _MOST)
+            found.output, self.exact.output, dtype, _DEPTH, self.output, _MOST
+        ) or gradient_fault(found.gradients, self.exact.gradients, dtype, self.gradients, _MOST)
 
 
 def run(args: argparse.Namespace) -> Iterator[Case]:
@@ -172,17 +194,15 @@ def _eager(
     found: dict[str, Training] = {}
     for label, build in builders.items():
 
-        def look(build: Callable[[], nn.Module] = build) -> tuple[Training, Yardstick]:
+        def look(build: Callable[[], nn.Module] = build) -> tuple[Training, Yardstick, Look]:
             each = setting.training(build())
-            with precision("float32", setting.device):
-                exact = each.look()
-            return each, Yardstick(exact, each.look())
+            return each, Yardstick.of(each), each.look()
 
         made = _attempt(setting, label, dendrites, look)
         if made is None:
             continue
-        each, yardsticks[label] = made
-        fault = yardsticks[label].fault(yardsticks[label].eager, setting.args.dtype)
+        each, yardsticks[label], seen = made
+        fault = yardsticks[label].fault(seen, setting.args.dtype)
         if fault:
             setting.reject(label, dendrites, fault)
             del yardsticks[label]
@@ -216,9 +236,16 @@ def _compiled(
             found[label] = setting.compiled_plain
             continue
 
-        def look(way: str = way, backend: str = backend) -> tuple[Training, Look]:
+        def look(
+            way: str = way, backend: str = backend, label: str = label
+        ) -> tuple[Training, Look]:
             each = setting.training(builders[way](), backend)
-            return each, each.look()
+            start = time.perf_counter()
+            seen = each.look()
+            each.compile_seconds = time.perf_counter() - start
+            # Said at once: it is most of the time that a large model takes.
+            print(f"{label} is compiled: {each.compile_seconds:.1f} s", flush=True)
+            return each, seen
 
         made = _attempt(setting, label, dendrites, look)
         if made is None:
@@ -298,7 +325,8 @@ def _timed(setting: Setting, dendrites: int, found: dict[str, Training]) -> Iter
                 replay = _attempt(setting, f"{label}, as a graph", dendrites, capture)
                 if replay is not None:
                     replays[label] = replay
-    yield _case(setting, dendrites, times, timed(replays), peaks)
+    first = {label: each.compile_seconds for label, each in found.items()}
+    yield _case(setting, dendrites, times, timed(replays), peaks, first)
 
 
 def _graphs_itself(args: argparse.Namespace, label: str) -> bool:
@@ -312,6 +340,7 @@ def _case(
     times: dict[str, list[float]],
     device_times: dict[str, list[float]],
     peaks: dict[str, float | None],
+    compile_seconds: dict[str, float | None],
 ) -> Case:
     args = setting.args
     cells, rows = [], []
@@ -359,6 +388,7 @@ def _case(
                 "x_floor": floor,
                 "rounds": len(values),
                 "peak_mib": peak,
+                "compile_s": compile_seconds[label],
             }
         )
     title = (

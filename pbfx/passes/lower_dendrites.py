@@ -33,13 +33,7 @@ from torch.nn import functional as F
 import pbfx_kernels.neuron_op  # noqa: F401  registers `pbfx::perforated_linear`
 from pbfx.passes.context import copy_provenance, part
 from pbfx_kernels import Geometry
-from pbfx_kernels.forms import (
-    Form,
-    choose_form,
-    dendrites_in_graph,
-    stacked_activations,
-    sums_by_image,
-)
+from pbfx_kernels.forms import Form, choose_form, dendrites_in_graph, stacked_activations
 from pbfx_kernels.strategy import problem_of
 
 logger = logging.getLogger(__name__)
@@ -246,7 +240,6 @@ def _absorbed(node: fx.Node) -> list[str]:
 
 def _replace(graph: fx.Graph, node: fx.Node, form: Form, call: _Call, ctx: LoweringContext) -> None:
     last = node.prev
-    by_image = ctx.training and sums_by_image(call.soma.shape, call.geometry.channel_axis)
     with graph.inserting_before(node), _autocast_off(graph, node, call.soma):
         tracer = GraphAppendingTracer(graph)
         soma, x, weight, bias, to_soma, to_dendrite = (
@@ -266,7 +259,7 @@ def _replace(graph: fx.Graph, node: fx.Node, form: Form, call: _Call, ctx: Lower
             call.neurons,
             call.soma.dtype,
             ctx.products,
-            call.soma.dim() if by_image else None,
+            call.soma.shape if ctx.training else None,
         )
         results = {0: out}
         if part(node, 1) is not None:
