@@ -96,7 +96,8 @@ def prepared(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Ten
 
 def stacked_weight(weight: Tensor, groups: int) -> Tensor:
     """Make one weight of D: `(D, N, ...)` to `(D * N, ...)`, in the order (group, d, neuron)."""
-    # A view where there is one group.
+    if groups == 1:
+        return weight.flatten(0, 1)
     split = weight.unflatten(1, (groups, weight.shape[1] // groups))
     return split.movedim(1, 0).flatten(0, 2)
 
