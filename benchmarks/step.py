@@ -43,7 +43,7 @@ from benchmarks.timing import Quantiles, interleave, ratios
 NAMES = ("mnist", "mlp")
 MODES = ("train", "infer")
 # Batches from which the gate learns how far rounding leads astray.
-_JUDGED = 4
+_JUDGED = 6
 COLUMNS = (
     *("model", "width", "batch_size", "dendrites", "compiled", "provider", "mode"),
     *("ms_p20", "ms_p50", "ms_p80", "x_plain_p20", "x_plain_p50", "x_plain_p80"),
