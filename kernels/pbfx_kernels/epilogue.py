@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, fast_activations, on_device, power_of_two
-from pbfx_kernels.layout import REMEMBERED, grid_of_strides, regular
+from pbfx_kernels.layout import grid_of_strides, regular
 from pbfx_kernels.relaunch import Launch
 from pbfx_kernels.triton_math import cascade, negated_sum
 from pbfx_kernels.walking import Sizes
@@ -39,6 +39,8 @@ _FEW_DENDRITES = 5
 # The cascade is unrolled; its code grows with D², and 16 take the assembler half a minute. Beyond,
 # the reference takes over.
 MOST_DENDRITES = 8
+# Of shapes and strides; a training loop meets a handful.
+_REMEMBERED = 4096
 
 
 @triton.jit
@@ -182,7 +184,7 @@ def dendrites_epilogue(
         )
 
 
-@functools.lru_cache(REMEMBERED)
+@functools.lru_cache(_REMEMBERED)
 def _prepare(
     site: tuple[int, int, int, int, str, bool],
     layout: tuple[Sizes, Sizes, Sizes, Sizes],

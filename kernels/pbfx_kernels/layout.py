@@ -7,17 +7,14 @@ all tensors can be walked with a single stride: linear ops, NHWC, unbatched inpu
 nothing else of a site's geometry.
 """
 
-import functools
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pbfx_kernels.walking import Sizes, merged_stride
-
-# Of shapes and strides; a training loop meets a handful.
-REMEMBERED = 4096
+from pbfx_kernels import walking
+from pbfx_kernels.walking import regular as regular
+from pbfx_kernels.walking import Sizes, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +57,6 @@ def grid_of(channel_axis: int, *tensors: Tensor) -> Grid:
     return grid_of_strides(channel_axis, tensors[0].shape, *(t.stride() for t in tensors))
 
 
-@functools.lru_cache(REMEMBERED)
 def grid_of_strides(channel_axis: int, shape: Sizes, *strides: Sizes) -> Grid:
     """Find the strides with which tensors are walked; see `grid_of`.
 
@@ -69,44 +65,18 @@ def grid_of_strides(channel_axis: int, shape: Sizes, *strides: Sizes) -> Grid:
         shape: of the tensors.
         strides: of each tensor.
     """
-    axis = len(shape) + channel_axis
-    positions, inner = math.prod(shape) // shape[axis], math.prod(shape[axis + 1 :])
-    singles = [_merged(shape, each, axis, 0, len(shape)) for each in strides]
-    found = []
-    for each, single in zip(strides, singles, strict=True):
-        outer = _merged(shape, each, axis, 0, axis)
-        within = _merged(shape, each, axis, axis, len(shape))
-        assert outer is not None, "not regular"
-        assert within is not None, "not regular"
-        if None not in singles:
-            outer, within = single, 0
-        found.append((outer, within, each[axis]))
-    return Grid(positions, shape[axis], 1 if None not in singles else inner, tuple(found))
+    walked = walk(shape, channel_axis, *strides)
+    positions, neurons = walked.outer * walked.inner, shape[channel_axis]
+    if walked.outer == 1:
+        each = tuple((inner, 0, neuron) for _, neuron, inner in walked.strides)
+        return Grid(positions, neurons, 1, each)
+    each = tuple((outer, inner, neuron) for outer, neuron, inner in walked.strides)
+    return Grid(positions, neurons, walked.inner, each)
 
 
 def is_regular(tensor: Tensor, channel_axis: int) -> bool:
     """Return whether the axes before the channels merge into one, and likewise those after them."""
-    return _regular(tensor.shape, tensor.stride(), tensor.dim() + channel_axis)
-
-
-@functools.lru_cache(REMEMBERED)
-def _regular(shape: Sizes, strides: Sizes, axis: int) -> bool:
-    halves = (
-        _merged(shape, strides, axis, 0, axis),
-        _merged(shape, strides, axis, axis, len(shape)),
-    )
-    return None not in halves
-
-
-def regular(tensor: Tensor, channel_axis: int) -> Tensor:
-    """Return `tensor`, or a contiguous copy where it cannot be walked as a grid."""
-    return tensor if is_regular(tensor, channel_axis) else tensor.contiguous()
-
-
-def _merged(shape: Sizes, strides: Sizes, axis: int, start: int, stop: int) -> int | None:
-    """Merge the axes from `start` to `stop`, without the neurons' own."""
-    kept = [i for i in range(start, stop) if i != axis]
-    return merged_stride(tuple(shape[i] for i in kept), tuple(strides[i] for i in kept))
+    return walking.is_regular(tensor.shape, tensor.stride(), channel_axis)
 
 
 def writable(like: Tensor, channel_axis: int) -> Tensor:

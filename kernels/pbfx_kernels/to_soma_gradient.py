@@ -25,7 +25,7 @@ from torch import Tensor
 from pbfx_kernels.epilogue import Tile, tile_of
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, fast_activations, multiprocessors, on_device
-from pbfx_kernels.layout import REMEMBERED, grid_of_strides, is_regular, regular
+from pbfx_kernels.layout import grid_of_strides, is_regular, regular
 from pbfx_kernels.relaunch import Launch
 from pbfx_kernels.triton_math import cascade
 from pbfx_kernels.walking import Sizes
@@ -34,6 +34,8 @@ from pbfx_kernels.walking import Sizes
 _WAVES = 8
 # Each dendrite is a tile of partial sums in registers.
 MOST_DENDRITES = 8
+# Of shapes and strides; a training loop meets a handful.
+_REMEMBERED = 4096
 
 
 @triton.jit
@@ -184,7 +186,7 @@ def _launch(
     return partial[0] if shares == 1 else partial.sum(0)
 
 
-@functools.lru_cache(REMEMBERED)
+@functools.lru_cache(_REMEMBERED)
 def _prepare(
     site: tuple[int, int, int, int, str, bool],
     layout: tuple[Sizes, Sizes, Sizes],
