@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pbfx_kernels import walking
-from pbfx_kernels.walking import regular as regular
 from pbfx_kernels.walking import Sizes, walk
+from pbfx_kernels.walking import regular as regular
 
 
 @dataclass(frozen=True, slots=True)
