@@ -10,9 +10,7 @@ from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like, writable
 from pbfx_kernels.strategy import Problem, Strategy, choose, problem_of
-
-# Of shapes; a training loop meets a handful.
-_REMEMBERED = 4096
+from pbfx_kernels.walking import REMEMBERED
 
 
 def evaluate_dendrites(
@@ -112,7 +110,7 @@ def sum_to_soma_gradient(grad: Tensor, activations: Tensor, channel_axis: int) -
     )
 
 
-@functools.lru_cache(_REMEMBERED)
+@functools.lru_cache(REMEMBERED)
 def _problem_of_sum(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dendrites: int, axis: int
 ) -> Problem:

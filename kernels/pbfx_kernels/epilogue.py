@@ -28,7 +28,7 @@ from pbfx_kernels.launching import ceiling, fast_activations, on_device, power_o
 from pbfx_kernels.layout import grid_of_strides, regular
 from pbfx_kernels.relaunch import Launch
 from pbfx_kernels.triton_math import cascade, negated_sum
-from pbfx_kernels.walking import Sizes
+from pbfx_kernels.walking import REMEMBERED, Sizes
 
 # Elements of a tile. A thread then holds 8 elements of each of D + 1 tensors: enough loads in
 # flight to hide the memory's latency, and no spills up to MOST_DENDRITES.
@@ -39,8 +39,6 @@ _FEW_DENDRITES = 5
 # The cascade is unrolled; its code grows with D², and 16 take the assembler half a minute. Beyond,
 # the reference takes over.
 MOST_DENDRITES = 8
-# Of shapes and strides; a training loop meets a handful.
-_REMEMBERED = 4096
 
 
 @triton.jit
@@ -184,7 +182,7 @@ def dendrites_epilogue(
         )
 
 
-@functools.lru_cache(_REMEMBERED)
+@functools.lru_cache(REMEMBERED)
 def _prepare(
     site: tuple[int, int, int, int, str, bool],
     layout: tuple[Sizes, Sizes, Sizes, Sizes],

@@ -7,13 +7,14 @@ all tensors can be walked with a single stride: linear ops, NHWC, unbatched inpu
 nothing else of a site's geometry.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pbfx_kernels import walking
-from pbfx_kernels.walking import Sizes, walk
+from pbfx_kernels.walking import REMEMBERED, Sizes, walk
 from pbfx_kernels.walking import regular as regular
 
 
@@ -57,6 +58,7 @@ def grid_of(channel_axis: int, *tensors: Tensor) -> Grid:
     return grid_of_strides(channel_axis, tensors[0].shape, *(t.stride() for t in tensors))
 
 
+@functools.lru_cache(REMEMBERED)
 def grid_of_strides(channel_axis: int, shape: Sizes, *strides: Sizes) -> Grid:
     """Find the strides with which tensors are walked; see `grid_of`.
 
@@ -68,10 +70,10 @@ def grid_of_strides(channel_axis: int, shape: Sizes, *strides: Sizes) -> Grid:
     walked = walk(shape, channel_axis, *strides)
     positions, neurons = walked.outer * walked.inner, shape[channel_axis]
     if walked.outer == 1:
-        each = tuple((inner, 0, neuron) for _, neuron, inner in walked.strides)
-        return Grid(positions, neurons, 1, each)
-    each = tuple((outer, inner, neuron) for outer, neuron, inner in walked.strides)
-    return Grid(positions, neurons, walked.inner, each)
+        single = tuple((inner, 0, neuron) for _, neuron, inner in walked.strides)
+        return Grid(positions, neurons, 1, single)
+    found = tuple((outer, inner, neuron) for outer, neuron, inner in walked.strides)
+    return Grid(positions, neurons, walked.inner, found)
 
 
 def is_regular(tensor: Tensor, channel_axis: int) -> bool:

@@ -28,14 +28,12 @@ from pbfx_kernels.launching import ceiling, fast_activations, multiprocessors, o
 from pbfx_kernels.layout import grid_of_strides, is_regular, regular
 from pbfx_kernels.relaunch import Launch
 from pbfx_kernels.triton_math import cascade
-from pbfx_kernels.walking import Sizes
+from pbfx_kernels.walking import REMEMBERED, Sizes
 
 # Programs per multiprocessor: enough to hide latency, few enough that partial sums stay small.
 _WAVES = 8
 # Each dendrite is a tile of partial sums in registers.
 MOST_DENDRITES = 8
-# Of shapes and strides; a training loop meets a handful.
-_REMEMBERED = 4096
 
 
 @triton.jit
@@ -186,7 +184,7 @@ def _launch(
     return partial[0] if shares == 1 else partial.sum(0)
 
 
-@functools.lru_cache(_REMEMBERED)
+@functools.lru_cache(REMEMBERED)
 def _prepare(
     site: tuple[int, int, int, int, str, bool],
     layout: tuple[Sizes, Sizes, Sizes],
