@@ -183,15 +183,17 @@ def test_autocast_casts_products_once():
         with torch.autocast("cpu", torch.bfloat16):
             return module(x)
 
-    # Both round to bfloat16 in the same places.
-    torch.testing.assert_close(call(compiled(model.eval(), **QUICK)), call(model))
-
     @torch.compile(backend=compile_graph, fullgraph=True, options=QUICK)
     def inside(x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return model(x)
 
-    torch.testing.assert_close(inside(x), call(model))
+    exact = copy.deepcopy(model.eval()).double()(x.double())
+    eager = call(model)
+    # The graph adds the bias after the product, in float32: other roundings, and no more of them.
+    for out in (call(compiled(model, **QUICK)), inside(x)):
+        assert out.dtype is eager.dtype
+        assert (out - exact).norm() <= 2 * (eager - exact).norm()
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
