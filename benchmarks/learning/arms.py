@@ -7,6 +7,8 @@ perforated          the published way
 perforated-last     of these modes, with dendrites at some sites only (a study names its choices)
 wider2              a plain net with as many parameters as perforated has with 2 dendrites
 deeper2             the same for a deeper plain net
+perforated[tuning=full,finish=True]
+                    an arm with dendrites under settings of its own
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from benchmarks.errors import UsageError
 from pbfx.errors import nearest
 
 MODES = ("perforated", "sham", "gradient")
-_MODE = re.compile(rf"({'|'.join(MODES)})(?:-(\w+))?")
+_MODE = re.compile(rf"({'|'.join(MODES)})(?:-(\w+))?(?:\[(.+)\])?")
+# Commas within brackets stand between an arm's settings.
+_COMMA = re.compile(r",(?![^\[]*\])")
 _RIVAL = re.compile(r"(wider|deeper)([1-9])")
 _POLICIES: dict[str, type] = {
     name.lower(): value
@@ -88,8 +92,8 @@ def arm_named(
     Args:
         name: see the top of this file.
         selections: the study's names for sites.
-        settings: from `--set`; they become part of the name of an arm with dendrites, and a plain
-            one has none.
+        settings: from `--set`; they become part of the name of an arm with dendrites, after the
+            settings that it has there already, and a plain one has none.
 
     Raises:
         UsageError: if there is no such arm.
@@ -109,9 +113,16 @@ def arm_named(
             f"{nearest(mode[2], selections) if selections else 'it names none'}"
         )
     learning: Any = mode[1]
-    chosen = tuple(sorted((settings or {}).items()))
+    own = dict(setting(text) for text in mode[3].split(",")) if mode[3] else {}
+    chosen = tuple(sorted((own | dict(settings or {})).items()))
+    name = name.partition("[")[0]
     brackets = ",".join(f"{key}={_shown(value)}" for key, value in chosen)
     return Arm(f"{name}[{brackets}]" if brackets else name, learning, mode[2], settings=chosen)
+
+
+def arm_names(text: str) -> list[str]:
+    """Return the names of arms in a list with commas between them."""
+    return [name.strip() for name in _COMMA.split(text)]
 
 
 def _shown(value: Any) -> str:

@@ -90,7 +90,11 @@ class _Figures:
 
 
 def start(
-    task: Task, problem: Problem, steps_per_graph: int = 8, pool: Any = None
+    task: Task,
+    problem: Problem,
+    steps_per_graph: int = 8,
+    pool: Any = None,
+    own_kernels: bool = True,
 ) -> Generator[Ready, None, Outcome]:
     """Train and test; yield whenever there is something to wait for.
 
@@ -101,9 +105,10 @@ def start(
         problem: its data, on the device where to compute.
         steps_per_graph: see `Trainer`.
         pool: likewise.
+        own_kernels: see `Study.make_optimizer`.
     """
     begun, device = time.perf_counter(), problem.train.targets.device
-    model, optimizer, tracker, eager_steps = _begin(task, device)
+    model, optimizer, tracker, eager_steps = _begin(task, device, own_kernels)
     trainer = Trainer(
         model,
         optimizer,
@@ -193,19 +198,19 @@ def _stage(
 
 
 def _begin(
-    task: Task, device: torch.device
+    task: Task, device: torch.device, own_kernels: bool
 ) -> tuple[nn.Module, Optimizer, pbfx.Tracker | PlainTracker, int]:
     """Return model, optimizer, tracker, and how many steps of a phase cannot be captured."""
     study, arm = task.of, task.arm
     net = task.build().to(device)
     if arm.mode is None:
-        optimizer = study.make_optimizer(net.parameters(), device)
+        optimizer = study.make_optimizer(net.parameters(), device, own_kernels)
         gamma = study.gamma ** (task.neuron_epochs / task.epochs)
         scheduler = StepLR(optimizer, 1, gamma)
         return net, optimizer, PlainTracker(net, optimizer, scheduler, epochs=task.epochs), _EAGER
     config = arm.config(task.include, study.config, task.seed)
     model = pbfx.transform(net, config)
-    optimizer = study.make_optimizer(model.parameters(), device)
+    optimizer = study.make_optimizer(model.parameters(), device, own_kernels)
     # The rate falls by as much in every arm's neuron phase, however long that is.
     gamma = study.gamma ** (task.neuron_epochs / task.phase_epochs)
     settings: dict[str, Any] = {"max_dendrites": task.dendrites}

@@ -19,7 +19,8 @@ class Study:
 
     Attributes:
         name: what a user types, and the file's name.
-        data: a name in `benchmarks.learning.data.DATA`, and of the net in `NETS`.
+        data: a name in `benchmarks.learning.data.DATA`.
+        nets: a name in `NETS`; that of the data where it is empty.
         arms, widths: by default.
         optimizer: `adadelta` or `adamw`.
         rate: the first learning rate.
@@ -44,6 +45,7 @@ class Study:
     neuron_epochs: int
     dendrite_epochs: int
     dendrites: int
+    nets: str = ""
     steps: int | None = None
     score: Literal["error", "loss"] = "error"
     selections: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -52,19 +54,32 @@ class Study:
     @property
     def net(self) -> Net:
         """Return the study's net."""
-        return NETS[self.data][0]
+        return NETS[self.nets or self.data][0]
 
     @property
     def deeper(self) -> Net:
         """Return the deeper rival."""
-        return NETS[self.data][1]
+        return NETS[self.nets or self.data][1]
 
-    def make_optimizer(self, parameters: Iterable[nn.Parameter], device: torch.device) -> Optimizer:
-        """Return the optimizer; on CUDA one that a graph can hold, with its rate on the device."""
+    def make_optimizer(
+        self, parameters: Iterable[nn.Parameter], device: torch.device, own_kernels: bool = True
+    ) -> Optimizer:
+        """Return the optimizer; on CUDA one that a graph can hold, with its rate on the device.
+
+        Args:
+            parameters: what it steps.
+            device: where they lie.
+            own_kernels: on CUDA, whether to step Adadelta by `FusedAdadelta`.
+        """
         captured = device.type == "cuda"
         # A rate that is a number would be part of the graph, and no schedule could change it.
         rate: Any = torch.tensor(self.rate, device=device) if captured else self.rate
         if self.optimizer == "adadelta":
+            if captured and own_kernels:
+                # Triton is there wherever torch has CUDA, and may be absent elsewhere.
+                from benchmarks.learning.adadelta import FusedAdadelta
+
+                return FusedAdadelta(parameters, lr=rate, capturable=True)
             return Adadelta(parameters, lr=rate, capturable=captured)
         return AdamW(parameters, lr=rate, weight_decay=0.01, capturable=captured, fused=captured)
 
@@ -83,6 +98,21 @@ STUDIES = {
                 *("perforated-cheap", "wider1", "wider2", "deeper1"),
             ),
             widths=(1.0, 0.61, 0.25, 0.1, 0.05),
+            optimizer="adadelta",
+            rate=1.0,
+            gamma=0.7,
+            batch_size=64,
+            neuron_epochs=10,
+            dendrite_epochs=4,
+            dendrites=3,
+            selections=_MNIST_SITES,
+        ),
+        Study(
+            "bare",
+            data="mnist",
+            nets="bare",
+            arms=("plain", "sham", "perforated", "gradient", "wider2"),
+            widths=(0.25, 0.1, 0.05),
             optimizer="adadelta",
             rate=1.0,
             gamma=0.7,

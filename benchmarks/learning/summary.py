@@ -118,7 +118,7 @@ def rows_of(name: str, rows: Sequence[Row]) -> list[Row]:
     shared = [
         row
         for row in rows
-        if STUDIES[row.study].data == study.data
+        if STUDIES[row.study].net is study.net
         and row.arm in study.arms
         and row.width in study.widths
         and (row.arm, row.width, row.seed, row.settings) not in seen

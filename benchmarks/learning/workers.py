@@ -43,6 +43,7 @@ class Placement:
         steps_per_graph: see `Trainer`.
         data_directory: the folder with the data sets.
         revision: to record, see `environment`.
+        own_kernels: see `Study.make_optimizer`.
     """
 
     devices: tuple[str, ...]
@@ -51,6 +52,7 @@ class Placement:
     steps_per_graph: int = 8
     data_directory: Path | None = None
     revision: str | None = None
+    own_kernels: bool = True
 
     @property
     def beside(self) -> int:
@@ -181,7 +183,8 @@ def _reports(next_task: Any, device: torch.device, placement: Placement) -> Iter
             if device.type == "cuda":
                 # Lanes read it on streams of their own.
                 torch.cuda.synchronize(device)
-        return start(task, problems[name], placement.steps_per_graph, pool)
+        how = placement.steps_per_graph, pool, placement.own_kernels
+        return start(task, problems[name], *how)
 
     where = environment("learning", device, "tf32", 0, placement.revision)
     for ended in run_all(next_task, begin, placement.lanes, device):
