@@ -82,8 +82,9 @@ def step_(slots: Sequence[Slot], sizes: Tensor, rate: Tensor, rho: float, eps: f
     """
     blocks = sum(triton.cdiv(slot.parameter.numel(), BLOCK) for slot in slots)
     filled = [*slots, *[slots[0]] * (TOGETHER - len(slots))]
+    launch: Any = _step_kernel
     if blocks:
-        _step_kernel[(blocks,)](*zip(*filled, strict=True), sizes, rate, rho, eps, BLOCK)
+        launch[(blocks,)](*zip(*filled, strict=True), sizes, rate, rho, eps, BLOCK)
 
 
 def _dense(slot: Slot) -> Slot:
@@ -108,7 +109,7 @@ def _step_kernel(
     block = tl.program_id(0)
     lr = tl.load(rate)
     # As many as `TOGETHER`; what a kernel reads of its module is compared at every launch.
-    for i in tl.static_range(8):
+    for i in tl.static_range(8):  # pyright: ignore[reportGeneralTypeIssues]
         size = tl.load(sizes + i).to(tl.int32)
         blocks = tl.cdiv(size, BLOCK)
         if (block >= 0) & (block < blocks):

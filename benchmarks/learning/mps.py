@@ -36,7 +36,8 @@ def multi_process_service() -> Iterator[None]:
     if shutil.which(_CONTROL) is None:
         raise UsageError(f"--mps: there is no {_CONTROL} on this machine; leave the option out")
     outside = {name: os.environ.get(name) for name in (*_FOLDERS, _VISIBLE)}
-    renumbered = None if outside[_VISIBLE] is None else from_zero(outside[_VISIBLE])
+    visible = outside[_VISIBLE]
+    renumbered = None if visible is None else from_zero(visible)
     with tempfile.TemporaryDirectory(prefix="pbfx-mps-") as folder:
         os.environ.update(dict.fromkeys(_FOLDERS, folder))
         try:

@@ -87,6 +87,9 @@ def work_off(
     waiting = list(tasks)
     with _environment(), contextlib.ExitStack() as stack:
         count = min(placement.jobs * len(placement.devices), len(tasks))
+        # Each lane asks as soon as it can: with few tasks, some processes would have them all.
+        lanes = min(placement.lanes, -(-len(tasks) // max(count, 1)))
+        placement = dataclasses.replace(placement, lanes=lanes)
         connections: dict[Connection, Any] = {}
         for number in range(count):
             device = placement.devices[number % len(placement.devices)]

@@ -19,7 +19,7 @@ import pbfx
 from benchmarks.environment import ROOT
 from benchmarks.errors import UsageError
 from benchmarks.learning import lanes, nets, rows, studies, task, workers
-from benchmarks.learning.arms import arm_named, setting
+from benchmarks.learning.arms import arm_named, arm_names, setting
 from benchmarks.learning.command import main, parser, tasks_of
 from benchmarks.learning.data import CONTEXT, load
 from benchmarks.learning.problem import Problem, Split, judge, loss_of
@@ -35,7 +35,7 @@ SHAPES = {
     "adult": ((nets.ADULT_INPUTS,), 2),
     "tiny_shakespeare": ((CONTEXT,), nets.LETTERS),
 }
-WIDTHS = {"mnist": 0.1, "compression": 0.1}
+WIDTHS = {"mnist": 0.1, "bare": 0.1, "compression": 0.1}
 TINY = ["--seeds", "1", "--neuron-epochs", "1", "--dendrite-epochs", "1", "--dendrites", "1"]
 
 
@@ -305,6 +305,38 @@ def test_ablations_are_arms() -> None:
         "perforated[candidate_lr=0.1,candidates=2]",
         "perforated[activation=relu,candidate_lr=0.1]",
     }
+
+
+def test_an_arm_may_have_settings_of_its_own() -> None:
+    text = "plain, perforated-last[candidates=2,tuning=full],sham"
+    assert arm_names(text) == ["plain", "perforated-last[candidates=2,tuning=full]", "sham"]
+    args = parser().parse_args(
+        ["mnist", *TINY, "--widths", "1", "--arms", text, "--set", "candidate_lr=0.1"]
+    )
+    own, other = (job.arm for job in tasks_of("mnist", args) if job.arm.mode)
+    assert own.name == "perforated-last[candidate_lr=0.1,candidates=2,tuning=full]"
+    assert dict(own.settings) == {"candidate_lr": 0.1, "candidates": 2, "tuning": "full"}
+    assert other.name == "sham[candidate_lr=0.1]"
+    asked = arm_named("perforated", {}, {"tuning": "full", "candidates": 2})
+    assert asked == arm_named("perforated[candidates=2,tuning=full]", {})
+
+
+def test_nets_without_dropout_are_runs_of_their_own() -> None:
+    bare, usual = tiny("bare", "plain"), tiny("mnist", "plain")
+    assert bare.key[-1] != usual.key[-1]
+    for job, dropped in ((bare, {0.0}), (usual, {0.25, 0.5})):
+        found = (m.p for m in job.build().modules() if isinstance(m, torch.nn.Dropout))
+        assert set(found) == dropped
+
+
+def test_few_tasks_are_spread_over_the_processes() -> None:
+    jobs = [tiny("digits", "plain", seed) for seed in range(4)]
+    placement = workers.Placement(("cpu",), jobs=2, lanes=4)
+    found = [report.cells for report in workers.work_off(jobs, placement)]
+    for cells in found:
+        assert cells is not None
+        # Two processes with two lanes, so each run has a quarter of the time.
+        assert float(cells["gpu_seconds"]) == pytest.approx(float(cells["seconds"]) / 4, rel=1e-4)
 
 
 def test_digits_and_resume(tmp_path: Path, capsys) -> None:
