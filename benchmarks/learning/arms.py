@@ -35,6 +35,8 @@ _POLICIES: dict[str, type] = {
     if dataclasses.is_dataclass(value) and isinstance(value, type) and hasattr(value, "decide")
 }
 _CONFIG = {field.name for field in dataclasses.fields(pbfx.Config)}
+# Of the study's own loop.
+_LOOP = {"spare"}
 _TRACKER = set(inspect.signature(pbfx.Tracker).parameters) - {"model", "optimizer", "scheduler"}
 
 
@@ -48,7 +50,7 @@ class Arm:
         selection: a study's name for the sites that grow, or None for all.
         rival: which other net a plain arm trains, or None for the study's own.
         match: the number of dendrites whose parameter count the rival has.
-        settings: for `pbfx.Config`, `pbfx.Tracker` and `policy.*`.
+        settings: for `pbfx.Config`, `pbfx.Tracker` and `policy.*`; and `spare`, see `folds`.
     """
 
     name: str
@@ -63,6 +65,21 @@ class Arm:
         own = {key: value for key, value in self.settings if key in _CONFIG}
         common: dict[str, Any] = {"include": include, "learning": self.mode, "seed": seed}
         return pbfx.Config(**(common | dict(base) | own))
+
+    @property
+    def folds(self) -> int:
+        """Return into how many parts the training rows are split, 1 for none.
+
+        With `spare=0.2` candidates learn from a fifth of the rows, another one in each dendrite
+        phase, and the neuron phase before has not seen it; the last one sees all.
+
+        Raises:
+            UsageError: if `spare` is no share of the rows.
+        """
+        spare = dict(self.settings).get("spare", 1)
+        if not isinstance(spare, (int, float)) or not 0 < spare <= 1:
+            raise UsageError(f"spare must be a number above 0 and at most 1, got {spare!r}")
+        return round(1 / spare)
 
     def tracker_settings(self, neuron_epochs: int, dendrite_epochs: int) -> dict[str, Any]:
         """Return the keywords for `pbfx.Tracker`, the policy among them."""
@@ -138,7 +155,7 @@ def setting(text: str) -> tuple[str, Any]:
     key, equals, written = text.partition("=")
     if not equals:
         raise UsageError(f"--set {text}: must be KEY=VALUE")
-    known = sorted(_CONFIG | _TRACKER)
+    known = sorted(_CONFIG | _TRACKER | _LOOP)
     if key not in known and not key.startswith("policy."):
         raise UsageError(
             f"--set {text}: neither pbfx.Config nor pbfx.Tracker has a setting {key!r}; "

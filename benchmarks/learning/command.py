@@ -190,6 +190,7 @@ def tasks_of(name: str, args: argparse.Namespace) -> list[Task]:
             # A wrong value is to be found now, and not by every run.
             task.arm.config(task.include, study.config, task.seed)
             task.arm.tracker_settings(task.phase_epochs, task.dendrite_epochs)
+            assert task.arm.folds
     return tasks
 
 

@@ -125,7 +125,7 @@ def start(
     stages: list[Stage] = []
     begun_at, growth = 0, None
     while not tracker.complete:
-        train_loss = trainer.epoch()
+        train_loss = trainer.epoch(_rows_now(task, tracker, problem))
         seen = torch.cat([train_loss[None], evaluate(model, problem.validation)])
         yield _ready(device)
         figures.append(_Figures(*seen.tolist()))
@@ -156,6 +156,25 @@ def start(
             growth = None
         begun_at = len(figures)
     return Outcome(tuple(stages), tuple(f.error for f in figures), time.perf_counter() - begun)
+
+
+def _rows_now(
+    task: Task, tracker: pbfx.Tracker | PlainTracker, problem: Problem
+) -> torch.Tensor | None:
+    """Return the training rows of the next epoch, None for all of them; see `Arm.folds`."""
+    folds = task.arm.folds
+    if folds == 1 or not isinstance(tracker, pbfx.Tracker):
+        return None
+    learns = tracker.phase is pbfx.Phase.DENDRITE
+    if not learns and tracker.dendrites >= tracker.max_dendrites:
+        return None
+    spare, device = tracker.dendrites % folds, problem.train.targets.device
+    parts = [
+        torch.arange(fold, len(problem.train), folds, device=device)
+        for fold in range(folds)
+        if (fold == spare) == learns
+    ]
+    return torch.cat(parts)
 
 
 @dataclasses.dataclass

@@ -75,11 +75,22 @@ class Trainer:
         self.optimizer.step()
         self._loss.add_(loss.detach())
 
-    def epoch(self) -> Tensor:
-        """Launch an epoch; return its mean loss `()`, which may not have been computed yet."""
+    def epoch(self, rows: Tensor | None = None) -> Tensor:
+        """Launch an epoch; return its mean loss `()`, which may not have been computed yet.
+
+        Args:
+            rows: indices of those to learn from, again and again until there are enough for as many
+                steps as ever; None for all of the split.
+        """
         self.model.train()
-        rows = torch.randperm(len(self.split), generator=self._generator, device=self._order.device)
-        self._order.copy_(rows[: self._order.numel()].view_as(self._order))
+        number = len(self.split) if rows is None else len(rows)
+        wanted, orders = self._order.numel(), []
+        for _ in range(-(-wanted // number)):
+            orders.append(
+                torch.randperm(number, generator=self._generator, device=self._order.device)
+            )
+        order = torch.cat(orders)[:wanted]
+        self._order.copy_((order if rows is None else rows[order]).view_as(self._order))
         self._turn.zero_()
         self._loss.zero_()
         left = self.steps

@@ -131,6 +131,32 @@ def test_a_last_phase_of_plain_backpropagation_is_a_stage_of_its_own() -> None:
 
 
 @pytest.mark.usefixtures("short_epochs")
+@pytest.mark.parametrize("arm", ["perforated[spare=0.5]", "sham[spare=0.5]"])
+def test_candidates_may_learn_from_rows_that_the_network_has_not_seen(
+    arm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, epochs, run = problem("mnist"), [], Trainer.epoch
+
+    def seen(self: Trainer, rows: torch.Tensor | None = None) -> torch.Tensor:
+        loss = run(self, rows)
+        epochs.append(set(self._order.flatten().tolist()))
+        return loss
+
+    monkeypatch.setattr(Trainer, "epoch", seen)
+    finish(tiny("mnist", arm, dendrites=2, neuron_epochs=1, dendrite_epochs=1), data)
+    whole, even = set(range(40)), set(range(0, 40, 2))
+    odd = whole - even
+    # Network, candidates, network, candidates, network; a step has 8 of the 20 rows, or of the 40.
+    assert epochs == [odd, even, even, odd, whole]
+
+
+@pytest.mark.parametrize("spare", ["0", "1.5", "many"])
+def test_a_wrong_share_of_rows_is_named(spare: str) -> None:
+    with pytest.raises(UsageError, match="spare must be"):
+        arm_named(f"perforated[spare={spare}]", {}).folds  # noqa: B018
+
+
+@pytest.mark.usefixtures("short_epochs")
 def test_runs_in_lanes_are_the_runs_alone() -> None:
     data = problem("mnist")
     jobs = [tiny("mnist", arm, seed) for seed in (0, 1) for arm in ("plain", "perforated")]
