@@ -35,6 +35,9 @@ _POLICIES: dict[str, type] = {
     if dataclasses.is_dataclass(value) and isinstance(value, type) and hasattr(value, "decide")
 }
 _CONFIG = {field.name for field in dataclasses.fields(pbfx.Config)}
+# What a sham shares with the arm that it is the control of.
+_SHAM = {"finish", "spare", "max_dendrites", "policy", "reset_learning_rate"}
+_SHAM |= {"reset_optimizer_state", "learning_rates"}
 # Of the study's own loop.
 _LOOP = {"spare"}
 _TRACKER = set(inspect.signature(pbfx.Tracker).parameters) - {"model", "optimizer", "scheduler"}
@@ -140,6 +143,12 @@ def arm_named(
 def arm_names(text: str) -> list[str]:
     """Return the names of arms in a list with commas between them."""
     return [name.strip() for name in _COMMA.split(text)]
+
+
+def sham_of(arm: Arm) -> str:
+    """Return the name of the sham of an arm: the same phases, rates and rows."""
+    kept = {k: v for k, v in arm.settings if k in _SHAM or k.startswith("policy.")}
+    return arm_named("sham", {}, kept).name
 
 
 def _shown(value: Any) -> str:

@@ -76,12 +76,14 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draw what there are rows for into `folder`; return the files."""
     written = []
     for study in STUDIES:
+        if study == "ablations" and not any(row.study == study for row in rows):
+            continue
         tables = tables_of(rows_of(study, rows))
         # The study's own protocol is the one with most lines; others are ablations.
         main = max(tables, key=lambda table: len(table.lines), default=None)
         if main is None:
             continue
-        draw = _draw_front if study == "compression" else _draw_widths
+        draw = _DRAWN.get(study, _draw_widths)
         written.append(_draw(folder / f"{study}.svg", lambda axes, d=draw, m=main: d(axes, m)))
     if found := growths(rows):
         written.append(
@@ -167,6 +169,37 @@ def _draw_front(axes: Any, table: Table) -> None:
     axes.legend(frameon=False)
 
 
+def _draw_ablations(axes: Any, table: Table) -> None:
+    """Draw how each arm ends beside the arm without settings, as a share of its error."""
+    widths = sorted({line.width for line in table.lines}, reverse=True)
+    last = {(line.arm, line.width): line for line in table.lines}
+    arms = [arm for arm in dict.fromkeys(line.arm for line in table.lines) if arm != "perforated"]
+    for number, width in enumerate(widths):
+        usual = last.get(("perforated", width))
+        for place, arm in enumerate(arms):
+            line = last.get((arm, width))
+            found = None if usual is None or line is None else line.against(usual)
+            if found is None or usual is None:
+                continue
+            share = 100 / usual.score.mean
+            half = found.difference.half_width
+            axes.errorbar(
+                share * found.difference.mean,
+                -place - 0.2 * (number - (len(widths) - 1) / 2),
+                xerr=0.0 if math.isnan(half) else share * half,
+                marker="o",
+                capsize=2,
+                linestyle="",
+                color=_COLOURS[(number + 1) % len(_COLOURS)],
+                label=None if place else f"width {width:g}",
+            )
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks([-place for place in range(len(arms))], arms, fontsize="small")
+    axes.set_xlabel("test error beside perforated's, %: mean and 95 % interval, less is better")
+    axes.set_title("ablations", loc="left")
+    axes.legend(frameon=False, fontsize="small")
+
+
 def _draw_calibration(axes: Any, found: Sequence[Growth]) -> None:
     for number, study in enumerate(dict.fromkeys(growth.study for growth in found)):
         own = [growth for growth in found if growth.study == study]
@@ -183,3 +216,10 @@ def _draw_calibration(axes: Any, found: Sequence[Growth]) -> None:
     axes.set_ylabel("validation loss gone, beyond the sham's, %")
     axes.set_title("Does the correlation foretell the gain?", loc="left")
     axes.legend(frameon=False)
+
+
+_DRAWN: dict[str, Callable[[Any, Table], None]] = {
+    "compression": _draw_front,
+    "ablations": _draw_ablations,
+}
+"""How studies are drawn that are not about widths."""

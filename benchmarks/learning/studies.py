@@ -87,6 +87,17 @@ class Study:
 _CONTROLLED = ("plain", "sham", "perforated", "gradient", "perforated-last")
 _MNIST_SITES = {"last": ("fc2",), "cheap": ("conv1", "conv2", "fc2"), "linear": ("fc1", "fc2")}
 
+_ABLATIONS = (
+    *("sham", "perforated"),
+    *(f"perforated[tuning={tuning}]" for tuning in ("newest", "all", "full")),
+    *("perforated[finish=True]", "perforated[finish=True,tuning=full]", "sham[finish=True]"),
+    *("perforated[reset_learning_rate=False]", "sham[reset_learning_rate=False]"),
+    *("perforated[spare=0.2]", "sham[spare=0.2]"),
+    *("perforated[candidates=1]", "perforated[candidates=8]"),
+    *("perforated[objective=correlation]", "perforated[initial_link=0.1]"),
+    *("perforated[policy.dendrite_epochs=2]", "perforated[policy.dendrite_epochs=8]"),
+)
+
 STUDIES = {
     study.name: study
     for study in (
@@ -102,9 +113,9 @@ STUDIES = {
             rate=1.0,
             gamma=0.7,
             batch_size=64,
-            neuron_epochs=10,
+            neuron_epochs=8,
             dendrite_epochs=4,
-            dendrites=3,
+            dendrites=2,
             selections=_MNIST_SITES,
         ),
         Study(
@@ -117,9 +128,23 @@ STUDIES = {
             rate=1.0,
             gamma=0.7,
             batch_size=64,
-            neuron_epochs=10,
+            neuron_epochs=8,
             dendrite_epochs=4,
-            dendrites=3,
+            dendrites=2,
+            selections=_MNIST_SITES,
+        ),
+        Study(
+            "ablations",
+            data="mnist",
+            arms=_ABLATIONS,
+            widths=(1.0, 0.25, 0.1),
+            optimizer="adadelta",
+            rate=1.0,
+            gamma=0.7,
+            batch_size=64,
+            neuron_epochs=8,
+            dendrite_epochs=4,
+            dendrites=2,
             selections=_MNIST_SITES,
         ),
         Study(
@@ -131,9 +156,9 @@ STUDIES = {
             rate=1.0,
             gamma=0.7,
             batch_size=64,
-            neuron_epochs=10,
+            neuron_epochs=8,
             dendrite_epochs=4,
-            dendrites=3,
+            dendrites=2,
             selections=_MNIST_SITES,
         ),
         Study(
@@ -153,7 +178,7 @@ STUDIES = {
             rate=2e-3,
             gamma=0.75,
             batch_size=128,
-            neuron_epochs=10,
+            neuron_epochs=8,
             dendrite_epochs=4,
             dendrites=2,
             selections={"last": ("fc3",), "hidden": ("fc1", "fc2")},
@@ -176,7 +201,7 @@ STUDIES = {
             gamma=0.75,
             batch_size=64,
             steps=400,
-            neuron_epochs=10,
+            neuron_epochs=8,
             dendrite_epochs=4,
             dendrites=2,
             score="loss",

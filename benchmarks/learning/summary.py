@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from benchmarks.learning.arms import arm_named, sham_of
 from benchmarks.learning.rows import Row
 from benchmarks.learning.run import Stage
 from benchmarks.learning.studies import STUDIES
@@ -170,6 +171,26 @@ def markdown(table: Table) -> str:
     return "\n".join(written).rstrip()
 
 
+def ablations_markdown(table: Table) -> str:
+    """Return how each arm ends, against the arm without settings and against its own sham."""
+    head = ("arm", "parameters", "test error, %", "against perforated", "against its sham")
+    head += ("GPU-s", "seeds")
+    written = [f"_{table.title}._", ""]
+    for width in dict.fromkeys(line.width for line in table.lines):
+        written += [f"**width {width:g}**", "", _row(head), _row(["---"] * len(head))]
+        last = {line.arm: line for line in table.lines if line.width == width}
+        for line in last.values():
+            mode = arm_named(line.arm, STUDIES[table.study].selections)
+            rivals = last.get("perforated"), last.get(sham_of(mode)) if mode.mode else None
+            told = ["" if r is None or r is line else difference(line.against(r)) for r in rivals]
+            name, parameters, error = line.arm, f"{line.parameters:,.0f}", with_interval(line.score)
+            seconds = f"{_mean(line.gpu_seconds.values()):.1f}"
+            cells = (name, parameters, error, *told, seconds, str(len(line.stages)))
+            written.append(_row(cells))
+        written.append("")
+    return "\n".join(written).rstrip()
+
+
 def _grows(table: Table, line: Line) -> bool:
     return any(
         other.arm == line.arm and other.width == line.width and other.dendrites
@@ -290,5 +311,6 @@ def _mean(values: Iterable[float]) -> float:
 REPORTS: dict[str, Callable[[Table], str]] = {
     **dict.fromkeys(STUDIES, markdown),
     "compression": front_markdown,
+    "ablations": ablations_markdown,
 }
 """How each study is reported."""
