@@ -110,8 +110,8 @@ def _run(args: argparse.Namespace) -> int:
     done = {rows.key_of(row.cells)[1:] for path in files.values() for row in rows.read(path)}
     left = sorted((task for task in tasks if task.key[1:] not in done), key=_cost, reverse=True)
     if args.budget is not None:
-        # What can be done of all is to be whole pairs.
-        left.sort(key=lambda task: task.seed)
+        # What can be done is to be of the studies named first, and whole pairs.
+        left.sort(key=lambda task: (args.study.index(task.study), task.seed))
     epochs = sum(task.epochs for task in left)
     print(f"{len(tasks)} runs, {len(tasks) - len(left)} done; {len(left)} to do, {epochs} epochs")
     if args.dry_run:

@@ -372,6 +372,21 @@ def test_few_tasks_are_spread_over_the_processes() -> None:
         assert float(cells["gpu_seconds"]) == pytest.approx(float(cells["seconds"]) / 4, rel=1e-4)
 
 
+def test_a_budget_goes_to_the_first_study_and_to_whole_pairs(tmp_path: Path, capsys) -> None:
+    command = ["bare", "mnist", *TINY, "--seeds", "2", "--arms", "plain,sham", "--widths", "1"]
+    for options, wanted in (
+        (["--budget", "9"], ["bare"] * 4 + ["mnist"] * 4),
+        ([], ["bare", "mnist"] * 4),
+    ):
+        assert main([*command, *options, "--dry-run", "--out", str(tmp_path)]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+        assert sorted(line[0] for line in lines) == sorted(wanted)
+        seeds = [line[3] for line in lines]
+        if options:
+            assert [line[0] for line in lines] == wanted
+            assert seeds == ["0", "0", "1", "1"] * 2
+
+
 def test_digits_and_resume(tmp_path: Path, capsys) -> None:
     command = ["digits", *TINY, "--arms", "plain,perforated", "--out", str(tmp_path)]
     assert main([*command, "--dry-run"]) == 0
