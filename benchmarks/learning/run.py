@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -16,12 +16,10 @@ from torch.optim.lr_scheduler import StepLR
 import pbfx
 from benchmarks.learning.problem import Problem
 from benchmarks.learning.task import Task
-from benchmarks.learning.trainer import Trainer, evaluate
+from benchmarks.learning.trainer import Ready, Trainer, evaluate, ready
 from pbfx.demo.arms import PlainTracker
 from pbfx.learning.scaling import scaling_batches
 from pbfx.parts import parameter_count
-
-Ready = Callable[[], bool]
 
 # Steps after a change that are not captured: they load kernels, and make the optimizer's state.
 _EAGER = 3
@@ -125,9 +123,9 @@ def start(
     stages: list[Stage] = []
     begun_at, growth = 0, None
     while not tracker.complete:
-        train_loss = trainer.epoch(_rows_now(task, tracker, problem))
+        train_loss = yield from trainer.epoch(_rows_now(task, tracker, problem))
         seen = torch.cat([train_loss[None], evaluate(model, problem.validation)])
-        yield _ready(device)
+        yield ready(device)
         figures.append(_Figures(*seen.tolist()))
         step: Any = tracker.step(figures[-1].score(task.of.score))
         epoch = tracker.history[-1]
@@ -143,7 +141,7 @@ def start(
             # The tracker has gone back to this phase's best network, or before the last phase and
             # at the end to the best of all.
             tested = evaluate(model, problem.test)
-            yield _ready(device)
+            yield ready(device)
             error, loss = tested.tolist()
             phases[-1].test = error, loss
             accepted = max(phases, key=lambda phase: _rank(figures, phase.best, task))
@@ -238,12 +236,3 @@ def _begin(
     # Candidates behind a norm are scaled once, by steps that no graph can hold.
     scaling = max(scaling_batches(config, grown) for grown in range(max(task.dendrites, 1)))
     return model, optimizer, tracker, _EAGER + scaling
-
-
-def _ready(device: torch.device) -> Ready:
-    """Return whether what has been launched so far is done, as a function to ask."""
-    if device.type != "cuda":
-        return lambda: True
-    event = torch.cuda.Event()
-    event.record()
-    return event.query

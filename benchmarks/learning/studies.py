@@ -96,6 +96,7 @@ _ABLATIONS = (
     *("perforated[candidates=1]", "perforated[candidates=8]"),
     *("perforated[objective=correlation]", "perforated[initial_link=0.1]"),
     *("perforated[policy.dendrite_epochs=2]", "perforated[policy.dendrite_epochs=8]"),
+    *("perforated[max_dendrites=5]", "sham[max_dendrites=5]"),
 )
 
 STUDIES = {
@@ -104,10 +105,7 @@ STUDIES = {
         Study(
             "mnist",
             data="mnist",
-            arms=(
-                *_CONTROLLED,
-                *("perforated-cheap", "wider1", "wider2", "deeper1"),
-            ),
+            arms=(*_CONTROLLED, "wider2", "deeper2"),
             widths=(1.0, 0.61, 0.25, 0.1, 0.05),
             optimizer="adadelta",
             rate=1.0,
@@ -122,7 +120,7 @@ STUDIES = {
             "bare",
             data="mnist",
             nets="bare",
-            arms=("plain", "sham", "perforated", "gradient", "wider2"),
+            arms=("plain", "sham", "perforated", "perforated[tuning=full]", "gradient", "wider2"),
             widths=(0.25, 0.1, 0.05),
             optimizer="adadelta",
             rate=1.0,

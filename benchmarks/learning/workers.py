@@ -28,8 +28,6 @@ from benchmarks.learning.run import start
 from benchmarks.learning.task import Task
 
 _PRELOAD = ("pbfx", "benchmarks.learning.workers")
-# One core per process; and as many queues to the GPU as there are lanes, where 8 is usual.
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +83,7 @@ def work_off(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOAD))
     waiting = list(tasks)
-    with _environment(), contextlib.ExitStack() as stack:
+    with _environment(placement.lanes), contextlib.ExitStack() as stack:
         count = min(placement.jobs * len(placement.devices), len(tasks))
         # Each lane asks as soon as it can: with few tasks, some processes would have them all.
         lanes = min(placement.lanes, -(-len(tasks) // max(count, 1)))
@@ -115,7 +113,13 @@ def work_off(
                         yield Report(None, None, fault)
                     continue
                 if report is not None:
-                    yield report
+                    alive = lanes * len(connections) / len(placement.devices)
+                    yield report if report.cells is None else _shared(report, report.cells, alive)
+
+
+def _shared(report: Report, cells: dict[str, str], beside: float) -> Report:
+    """Count the run's time as shared by the runs beside it that are really there."""
+    return dataclasses.replace(report, cells=cells | rows.gpu_seconds(cells, beside))
 
 
 def _end(process: Any, connection: Connection) -> None:
@@ -125,10 +129,15 @@ def _end(process: Any, connection: Connection) -> None:
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """Let processes that are started in the body inherit `_ENVIRONMENT`."""
+def _environment(lanes: int) -> Iterator[None]:
+    """Let processes that are started in the body have one core each, and few queues to the GPU.
+
+    The Multi-Process Service turns processes away once all have some hundred queues together: with
+    32 for each, the fourth on an H200.
+    """
     outside = dict(os.environ)
-    os.environ |= _ENVIRONMENT
+    # The lanes' streams, and the default one.
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": str(min(32, lanes + 1))}
     try:
         yield
     finally:

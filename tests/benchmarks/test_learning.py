@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -92,12 +92,15 @@ def test_every_arm_of_every_study_runs(study: str, arm: str) -> None:
     job = tiny(study, arm, neuron_epochs=1, dendrite_epochs=2)
     outcome = finish(job, problem(studies.STUDIES[study].data))
     settings = dict(job.arm.settings)
-    of_candidates = settings.get("policy.dendrite_epochs", 2)
-    finishing = [1] if settings.get("finish") and outcome.stages[-1].epochs > 4 else []
+    grown = settings.get("max_dendrites", 1)
+    usual = 1 + grown * (1 + settings.get("policy.dendrite_epochs", 2))
+    if job.arm.mode in (None, "gradient"):
+        usual = job.epochs
+    finishing = [grown] if settings.get("finish") and outcome.stages[-1].epochs > usual else []
     assert job.epochs == 4
-    assert len(outcome.curve) == 2 + of_candidates + len(finishing)
+    assert len(outcome.curve) == usual + len(finishing)
     limits = [stage.dendrites for stage in outcome.stages]
-    assert limits == ([0, 1, *finishing] if job.arm.mode else [0])
+    assert limits == ([*range(grown + 1), *finishing] if job.arm.mode else [0])
     for stage in outcome.stages:
         assert 0 <= stage.test_error <= 100
         assert stage.test_loss > 0
@@ -144,8 +147,8 @@ def test_candidates_may_learn_from_rows_that_the_network_has_not_seen(
 ) -> None:
     data, epochs, run = problem("mnist"), [], Trainer.epoch
 
-    def seen(self: Trainer, rows: torch.Tensor | None = None) -> torch.Tensor:
-        loss = run(self, rows)
+    def seen(self: Trainer, rows: torch.Tensor | None = None) -> Generator:
+        loss = yield from run(self, rows)
         epochs.append(set(self._order.flatten().tolist()))
         return loss
 
@@ -221,9 +224,11 @@ def test_an_epoch_sees_each_row_once() -> None:
     model = Looking(1, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     trainer = Trainer(model, optimizer, split, batch_size=4, seed=0)
-    trainer.epoch()
+    list(trainer.epoch())
     first, seen[:] = list(seen), []
-    mean = trainer.epoch()
+    with pytest.raises(StopIteration) as end:
+        next(trainer.epoch())
+    mean = end.value.value
     assert sorted(first) == sorted(seen) == list(range(20))
     assert first != seen
     assert float(mean) == pytest.approx(
@@ -368,8 +373,9 @@ def test_few_tasks_are_spread_over_the_processes() -> None:
     found = [report.cells for report in workers.work_off(jobs, placement)]
     for cells in found:
         assert cells is not None
-        # Two processes with two lanes, so each run has a quarter of the time.
-        assert float(cells["gpu_seconds"]) == pytest.approx(float(cells["seconds"]) / 4, rel=1e-4)
+        # Two lanes in each of two processes, of which one may be at its end already.
+        beside = float(cells["seconds"]) / float(cells["gpu_seconds"])
+        assert round(beside, 2) in (2, 4)
 
 
 def test_a_budget_goes_to_the_first_study_and_to_whole_pairs(tmp_path: Path, capsys) -> None:

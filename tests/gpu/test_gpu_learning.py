@@ -134,12 +134,12 @@ def test_weights_dropout_and_rates_are_the_eager_ones() -> None:
         with torch.cuda.stream(lane.stream):
             trainer, rate = noisy_trainer(per_graph, seed, lane)
         with lane.active():
-            trainer.epoch()
+            list(trainer.epoch())
             # A schedule writes the rate in place; the graph must read it.
             rate.fill_(0.01)
-            trainer.epoch()
+            list(trainer.epoch())
             trainer.forget()
-            trainer.epoch()
+            list(trainer.epoch())
         torch.cuda.synchronize()
         weights[name] = trainer.model.get_parameter("fc.weight").detach().clone()
     torch.testing.assert_close(weights["graph"], weights["eager"], rtol=1e-4, atol=1e-6)
