@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.learning.arms import arm_named, sham_of
 from benchmarks.learning.rows import Row
 from benchmarks.learning.studies import STUDIES
 from benchmarks.learning.summary import Line, Table, contenders, front, rows_of, tables_of
@@ -38,13 +39,14 @@ class Growth:
 
 def growths(rows: Sequence[Row]) -> list[Growth]:
     """Return every growth of perforated arms that has a sham beside it."""
-    shams = {
-        (row.study, row.width, row.seed, _lengths(row)): row for row in rows if row.arm == "sham"
-    }
+    shams = {_setting(row, row.arm): row for row in rows if row.arm.startswith("sham")}
     found = []
     for row in rows:
-        sham = shams.get((row.study, row.width, row.seed, _lengths(row)))
-        if sham is None or not row.arm.startswith("perforated"):
+        if not row.arm.startswith("perforated"):
+            continue
+        control = sham_of(arm_named(row.arm, STUDIES[row.study].selections))
+        sham = shams.get(_setting(row, control))
+        if sham is None:
             continue
         for index in range(1, min(len(row.stages), len(sham.stages))):
             stage = row.stages[index]
@@ -68,8 +70,11 @@ def growths(rows: Sequence[Row]) -> list[Growth]:
     return found
 
 
-def _lengths(row: Row) -> tuple[int, ...]:
-    return tuple(stage.epochs for stage in row.stages)
+def _setting(row: Row, arm: str) -> tuple[object, ...]:
+    """Return what a run has in common with its control, whose arm is named."""
+    # A run that two studies share stands in the rows of one.
+    lengths = tuple(stage.epochs for stage in row.stages)
+    return STUDIES[row.study].net, row.width, row.seed, lengths, arm
 
 
 def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -158,7 +158,8 @@ def markdown(table: Table) -> str:
     """Return the table of a study: a block of lines for each width."""
     loss = STUDIES[table.study].score == "loss"
     head = ("arm", "D", "parameters", "test loss, nats" if loss else "test error, %")
-    head += ("against plain", "against sham", "against wider", "GPU-s", "seeds")
+    head += ("against first phase", "against plain", "against sham", "against wider")
+    head += ("GPU-s", "seeds")
     written = [f"_{table.title}._", ""]
     for width in dict.fromkeys(line.width for line in table.lines):
         written += [f"**width {width:g}**", "", _row(head), _row(["---"] * len(head))]
@@ -180,8 +181,7 @@ def ablations_markdown(table: Table) -> str:
         written += [f"**width {width:g}**", "", _row(head), _row(["---"] * len(head))]
         last = {line.arm: line for line in table.lines if line.width == width}
         for line in last.values():
-            mode = arm_named(line.arm, STUDIES[table.study].selections)
-            rivals = last.get("perforated"), last.get(sham_of(mode)) if mode.mode else None
+            rivals = last.get("perforated"), last.get(_sham(table, line))
             told = ["" if r is None or r is line else difference(line.against(r)) for r in rivals]
             name, parameters, error = line.arm, f"{line.parameters:,.0f}", with_interval(line.score)
             seconds = f"{_mean(line.gpu_seconds.values()):.1f}"
@@ -189,6 +189,11 @@ def ablations_markdown(table: Table) -> str:
             written.append(_row(cells))
         written.append("")
     return "\n".join(written).rstrip()
+
+
+def _sham(table: Table, line: Line) -> str:
+    """Return the name of the sham of an arm, whether or not there is one."""
+    return sham_of(arm_named(line.arm, STUDIES[table.study].selections))
 
 
 def _grows(table: Table, line: Line) -> bool:
@@ -201,9 +206,11 @@ def _grows(table: Table, line: Line) -> bool:
 def _cells(table: Table, line: Line) -> list[str]:
     grows = _grows(table, line)
     rivals = {
+        # What the net was before it grew, at a fraction of the epochs: what was published.
+        "first": (line.arm, 0),
         "plain": ("plain", 0),
         # One serves all arms: whatever sites it has, their dendrites change nothing.
-        "sham": ("sham", line.dendrites),
+        "sham": (_sham(table, line), line.dendrites),
         "wider": (f"wider{line.dendrites}", 0),
     }
     told = []
