@@ -6,6 +6,7 @@ costs the runs that it was doing; they are done again when the study is.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import multiprocessing
@@ -27,6 +28,8 @@ from benchmarks.learning.problem import Problem
 from benchmarks.learning.run import start
 from benchmarks.learning.task import Task
 
+# Seconds for a process to end by itself.
+_PATIENCE = 2.0
 _PRELOAD = ("pbfx", "benchmarks.learning.workers")
 
 
@@ -89,6 +92,7 @@ def work_off(
         lanes = min(placement.lanes, -(-len(tasks) // max(count, 1)))
         placement = dataclasses.replace(placement, lanes=lanes)
         connections: dict[Connection, Any] = {}
+        doing: dict[Connection, list[Task]] = collections.defaultdict(list)
         for number in range(count):
             device = placement.devices[number % len(placement.devices)]
             ours, theirs = context.Pipe()
@@ -104,15 +108,21 @@ def work_off(
                 try:
                     report = connection.recv()
                     if report is None:
-                        connection.send(waiting.pop(0) if waiting else None)
+                        task = waiting.pop(0) if waiting else None
+                        connection.send(task)
+                        if task is not None:
+                            doing[connection].append(task)
                 except (EOFError, OSError):
                     process = connections.pop(connection)
-                    process.join()
-                    if process.exitcode:
-                        fault = f"a worker process died with exit code {process.exitcode}"
+                    code = _ended(process)
+                    if code:
+                        names = "; ".join(" ".join(task.key[:4]) for task in doing[connection])
+                        fault = f"a worker process died with exit code {code}, doing {names}"
                         yield Report(None, None, fault)
                     continue
                 if report is not None:
+                    if report.task is not None:
+                        doing[connection].remove(report.task)
                     alive = lanes * len(connections) / len(placement.devices)
                     yield report if report.cells is None else _shared(report, report.cells, alive)
 
@@ -120,6 +130,15 @@ def work_off(
 def _shared(report: Report, cells: dict[str, str], beside: float) -> Report:
     """Count the run's time as shared by the runs beside it that are really there."""
     return dataclasses.replace(report, cells=cells | rows.gpu_seconds(cells, beside))
+
+
+def _ended(process: Any) -> int:
+    """Return the exit code of a process that has hung up."""
+    process.join(_PATIENCE)
+    # After a fault of the GPU the driver may take minutes to let it go.
+    process.kill()
+    process.join()
+    return process.exitcode
 
 
 def _end(process: Any, connection: Connection) -> None:

@@ -453,7 +453,7 @@ def test_a_dead_worker_costs_its_own_runs(tmp_path: Path, monkeypatch: pytest.Mo
     found = list(reports)
     assert sorted(r.task.seed for r in found if r.cells and r.task) == [0, 2, 3]
     [dead] = [report for report in found if report.cells is None]
-    assert "exit code 7" in str(dead.fault)
+    assert "exit code 7, doing digits plain 0.5 1" in str(dead.fault)
 
 
 @dataclasses.dataclass(frozen=True)
