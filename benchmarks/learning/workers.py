@@ -79,6 +79,7 @@ def work_off(
         tasks: what to do.
         placement: where.
         budget: seconds after which what still runs is given up, without a report; None for none.
+            A run is not begun where those before it took longer than what is left.
     """
     if placement.devices == ("cpu",) and placement.jobs == 1:
         yield from _here(tasks, placement, budget)
@@ -102,13 +103,16 @@ def work_off(
             stack.callback(_end, process, ours)
             connections[ours] = process
         end = None if budget is None else time.monotonic() + budget
+        took: collections.deque[float] = collections.deque(maxlen=count)
         while connections and (end is None or time.monotonic() < end):
             for connection in wait(list(connections), 0.5):
                 assert isinstance(connection, Connection)
                 try:
                     report = connection.recv()
                     if report is None:
-                        task = waiting.pop(0) if waiting else None
+                        usual = sum(took) / len(took) if took else 0.0
+                        late = end is not None and time.monotonic() + usual > end
+                        task = waiting.pop(0) if waiting and not late else None
                         connection.send(task)
                         if task is not None:
                             doing[connection].append(task)
@@ -123,6 +127,8 @@ def work_off(
                 if report is not None:
                     if report.task is not None:
                         doing[connection].remove(report.task)
+                    if report.cells is not None:
+                        took.append(float(report.cells["seconds"]))
                     alive = lanes * len(connections) / len(placement.devices)
                     yield report if report.cells is None else _shared(report, report.cells, alive)
 
