@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,34 +113,59 @@ def _draw(path: Path, draw: Callable[[Any], None]) -> Path:
 
 
 def _draw_widths(axes: Any, table: Table) -> None:
-    """Draw the last stage of each arm against the width."""
-    final: dict[str, dict[float, Line]] = defaultdict(dict)
-    for line in contenders(table):
-        final[line.arm][line.width] = line
-    for number, (arm, lines) in enumerate(final.items()):
-        points = [lines[width] for width in sorted(lines)]
-        means = [line.score.mean for line in points]
-        halves = [0.0 if math.isnan(h := line.score.half_width) else h for line in points]
-        axes.errorbar(
-            [line.width for line in points],
-            means,
-            halves,
-            label=arm,
-            marker="o",
-            capsize=2,
+    """Draw how each arm ends beside the plain net of the same width, as a share of its error."""
+    last = {(line.arm, line.width): line for line in contenders(table)}
+    arms = [arm for arm in dict.fromkeys(arm for arm, _ in last) if arm != "plain"]
+    widths = sorted({line.width for line in table.lines}, reverse=True)
+    for number, arm in enumerate(arms):
+        offset = 0.8 * ((number + 0.5) / len(arms) - 0.5)
+        _draw_shares(
+            axes,
+            [
+                (i + offset, last.get((arm, w)), last.get(("plain", w)))
+                for i, w in enumerate(widths)
+            ],
+            fmt="o" if number < len(_COLOURS) else "s",
             color=_COLOURS[number % len(_COLOURS)],
-            linestyle="-" if number < len(_COLOURS) else ":",
+            label=arm,
         )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    widths = sorted({line.width for line in table.lines})
-    axes.set_xticks(widths, [f"{width:g}" for width in widths])
-    axes.minorticks_off()
-    axes.set_xlabel("width")
-    loss = STUDIES[table.study].score == "loss"
-    axes.set_ylabel("test loss, nats" if loss else "test error, %")
-    axes.set_title(f"{table.study}: mean and 95 % interval", loc="left")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(widths)), [f"width {width:g}" for width in widths])
+    figure = "loss" if STUDIES[table.study].score == "loss" else "error"
+    axes.set_ylabel(f"test {figure} beside the plain net's, %")
+    axes.set_title(f"{table.study}: mean and 95 % interval, less is better", loc="left")
     axes.legend(frameon=False, fontsize="small")
+
+
+def _draw_shares(
+    axes: Any,
+    points: Sequence[tuple[float, Line | None, Line | None]],
+    *,
+    across: bool = False,
+    **style: Any,
+) -> None:
+    """Draw paired differences between two lines, with their intervals, in % of the second.
+
+    Args:
+        axes: where.
+        points: a place, a line, and what it is compared with.
+        across: whether the places are along the other axis.
+        style: of `errorbar`.
+    """
+    drawn = []
+    for place, line, rival in points:
+        found = None if line is None or rival is None else line.against(rival)
+        if found is None or rival is None:
+            continue
+        share, half = 100 / rival.score.mean, found.difference.half_width
+        drawn.append(
+            (place, share * found.difference.mean, 0 if math.isnan(half) else share * half)
+        )
+    if drawn:
+        places, means, halves = zip(*drawn, strict=True)
+        ends: dict[str, Any] = {"xerr" if across else "yerr": halves}
+        where = (means, places) if across else (places, means)
+        axes.errorbar(*where, **ends, capsize=2, linestyle="", **style)
 
 
 def _draw_front(axes: Any, table: Table) -> None:
@@ -180,24 +204,15 @@ def _draw_ablations(axes: Any, table: Table) -> None:
     last = {(line.arm, line.width): line for line in table.lines}
     arms = [arm for arm in dict.fromkeys(line.arm for line in table.lines) if arm != "perforated"]
     for number, width in enumerate(widths):
-        usual = last.get(("perforated", width))
-        for place, arm in enumerate(arms):
-            line = last.get((arm, width))
-            found = None if usual is None or line is None else line.against(usual)
-            if found is None or usual is None:
-                continue
-            share = 100 / usual.score.mean
-            half = found.difference.half_width
-            axes.errorbar(
-                share * found.difference.mean,
-                -place - 0.2 * (number - (len(widths) - 1) / 2),
-                xerr=0.0 if math.isnan(half) else share * half,
-                marker="o",
-                capsize=2,
-                linestyle="",
-                color=_COLOURS[(number + 1) % len(_COLOURS)],
-                label=None if place else f"width {width:g}",
-            )
+        usual, offset = last.get(("perforated", width)), 0.2 * (number - (len(widths) - 1) / 2)
+        _draw_shares(
+            axes,
+            [(-place - offset, last.get((arm, width)), usual) for place, arm in enumerate(arms)],
+            across=True,
+            fmt="o",
+            color=_COLOURS[(number + 1) % len(_COLOURS)],
+            label=f"width {width:g}",
+        )
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks([-place for place in range(len(arms))], arms, fontsize="small")
     axes.set_xlabel("test error beside perforated's, %: mean and 95 % interval, less is better")
