@@ -192,6 +192,8 @@ def _draw_front(axes: Any, table: Table) -> None:
     )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("parameters")
     axes.set_ylabel("test error, %")
     axes.set_title("compression: larger dots have more dendrites", loc="left")
