@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -24,7 +25,7 @@ from pbfx.capacity import Capacity, CapacityTest
 from pbfx.errors import TrackerError
 from pbfx.figures import SiteFigures
 from pbfx.history import Epoch, Step, finite_score, write_history
-from pbfx.learning import SiteLearner, hold_older
+from pbfx.learning import SiteLearner, figures_of, hold_older, measure_all, reached
 from pbfx.optimizers import Schedule, Stepping, hold
 from pbfx.parts import Survey, growth_parameters, parts_of, survey
 from pbfx.perforated import PerforatedModule
@@ -334,19 +335,19 @@ class Tracker:
         """Close the epoch of every learner; return the mean score over sites, and the figures."""
         if not self._learners:
             return None, ()
-        if not any(learner.batches for learner in self._learners.values()):
+        heard = reached(self._learners)
+        if not heard:
             warnings.warn(
                 "pbfx: no error has reached any candidate since the dendrite phase began; the "
                 "training loop must call loss.backward() on the model's output in this phase too",
                 stacklevel=3,
             )
-        measured = {name: learner.measure() for name, learner in self._learners.items()}
+        measured = measure_all(self._learners)
         known = [score for score in measured.values() if score is not None]
         figures = tuple(
             # As `torch.compile` leaves them in peace, paths do not show that it was there.
-            learner.figures(name.replace("_orig_mod.", ""), measured[name])
-            for name, learner in self._learners.items()
-            if learner.batches
+            dataclasses.replace(found, site=found.site.replace("_orig_mod.", ""))
+            for found in figures_of(heard, measured)
         )
         for part in parts_of(self.model).values():
             part.perforation.figures = figures

@@ -14,6 +14,7 @@ and step, and fusion across its borders.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import operator
 import re
@@ -95,22 +96,64 @@ def assign_regions(graph: fx.Graph) -> dict[str, int]:
     """Return the number of the region of each node that computes, by its name.
 
     Regions are runs of nodes, so that a graph of regions has no circles. What is computed outside
-    any module, such as the addition at the end of a block in a traced model, belongs to the block
-    before it.
+    any module after a block, such as an addition, belongs to that block, except for what no other
+    block of its container has: the mean over the last block's output is no part of that block.
     """
     computed = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    paths = {node.name: module_path(node).removesuffix(".dendrites") for node in computed}
-    inside = {path: match[1] for path in paths.values() if (match := _BLOCK.fullmatch(path))}
-    regions: dict[str, int] = {}
-    number, block = 0, ""
-    for name, path in paths.items():
-        if path:
-            here = path if path in inside.values() else inside.get(path, "")
-            if here != block and regions:
-                number += 1
-            block = here
-        regions[name] = number
+    paths = [module_path(node).removesuffix(".dendrites") for node in computed]
+    inside = {path: match[1] for path in paths if (match := _BLOCK.fullmatch(path))}
+    blocks = set(inside.values())
+    runs: list[_Run] = []
+    for node, path in zip(computed, paths, strict=True):
+        here = path if path in blocks else inside.get(path, "")
+        if not runs or (path and here != runs[-1].block):
+            runs.append(_Run(here))
+        runs[-1].take(node, bool(path))
+    runs = _cut(runs)
+    regions = {node.name: number for number, run in enumerate(runs) for node in run.nodes}
     return _whole_mutations(graph, regions)
+
+
+@dataclasses.dataclass
+class _Run:
+    """Nodes in a row: those of a block and those outside any module that follow, `tail` of them."""
+
+    block: str
+    nodes: list[fx.Node] = dataclasses.field(default_factory=list)
+    tail: int = 0
+
+    def take(self, node: fx.Node, inside: bool) -> None:
+        self.nodes.append(node)
+        self.tail = 0 if inside else self.tail + 1
+
+    @property
+    def ops(self) -> list[Any]:
+        """What the tail computes."""
+        return [node.target for node in self.nodes[len(self.nodes) - self.tail :]]
+
+
+def _cut(runs: list[_Run]) -> list[_Run]:
+    """Move out of the last block of each container what follows it and no block before it."""
+    cut: list[_Run] = []
+    last: dict[str, _Run] = {}
+    for run, after in itertools.zip_longest(runs, runs[1:]):
+        container = run.block.rpartition(".")[0]
+        before = last.get(container)
+        cut.append(run)
+        if not run.block:
+            continue
+        last[container] = run
+        if before is None or (after is not None and after.block):
+            continue
+        common = before.ops
+        if run.tail > len(common) and run.ops[: len(common)] == common:
+            kept = len(run.nodes) - run.tail + len(common)
+            moved, run.nodes = run.nodes[kept:], run.nodes[:kept]
+            if after is None:
+                cut.append(_Run("", moved))
+            else:
+                after.nodes[:0] = moved
+    return cut
 
 
 def _whole_mutations(graph: fx.Graph, regions: dict[str, int]) -> dict[str, int]:

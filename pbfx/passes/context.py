@@ -9,7 +9,7 @@ import operator
 from torch import fx
 
 from pbfx.dendrites import Dendrites
-from pbfx.paths import join
+from pbfx.paths import join, module_at
 from pbfx.phase import Phase
 from pbfx.sites import Site
 
@@ -34,12 +34,13 @@ class PassContext:
 
     def grown(self, gm: fx.GraphModule) -> dict[str, tuple[Site, Dendrites]]:
         """Return the sites that own a dendrites module now, by its path."""
-        modules = dict(gm.named_modules())
-        return {
-            site.dendrites: (site, module)
-            for site in self.sites
-            if isinstance(module := modules.get(site.dendrites), Dendrites)
-        }
+        found = {}
+        for site in self.sites:
+            owner, _, name = site.dendrites.rpartition(".")
+            module = module_at(gm, owner)._modules.get(name)
+            if isinstance(module, Dendrites):
+                found[site.dendrites] = site, module
+        return found
 
 
 def copy_provenance(source: fx.Node, *nodes: fx.Node) -> None:
