@@ -12,36 +12,29 @@ from torch import Tensor, nn
 @torch.no_grad()
 def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return a copy of each tensor, detached, in memory of its own."""
-    plain = [_is_plain(tensor) for tensor in tensors]
-    copies = [
-        torch.empty_like(tensor, requires_grad=False) if simple else tensor.detach().clone()
-        for tensor, simple in zip(tensors, plain, strict=True)
-    ]
-    pairs = zip(copies, tensors, plain, strict=True)
-    copy_into(*_columns([(copy, tensor) for copy, tensor, simple in pairs if simple]))
+    if not _are_plain(tensors):
+        return [tensor.detach().clone() for tensor in tensors]
+    copies = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
+    copy_into(copies, tensors)
     return copies
 
 
 @torch.no_grad()
 def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Overwrite each of `targets` with the one of `sources` in its place, of the same shape."""
-    pairs = list(zip(targets, sources, strict=True))
-    together = [pair for pair in pairs if all(map(_is_plain, pair))]
-    if together:
-        _foreach_copy_(*_columns(together))
-    if len(together) < len(pairs):
-        for target, source in pairs:
-            if not (_is_plain(target) and _is_plain(source)):
-                target.copy_(source)
+    if not targets:
+        return
+    if _are_plain(targets) and _are_plain(sources):
+        _foreach_copy_(targets, sources)
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
-def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    return [target for target, _ in pairs], [source.detach() for _, source in pairs]
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Return whether `tensor` is no subclass with ways of its own, and no sparse one."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Return whether none is of a class with ways of its own, or sparse."""
+    kinds = set(map(type, tensors)) <= {Tensor, nn.Parameter}
+    return kinds and all(tensor.layout is torch.strided for tensor in tensors)
 
 
 # It has no public name.

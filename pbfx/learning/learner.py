@@ -171,12 +171,17 @@ class SiteLearner:
 
     def _prepare(self) -> None:
         """Give every tensor that learns the state that Adam would make at its first step."""
+        made: list[Tensor] = []
         for parameter in self._learnt:
             state = self._adam.state[parameter]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+                state["step"] = torch.empty((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.empty_like(parameter, requires_grad=False)
+                state["exp_avg_sq"] = torch.empty_like(parameter, requires_grad=False)
+                made += state.values()
+        if made:
+            # One launch for all.
+            _foreach_zero_(made)
 
     def measure(self) -> float | None:
         """Close an epoch at this site alone; see `pbfx.learning.epoch.measure`."""
@@ -273,6 +278,9 @@ class SiteLearner:
 
 # The kernel of `torch.optim.Adam(fused=True)`, which has no public name of its own.
 _fused_adam_: Any = torch._fused_adam_  # pyright: ignore[reportPrivateImportUsage]
+
+# It has no public name either.
+_foreach_zero_: Any = torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
 
 # The buffers of candidates that a turn reads and edits, by their names in `Memory`.
 _MEMORY = (

@@ -357,7 +357,7 @@ def test_an_optimizer_that_lost_a_group_is_put_back() -> None:
 
 
 def test_a_model_that_loads_in_its_own_way_does_so_when_it_returns_to_its_best() -> None:
-    run = Run("grow")
+    run = Run("continue", "grow")
     loaded = []
     run.model.fc1.register_load_state_dict_post_hook(lambda *_: loaded.append("fc1"))
     best = {name: t.clone() for name, t in run.tracker._current.tensors.items()}
