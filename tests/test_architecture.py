@@ -20,7 +20,7 @@ KERNELS = ROOT / "kernels" / "pbfx_kernels"
 # or a folder directly under pbfx/.
 LAYERS: list[tuple[str, str]] = [
     (
-        "errors config settings figures phase files encoding paths artefacts",
+        "errors config settings figures phase files encoding paths copies artefacts",
         "say what is wrong, wanted, stored; know no graph",
     ),
     (
