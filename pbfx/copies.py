@@ -22,13 +22,18 @@ def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
 @torch.no_grad()
 def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Overwrite each of `targets` with the one of `sources` in its place, of the same shape."""
-    if not targets:
+    if not (_are_plain(targets) and _are_plain(sources)):
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
         return
-    if _are_plain(targets) and _are_plain(sources):
-        _foreach_copy_(targets, sources)
-        return
+    # On a GPU one launch is for tensors of one dtype; of several it would be one for each tensor.
+    alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+        columns = alike.setdefault((target.dtype, target.device, source.dtype), ([], []))
+        columns[0].append(target)
+        columns[1].append(source)
+    for columns in alike.values():
+        _foreach_copy_(*columns)
 
 
 def _are_plain(tensors: Sequence[Tensor]) -> bool:

@@ -33,17 +33,17 @@ def modules_in(root: nn.Module) -> dict[str, nn.Module]:
     """Return what `dict(root.named_modules())` is."""
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
-    waiting = [("", root)]
+    waiting: list[tuple[str, nn.Module | None]] = [("", root)]
     while waiting:
         path, module = waiting.pop()
-        if id(module) in seen:
+        if module is None or id(module) in seen:
             continue
         seen.add(id(module))
         found[path] = module
-        prefix = f"{path}." if path else ""
-        for name, child in reversed(module._modules.items()):
-            if child is not None:
-                waiting.append((prefix + name, child))
+        children = module._modules
+        if children:
+            prefix = f"{path}." if path else ""
+            waiting += [(prefix + name, children[name]) for name in reversed(children)]
     return found
 
 
@@ -55,5 +55,5 @@ def parameters_in(root: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
-                found[join(path, name)] = parameter
+                found[f"{path}.{name}" if path else name] = parameter
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,10 @@ def undoing(
         RestructureError: from whatever failed.
     """
     undo = _Undo(model, optimizer, schedule, values)
+    # A graph is many small objects that stay: as they are made the collector would walk over all
+    # that the process holds, which takes longer than the rest.
+    collects = gc.isenabled()
+    gc.disable()
     try:
         yield
         for part in perforated_parts(model).values():
@@ -53,6 +58,9 @@ def undoing(
         raise RestructureError(
             f"restructuring failed and was undone: {type(error).__name__}: {error}"
         ) from error
+    finally:
+        if collects:
+            gc.enable()
 
 
 class _Undo:

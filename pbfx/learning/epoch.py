@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,11 +69,10 @@ def measure(pools: Sequence[Candidates]) -> list[float | None]:
             copy_into([pool._buffers[name] for pool in together], best)  # pyright: ignore[reportArgumentType]
         for pool, rows in zip(together, better.split(widths, -1), strict=True):
             _remember(pool, rows)
-            pool.heldout.zero_()
-            pool.heldout_batches.zero_()
-        means = [part.mean() for part in score.amax(0).cpu().split(widths)]
-        for index, mean in zip(indices, means, strict=True):
-            scores[index] = float(mean)
+        _foreach_zero_([t for pool in together for t in (pool.heldout, pool.heldout_batches)])
+        (sums,) = _sums(score.amax(0, keepdim=True), widths)
+        for index, total, width in zip(indices, sums, widths, strict=True):
+            scores[index] = total / width
     return scores
 
 
@@ -110,12 +110,20 @@ def promises(pools: Sequence[Candidates]) -> list[Promise]:
         chosen = statistics(moments)
         slope = chosen.total / batches
         spread = statistics(_joined(together, "best_moments")).activation_variance.sqrt()
-        rows = torch.cat([chosen.correlation**2, slope**2, spread]).cpu()
         widths = [pool.best_score.shape[1] for pool in together]
-        for index, part in zip(indices, rows.split(widths, -1), strict=True):
-            gain, steep, wide = part[0].sum() / 2, part[1].sum(), part[2:].sum()
-            found[index] = Promise(float(gain), float(steep), float(wide))
+        squares, slopes, *spreads = _sums(
+            torch.cat([chosen.correlation**2, slope**2, spread]), widths
+        )
+        for place, index in enumerate(indices):
+            wide = sum(spread[place] for spread in spreads)
+            found[index] = Promise(squares[place] / 2, slopes[place], wide)
     return [found[index] for index in range(len(pools))]
+
+
+def _sums(rows: Tensor, widths: Sequence[int]) -> list[list[float]]:
+    """Return the sums over each site's neurons, of each row. Waits for the device."""
+    starts = np.cumsum([0, *widths[:-1]])
+    return np.add.reduceat(rows.cpu().double().numpy(), starts, axis=1).tolist()
 
 
 def _alike(pools: Sequence[Candidates], indices: Sequence[int]) -> list[list[int]]:
@@ -125,6 +133,10 @@ def _alike(pools: Sequence[Candidates], indices: Sequence[int]) -> list[list[int
         score = pools[index].best_score
         groups.setdefault((score.shape[0], score.device, score.dtype), []).append(index)
     return list(groups.values())
+
+
+# It has no public name.
+_foreach_zero_: Any = torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _joined(pools: Sequence[Candidates], name: str) -> Tensor:

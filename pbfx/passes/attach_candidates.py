@@ -19,13 +19,15 @@ from pbfx.passes.context import PassContext, copy_provenance, part
 def attach_candidates(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Rewrite every dendrites node whose module holds candidates; return how many."""
     rewrites = 0
+    calls: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(node.target, []).append(node)
     for path, (_, module) in ctx.grown(gm).items():
         if module.candidates is None:
             continue
         target = f"{path}.candidates"
-        for dendrites in [
-            node for node in gm.graph.nodes if node.op == "call_module" and node.target == path
-        ]:
+        for dendrites in calls.get(path, ()):
             neuron = part(dendrites, 0)
             assert neuron is not None, "insert_dendrites takes output 0 of every dendrites node"
             if any(user.target == target for user in neuron.users):
