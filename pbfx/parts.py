@@ -128,7 +128,8 @@ def candidate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         join(path, name): parameter
         for path, module in modules_in(model).items()
         if isinstance(module, Candidates)
-        for name, parameter in module.named_parameters()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
     }
 
 
@@ -138,7 +139,9 @@ def network_state(model: nn.Module) -> dict[str, Tensor]:
     Its values are the model's own tensors, parameters as such.
     """
     state = model.state_dict(keep_vars=True)
-    if not any(isinstance(module, Candidates) for module in modules_in(model).values()):
+    if not any("candidates." in name for name in state) or not any(
+        isinstance(module, Candidates) for module in modules_in(model).values()
+    ):
         return dict(state)
     # Under every name: a layer that is registered twice has its keys twice.
     named = model.named_modules(remove_duplicate=False)
@@ -157,7 +160,7 @@ def managed_parameters(model: nn.Module) -> list[str]:
         if isinstance(module, Candidates):
             names.append(join(path, "moments"))
         elif isinstance(module, Dendrites):
-            own = module.named_parameters(recurse=False)
+            own = [(name, p) for name, p in module._parameters.items() if p is not None]
             names += [join(path, name) for name, p in own if p.requires_grad and p.numel()]
     return names
 

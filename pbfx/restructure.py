@@ -149,14 +149,10 @@ def hold_outside(model: nn.Module) -> list[RemovableHandle]:
     its own flag, and the training loop switches modes at will: each is switched back as it is
     called.
     """
-    held = {
-        id(module)
-        for part in parts_of(model).values()
-        for module in held_by_graph(part, part.perforation.source)
-    }
-
+    parts = parts_of(model).values()
+    held = {id(module) for part in parts for module in held_by_graph(part, part.perforation.source)}
     # The parts change phase together.
-    hold = _Hold(next(iter(parts_of(model).values())).perforation)
+    hold = _Hold(next(iter(parts)).perforation)
     return [
         module.register_forward_pre_hook(hold)
         for module in modules_in(model).values()

@@ -18,7 +18,7 @@ from pbfx.dendrites import Dendrites
 from pbfx.errors import RestructureError
 from pbfx.optimizers import Schedule
 from pbfx.paths import modules_in
-from pbfx.perforated import perforated_parts, update_followers
+from pbfx.perforated import PerforatedModule, perforated_parts, update_followers
 
 
 @contextmanager
@@ -77,10 +77,9 @@ class _Undo:
         schedule: Schedule | None,
         values: bool,
     ) -> None:
-        parts = list(perforated_parts(model).values())
+        parts = perforated_parts(model).values()
         averaged = [copy for part in parts for copy in part.perforation.followers]
-        models = nn.ModuleList([model, *averaged])
-        modules = list(modules_in(models).values())
+        modules = list(modules_in(nn.ModuleList([model, *averaged])).values())
         kept: list[dict[Any, Any]] = []
         for module in modules:
             kept += [module._modules, module._parameters, module._buffers]
@@ -91,7 +90,8 @@ class _Undo:
         values = values or any(module.alive is not None for module in grown)
         self.parts = [
             (part, part.perforation, dataclasses.replace(part.perforation), part._graph)
-            for part in perforated_parts(models).values()
+            for part in modules
+            if isinstance(part, PerforatedModule)
         ]
         owned = (held for m in modules for held in (m._parameters, m._buffers))
         held = {tensor for each in owned for tensor in each.values() if tensor is not None}

@@ -13,7 +13,7 @@ import operator
 
 from torch import fx
 
-from pbfx.passes.context import PassContext, copy_provenance, part
+from pbfx.passes.context import PassContext, call_module, copy_provenance, part
 
 
 def attach_candidates(gm: fx.GraphModule, ctx: PassContext) -> int:
@@ -35,7 +35,7 @@ def attach_candidates(gm: fx.GraphModule, ctx: PassContext) -> int:
             with gm.graph.inserting_after(neuron):
                 activations = gm.graph.call_function(operator.getitem, (dendrites, 1))
             with gm.graph.inserting_after(activations):
-                candidates = gm.graph.call_module(target, (neuron, dendrites.args[1], activations))
+                candidates = call_module(gm.graph, target, (neuron, dendrites.args[1], activations))
             copy_provenance(dendrites, activations, candidates)
             neuron.replace_all_uses_with(
                 candidates, delete_user_cb=lambda user, keep=candidates: user is not keep

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
+from typing import Any
 
 from torch import fx
 
@@ -53,6 +54,19 @@ def copy_provenance(source: fx.Node, *nodes: fx.Node) -> None:
                 if key in source.meta
             }
         )
+
+
+def call_module(graph: fx.Graph, path: str, args: tuple[Any, ...]) -> fx.Node:
+    """Return a new call of the module at `path`, as `graph.call_module` does.
+
+    That one, and `graph.get_attr`, look for the module in a slow way first; lint looks anyway.
+    """
+    return graph.create_node("call_module", path, args)
+
+
+def get_attr(graph: fx.Graph, path: str) -> fx.Node:
+    """Return a new read of the attribute at `path`, as `graph.get_attr` does; see `call_module`."""
+    return graph.create_node("get_attr", path)
 
 
 def part(node: fx.Node, index: int) -> fx.Node | None:

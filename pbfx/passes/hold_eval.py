@@ -24,7 +24,7 @@ from torch.fx.node import map_arg
 
 from pbfx.candidates import Candidates
 from pbfx.dendrites import Dendrites
-from pbfx.passes.context import PassContext, copy_provenance
+from pbfx.passes.context import PassContext, copy_provenance, get_attr
 from pbfx.paths import module_at, modules_in
 from pbfx.phase import Phase
 from pbfx.sites import is_site_module, read_input
@@ -91,7 +91,7 @@ def computes_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
 def _eval_norm(graph: fx.Graph, node: fx.Node, module: Any) -> fx.Node:
     with graph.inserting_before(node):
         mean, variance, weight, bias = (
-            graph.get_attr(f"{node.target}.{name}") if getattr(module, name) is not None else None
+            get_attr(graph, f"{node.target}.{name}") if getattr(module, name) is not None else None
             for name in ("running_mean", "running_var", "weight", "bias")
         )
         norm = graph.call_function(
