@@ -18,7 +18,8 @@ import dataclasses
 import itertools
 import operator
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,7 +38,7 @@ _VIEWS = frozenset(
 )
 # Compiled regions by their content, those used last at the end. A restructure leaves some behind.
 _MOST_REGIONS = 256
-_compiled: collections.OrderedDict[Any, Compiled] = collections.OrderedDict()
+_compiled: collections.OrderedDict[Any, _Known] = collections.OrderedDict()
 
 
 def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> Compiled:
@@ -57,12 +58,14 @@ def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Set
     split = split_module(
         gm, nn.Module(), lambda node: region_of[node.name], keep_original_order=True
     )
-    _Compilation(split, settings).run(*_as_fake(example_inputs))
+    mode, inputs = _as_fake(example_inputs)
+    _Compilation(split, settings, mode).run(*inputs)
     return split
 
 
-def _as_fake(example_inputs: list[Any]) -> list[Any]:
-    """Return the inputs as Dynamo traced with them: it gives its backend the real ones.
+def _as_fake(example_inputs: list[Any]) -> tuple[Any, list[Any]]:
+    """Return Dynamo's fake mode, and the inputs as it traced with them: its backend gets the real
+    ones.
 
     Raises:
         PassError: if no compilation is under way.
@@ -84,7 +87,7 @@ def _as_fake(example_inputs: list[Any]) -> list[Any]:
         source = getattr(sizes, "tensor_source", None)
         return mode.from_tensor(value, symbolic_context=sizes, source=source, trace=False)
 
-    return [fake(value) for value in example_inputs]
+    return mode, [fake(value) for value in example_inputs]
 
 
 def forget_regions() -> None:
@@ -188,9 +191,9 @@ def _in_place(node: fx.Node) -> bool:
 class _Compilation(fx.Interpreter):
     """Runs a split graph on fake tensors, and compiles each region as its inputs are known."""
 
-    def __init__(self, split: fx.GraphModule, settings: Settings) -> None:
+    def __init__(self, split: fx.GraphModule, settings: Settings, mode: Any) -> None:
         super().__init__(split)
-        self.settings = settings
+        self.settings, self.mode = settings, mode
         self.extra_traceback = False
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -206,17 +209,85 @@ class _Compilation(fx.Interpreter):
             region.recompile()
         # Before it runs, because a run may change its inputs.
         key = _content(region, args, self.settings)
-        results = region(*args)
-        compiled = _compiled.get(key) if key is not None else None
-        if compiled is None:
-            compiled = self.settings.inner(region, list(args))
+        known = _compiled.get(key) if key is not None else None
+        if known is not None and known.outputs is not None:
+            results = [output.make(self.mode) for output in known.outputs]
+        else:
+            results = region(*args)
+        if known is None:
+            outputs = _describe(region, args, results)
+            known = _Known(self.settings.inner(region, list(args)), outputs)
         if key is not None:
-            _compiled[key] = compiled
+            _compiled[key] = known
             _compiled.move_to_end(key)
             while len(_compiled) > _MOST_REGIONS:
                 _compiled.popitem(last=False)
-        self.module.add_module(target, _Region(compiled, alone))
+        self.module.add_module(target, _Region(known.compiled, alone))
         return results[0] if alone else results
+
+
+class _Output(NamedTuple):
+    """A tensor that a region has given: an equal region need not run to know its own."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    def make(self, mode: Any) -> Tensor:
+        """Return a fake tensor like it, which is no leaf if it requires gradients."""
+        with mode, torch.enable_grad():
+            made = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+            return made.requires_grad_().clone() if self.requires_grad else made
+
+
+class _Known(NamedTuple):
+    """A compiled region, and what it gives; None if that takes a run to know."""
+
+    compiled: Compiled
+    outputs: tuple[_Output, ...] | None
+
+
+def _describe(
+    region: fx.GraphModule, args: tuple[Any, ...], results: Sequence[Any]
+) -> tuple[_Output, ...] | None:
+    """Return the outputs of a region where each is a tensor in memory of its own, else None."""
+    if any(_in_place(node) for node in region.graph.nodes):
+        return None
+    taken = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)}
+    outputs = []
+    for result in results:
+        if not (
+            isinstance(result, Tensor)
+            and result.layout is torch.strided
+            and result.untyped_storage()._cdata not in taken
+            and all(type(size) is int for size in (*result.shape, *result.stride()))
+            and _is_dense(result)
+            and result.is_leaf != result.requires_grad
+        ):
+            return None
+        taken.add(result.untyped_storage()._cdata)
+        outputs.append(
+            _Output(
+                tuple(result.shape),
+                result.stride(),
+                result.dtype,
+                result.device,
+                result.requires_grad,
+            )
+        )
+    return tuple(outputs)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor fills its memory, in whatever order of its axes."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return tensor.storage_offset() == 0
 
 
 class _Region(nn.Module):
