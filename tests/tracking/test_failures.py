@@ -360,7 +360,7 @@ def test_a_model_that_loads_in_its_own_way_does_so_when_it_returns_to_its_best()
     run = Run("continue", "grow")
     loaded = []
     run.model.fc1.register_load_state_dict_post_hook(lambda *_: loaded.append("fc1"))
-    best = {name: t.clone() for name, t in run.tracker._current.tensors.items()}
+    best = {name: t.clone() for name, t in run.tracker._run.current.tensors.items()}
     assert not identical(best["fc1.weight"], run.model.fc1.weight)
     assert run.tracker.step(-2.0).restructured
     assert loaded == ["fc1"]
