@@ -126,6 +126,7 @@ class PerforatedModule(fx.GraphModule):
 
     def new_candidates(self, pools: Sequence[tuple[Site, int]]) -> None:
         """Draw a fresh pool of so many candidates per neuron for each of these sites."""
+        bend = bend_of(self.perforation.config)
         owners = [self.ensure_dendrites(site) for site, _ in pools]
         places = [
             on_channels(site, dendrites.site.channels)
@@ -133,8 +134,8 @@ class PerforatedModule(fx.GraphModule):
         ]
         drawn = self.draw([(site, count) for site, (_, count) in zip(places, pools, strict=True)])
         for site, dendrites, (weight, bias) in zip(places, owners, drawn, strict=True):
-            if bias is not None:
-                bias += bend_of(self.perforation.config)
+            if bias is not None and bend:
+                bias += bend
             self._give_candidates(dendrites, site, weight, bias)
 
     def draw(self, sets: Sequence[tuple[Site, int]]) -> list[tuple[Tensor, Tensor | None]]:
