@@ -36,6 +36,7 @@ _BLOCK = re.compile(r"((?:\D[^.]*\.)*?\d+(?:\.\d+)*)\..+")
 _VIEWS = frozenset(
     ("view", "reshape", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "getitem")
 )
+_NOT_COMPUTED = ("placeholder", "get_attr", "output")
 # Compiled regions by their content, those used last at the end. A restructure leaves some behind.
 _MOST_REGIONS = 256
 _compiled: collections.OrderedDict[Any, _Known] = collections.OrderedDict()
@@ -102,7 +103,7 @@ def assign_regions(graph: fx.Graph) -> dict[str, int]:
     any module after a block, such as an addition, belongs to that block, except for what no other
     block of its container has: the mean over the last block's output is no part of that block.
     """
-    computed = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    computed = [node for node in graph.nodes if node.op not in _NOT_COMPUTED]
     paths = [module_path(node).removesuffix(".dendrites") for node in computed]
     inside = {path: match[1] for path in paths if (match := _BLOCK.fullmatch(path))}
     blocks = set(inside.values())
@@ -253,7 +254,8 @@ def _describe(
     region: fx.GraphModule, args: tuple[Any, ...], results: Sequence[Any]
 ) -> tuple[_Output, ...] | None:
     """Return the outputs of a region where each is a tensor in memory of its own, else None."""
-    if any(_in_place(node) for node in region.graph.nodes):
+    computed = (node for node in region.graph.nodes if node.op not in _NOT_COMPUTED)
+    if any(map(_in_place, computed)):
         return None
     taken = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)}
     outputs = []
