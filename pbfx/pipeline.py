@@ -30,6 +30,7 @@ from pbfx.passes import (
     unfold_layers,
 )
 from pbfx.paths import module_at, modules_in
+from pbfx.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def run_passes(
         if again:
             raise PassError(
                 f"pass {name} is not idempotent on {type(gm).__name__}: a second run made "
-                f"{again} rewrites"
+                f"{counted(again, 'rewrite')}"
             )
         after = before if untouched else _ops(gm)
         record = PassRecord(
