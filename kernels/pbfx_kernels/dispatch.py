@@ -76,6 +76,10 @@ def _launch(
         from pbfx_kernels.packed import packed_dendrites
 
         packed_dendrites(soma, x, *links, geometry, out, kept)
+    elif strategy is Strategy.DEPTHWISE:
+        from pbfx_kernels.fused_depthwise import fused_depthwise
+
+        fused_depthwise(soma, x, *links, geometry, out, kept)
     elif geometry.spatial == 0:
         from pbfx_kernels.fused_linear import fused_linear
 
@@ -166,6 +170,10 @@ def _launch_gradient(
     geometry: Geometry,
 ) -> Tensor:
     """Sum the gradient with kernels of ours, which compute the activations again."""
+    if strategy is Strategy.DEPTHWISE:
+        from pbfx_kernels.fused_depthwise import fused_depthwise_gradient
+
+        return fused_depthwise_gradient(grad, x, weight, bias, to_dendrite, activation, geometry)
     if strategy is Strategy.SPLIT and geometry.spatial == 0:
         from pbfx_kernels.fused_linear import fused_linear_gradient
 

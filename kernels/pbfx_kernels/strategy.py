@@ -3,6 +3,7 @@
     reference   plain torch; right everywhere
     packed      one library GEMM or convolution over stacked weights, one epilogue kernel
     split       one kernel for all dendrites, which adds to the soma that the library computed
+    depthwise   likewise, where every neuron reads one channel of its own
     fused       one kernel for soma and dendrites, where the graph holds them as one node
 
 The thresholds are measured; docs/kernels.md has the table. Nothing is tuned at run time.
@@ -54,6 +55,7 @@ class Strategy(Enum):
     REFERENCE = "reference"
     PACKED = "packed"
     SPLIT = "split"
+    DEPTHWISE = "depthwise"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,8 @@ def choose(problem: Problem) -> Strategy:
         return Strategy.REFERENCE
     if problem.dendrites == 0 or problem.positions == 0 or problem.neurons == 0:
         return Strategy.REFERENCE
+    if is_depthwise(problem):
+        return Strategy.DEPTHWISE
     return Strategy.SPLIT if can_split(problem) and _split_wins(problem) else Strategy.PACKED
 
 
@@ -149,6 +153,13 @@ def fallback_reason(problem: Problem) -> str | None:
     if problem.geometry.transposed:
         return "there are no kernels for transposed convolutions"
     return None
+
+
+def is_depthwise(problem: Problem) -> bool:
+    """Return whether every neuron reads one channel of its own, over one or two dimensions."""
+    geometry = problem.geometry
+    alone = problem.channels == 1 and geometry.groups == problem.neurons
+    return geometry.spatial in (1, 2) and alone and not geometry.transposed
 
 
 def can_split(problem: Problem) -> bool:

@@ -46,6 +46,9 @@ def but(**changes: object) -> Problem:
         (but(geometry=Geometry.convolution(3)), Strategy.PACKED),
         (but(geometry=Geometry.convolution(1)), Strategy.PACKED),
         (but(geometry=Geometry.convolution(2, groups=256)), Strategy.PACKED),
+        (but(geometry=Geometry.convolution(2, groups=256), channels=1), Strategy.DEPTHWISE),
+        (but(geometry=Geometry.convolution(1, groups=256), channels=1), Strategy.DEPTHWISE),
+        (but(geometry=Geometry.convolution(2, groups=128), channels=1), Strategy.PACKED),
     ],
     ids=str,
 )

@@ -1,0 +1,681 @@
+"""The *depthwise* strategy: convolutions whose every neuron reads the one channel of its own.
+
+    z_d = V_d * x      a_d = f(z_d + c_d + Σ_{e<d} U_{d,e} ⊙ a_e)      out = soma + Σ_d T_d ⊙ a_d
+
+Shapes: N neurons and as many channels, D dendrites, over one or two dimensions. There is nothing to
+multiply as matrices: each output is a few multiply-adds per role, so the floor is the traffic, one
+read of the input and one write of the output. A library reads and writes it all once per role.
+
+A thread computes a strip: ROWS outputs below one another, of one column and one channel. Their taps
+overlap, so a strip reads ROWS + 2 rows of the input where 3 taps each would be 3 * ROWS, and each
+weight once. All roles, soma and dendrites, share what is read; cascade, activation, links and the
+sum stay in registers. Accumulation is in float32 with no TF32 anywhere.
+
+`dT_d = Σ_p g ⊙ a_d` comes from the same strips, with the activations recomputed.
+
+Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
+"""
+
+# The type checker does not know what Triton adds to Python: launch options, static_range.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pbfx_kernels.geometry import Geometry
+from pbfx_kernels.launching import (
+    ceiling,
+    fast_activations,
+    multiprocessors,
+    on_device,
+    power_of_two,
+)
+from pbfx_kernels.triton_math import cascade, link, negated_sum, zeros
+
+# The cascade is unrolled for every row of a strip.
+MOST_DENDRITES = 8
+# Float32 values of accumulators and inputs that a thread holds: half of its registers.
+_HELD = 128
+# Taps along a column up to which they are unrolled; a longer kernel is looped over, row by row.
+_UNROLLED_TAPS = 7
+# Programs of four warps that keep a large GPU busy: an H200 has 132 multiprocessors.
+_BUSY = 4 * 132
+# Programs per multiprocessor in a reduction: enough to hide latency, few enough partial sums.
+_WAVES = 8
+_WARPS = 4
+
+
+@triton.jit
+def strip_at(
+    s,
+    S,
+    STRIPS,
+    OUT_WIDTH,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Locate strips: image, first row and column of the output, and of the input."""
+    # Strips past the end compute the first one; their results are not stored.
+    at = tl.where(s < S, s, 0)
+    column, above = (at % OUT_WIDTH).to(tl.int32), at // OUT_WIDTH
+    row, image = (above % STRIPS).to(tl.int32) * ROWS, above // STRIPS
+    return image, row, column, row * STRIDE_H - PAD_H, column * STRIDE_W - PAD_W
+
+
+@triton.jit
+def convolve(
+    x,
+    weights,
+    top,
+    left,
+    n,
+    mask_n,
+    N,
+    HEIGHT,
+    WIDTH,
+    x_h,
+    x_w,
+    STRIDE_H: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    ROLES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Return the products of all roles at all rows: row i of role r is entry i * ROLES + r.
+
+    Args:
+        x: pointers to the first tap of the first row, `(BLOCK_S, BLOCK_N)`.
+        weights: `(ROLES, TAPS_H * TAPS_W, N)` contiguous, float32.
+        top: row of the input at the first tap, `(BLOCK_S,)`, and the rest as of the kernels.
+        left: likewise, the column.
+        n: the neurons of the tile.
+        mask_n: which of `n` exist.
+        N: number of neurons.
+        HEIGHT: of the input.
+        WIDTH: likewise.
+        x_h: stride of a row.
+        x_w: stride of a column.
+        STRIDE_H: of the convolution, down.
+        DILATION_H: likewise.
+        DILATION_W: along.
+        TAPS_H: of the kernel.
+        TAPS_W: likewise.
+        ROLES: soma and dendrites, or dendrites alone.
+        ROWS: of a strip.
+        BLOCK_S: strips of a tile.
+        BLOCK_N: neurons of a tile.
+    """
+    next_role = N * (TAPS_H * TAPS_W)
+    weights += n
+    z = zeros(ROWS * ROLES, BLOCK_S, BLOCK_N)
+    for u in range(TAPS_W):
+        column = left + u * DILATION_W
+        inside_w = ((column >= 0) & (column < WIDTH))[:, None] & mask_n[None, :]
+        x_u = x + u * DILATION_W * x_w
+        if ROWS == 1:
+            for t in range(TAPS_H):
+                row = top + t * DILATION_H
+                inside = inside_w & ((row >= 0) & (row < HEIGHT))[:, None]
+                tile = tl.load(x_u + t * DILATION_H * x_h, mask=inside, other=0.0).to(tl.float32)
+                w_t = weights + (t * TAPS_W + u) * N
+                added = ()
+                for role in tl.static_range(ROLES):
+                    w = tl.load(w_t + role * next_role, mask=mask_n, other=0.0)[None, :]
+                    added = added + (z[role] + tile * w,)
+                z = added
+        else:
+            tiles = ()
+            for r in tl.static_range((ROWS - 1) * STRIDE_H + (TAPS_H - 1) * DILATION_H + 1):
+                row = top + r
+                inside = inside_w & ((row >= 0) & (row < HEIGHT))[:, None]
+                tiles = tiles + (tl.load(x_u, mask=inside, other=0.0).to(tl.float32),)
+                x_u += x_h
+            for t in tl.static_range(TAPS_H):
+                w_t = weights + (t * TAPS_W + u) * N
+                w = ()
+                for role in tl.static_range(ROLES):
+                    w = w + (tl.load(w_t + role * next_role, mask=mask_n, other=0.0)[None, :],)
+                added = ()
+                for i in tl.static_range(ROWS):
+                    for role in tl.static_range(ROLES):
+                        tile = tiles[i * STRIDE_H + t * DILATION_H]
+                        added = added + (z[i * ROLES + role] + tile * w[role],)
+                z = added
+    return z
+
+
+@triton.jit
+def _depthwise_kernel(
+    out,
+    kept,
+    soma,
+    x,
+    weights,
+    soma_bias,
+    bias,
+    to_soma,
+    to_dendrite,
+    S,
+    STRIPS,
+    OUT_HEIGHT,
+    OUT_WIDTH,
+    N,
+    HEIGHT,
+    WIDTH,
+    kept_d,
+    out_b,
+    out_n,
+    out_h,
+    out_w,
+    soma_b,
+    soma_n,
+    soma_h,
+    soma_w,
+    x_b,
+    x_n,
+    x_h,
+    x_w,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    D: tl.constexpr,
+    OWN_SOMA: tl.constexpr,
+    KEEP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FAST: tl.constexpr,
+    HAS_SOMA_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CHANNELS_INNER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    ROLES: tl.constexpr = D + 1 if OWN_SOMA else D
+    pid = tl.program_id(0)
+    # Programs that run together share cache lines.
+    if CHANNELS_INNER:
+        blocks_n = tl.cdiv(N, BLOCK_N)
+        block_s, block_n = pid // blocks_n, pid % blocks_n
+    else:
+        blocks_s = tl.cdiv(S, BLOCK_S)
+        block_s, block_n = pid % blocks_s, pid // blocks_s
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = n < N
+    s = block_s.to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    image, row, column, top, left = strip_at(
+        s, S, STRIPS, OUT_WIDTH, STRIDE_H, STRIDE_W, PAD_H, PAD_W, ROWS
+    )
+    wide_n = n.to(tl.int64)[None, :]
+    corner = image * x_b + top.to(tl.int64) * x_h + left.to(tl.int64) * x_w
+    z = convolve(
+        x + corner[:, None] + wide_n * x_n,
+        weights,
+        top,
+        left,
+        n,
+        mask_n,
+        N,
+        HEIGHT,
+        WIDTH,
+        x_h,
+        x_w,
+        STRIDE_H,
+        DILATION_H,
+        DILATION_W,
+        TAPS_H,
+        TAPS_W,
+        ROLES,
+        ROWS,
+        BLOCK_S,
+        BLOCK_N,
+    )
+    mask = (s < S)[:, None] & mask_n[None, :]
+    wide_row, wide_column = row.to(tl.int64), column.to(tl.int64)
+    at_soma = (image * soma_b + wide_row * soma_h + wide_column * soma_w)[:, None]
+    at_soma += wide_n * soma_n
+    at_out = (image * out_b + wide_row * out_h + wide_column * out_w)[:, None] + wide_n * out_n
+    # All loads come first: the compiler may not move a load past a store.
+    results = ()
+    activations = ()
+    for i in tl.static_range(ROWS):
+        there = mask & (row + i < OUT_HEIGHT)[:, None]
+        own = ()
+        for d in tl.static_range(D):
+            own = own + (z[i * ROLES + ROLES - D + d],)
+        a = cascade(own, bias, to_dendrite, n, mask_n, N, D, HAS_BIAS, ACTIVATION, FAST, 1)
+        if OWN_SOMA:
+            summed = z[i * ROLES]
+            if HAS_SOMA_BIAS:
+                summed += link(soma_bias, n, mask_n, 1)
+        else:
+            summed = tl.load(soma + at_soma + i * soma_h, mask=there, other=0.0).to(tl.float32)
+        results = results + (summed - negated_sum(a, to_soma, n, mask_n, N, D, 1),)
+        activations = activations + a
+    for i in tl.static_range(ROWS):
+        there = mask & (row + i < OUT_HEIGHT)[:, None]
+        tl.store(out + at_out + i * out_h, results[i].to(out.dtype.element_ty), mask=there)
+        if KEEP:
+            for d in tl.static_range(D):
+                value = activations[i * D + d].to(kept.dtype.element_ty)
+                at = at_out + tl.cast(kept_d, tl.int64) * d + i * out_h
+                tl.store(kept + at, value, mask=there)
+
+
+@triton.jit
+def _depthwise_gradient_kernel(
+    partial,
+    grad,
+    x,
+    weights,
+    bias,
+    to_dendrite,
+    S,
+    STRIPS,
+    OUT_HEIGHT,
+    OUT_WIDTH,
+    N,
+    HEIGHT,
+    WIDTH,
+    share,
+    grad_b,
+    grad_n,
+    grad_h,
+    grad_w,
+    x_b,
+    x_n,
+    x_h,
+    x_w,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    D: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    n = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = n < N
+    wide_n = n.to(tl.int64)[None, :]
+    start = (pid // blocks_n).to(tl.int64) * share
+    sums = zeros(D, BLOCK_S, BLOCK_N)
+    for step in range(0, share, BLOCK_S):
+        s = start + step + tl.arange(0, BLOCK_S)
+        image, row, column, top, left = strip_at(
+            s, S, STRIPS, OUT_WIDTH, STRIDE_H, STRIDE_W, PAD_H, PAD_W, ROWS
+        )
+        corner = image * x_b + top.to(tl.int64) * x_h + left.to(tl.int64) * x_w
+        z = convolve(
+            x + corner[:, None] + wide_n * x_n,
+            weights,
+            top,
+            left,
+            n,
+            mask_n,
+            N,
+            HEIGHT,
+            WIDTH,
+            x_h,
+            x_w,
+            STRIDE_H,
+            DILATION_H,
+            DILATION_W,
+            TAPS_H,
+            TAPS_W,
+            D,
+            ROWS,
+            BLOCK_S,
+            BLOCK_N,
+        )
+        mask = (s < S)[:, None] & mask_n[None, :]
+        at = image * grad_b + row.to(tl.int64) * grad_h + column.to(tl.int64) * grad_w
+        at_grad = at[:, None] + wide_n * grad_n
+        for i in tl.static_range(ROWS):
+            there = mask & (row + i < OUT_HEIGHT)[:, None]
+            # What lies past the end has an error of zero.
+            g = tl.load(grad + at_grad + i * grad_h, mask=there, other=0.0).to(tl.float32)
+            own = ()
+            for d in tl.static_range(D):
+                own = own + (z[i * D + d],)
+            a = cascade(own, bias, to_dendrite, n, mask_n, N, D, HAS_BIAS, ACTIVATION, FAST, 1)
+            added = ()
+            for d in tl.static_range(D):
+                added = added + (sums[d] + g * a[d],)
+            sums = added
+    partial += (pid // blocks_n).to(tl.int64) * D * N + n
+    for d in tl.static_range(D):
+        tl.store(partial + d * N, tl.sum(sums[d], axis=0), mask=mask_n)
+
+
+@dataclass(frozen=True, slots=True)
+class Strips:
+    """The configuration of the depthwise kernels.
+
+    Attributes:
+        rows: ROWS, outputs of a strip.
+        strips: BLOCK_S, a power of two.
+        neurons: BLOCK_N, likewise.
+    """
+
+    rows: int
+    strips: int
+    neurons: int
+
+
+def depthwise_strips(
+    images: int,
+    height: int,
+    width: int,
+    neurons: int,
+    roles: int,
+    taps: int,
+    stride: int,
+    dilation: int,
+    channels_last: bool,
+) -> Strips:
+    """Choose the configuration of the depthwise kernels.
+
+    Args:
+        images: B.
+        height: H', rows of the output.
+        width: W'.
+        neurons: N.
+        roles: D, or D + 1 where the soma is computed too.
+        taps: of the kernel, down.
+        stride: likewise.
+        dilation: likewise.
+        channels_last: whether the channels are neighbours in memory; else columns are.
+    """
+    rows = 1 if taps > _UNROLLED_TAPS else min(4, power_of_two(height))
+    # Channels that no tile wastes too many lanes on; columns fill a tile of one channel.
+    wide = 1
+    if channels_last:
+        wide = min((64, 32, 16), key=lambda wide: ceiling(neurons, wide) * wide)
+    while True:
+        reach = (rows - 1) * stride + (taps - 1) * dilation + 1 if rows > 1 else 1
+        each = 8
+        while each > 1 and each * (rows * roles + reach) > _HELD:
+            each //= 2
+        strips = each * 32 * _WARPS // wide
+        tiles = ceiling(images * ceiling(height, rows) * width, strips) * ceiling(neurons, wide)
+        # Half the rows give twice the programs, and half a thread's registers.
+        if rows == 1 or (tiles >= _BUSY and each * (rows * roles + reach) <= _HELD):
+            return Strips(rows, strips, wide)
+        rows //= 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Planes:
+    """A convolution over two dimensions, as which one over a single dimension is seen too."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    taps: tuple[int, int]
+    down: bool
+
+    @classmethod
+    def of(cls, geometry: Geometry, taps: tuple[int, ...], channels_last: bool) -> "_Planes":
+        if geometry.spatial == 2:
+            first, second = taps
+            s, p, d = geometry.stride, geometry.padding, geometry.dilation
+            return cls((s[0], s[1]), (p[0], p[1]), (d[0], d[1]), (first, second), False)
+        (stride,), (padding,), (dilation,) = geometry.stride, geometry.padding, geometry.dilation
+        if channels_last:
+            # Strips lie along the only dimension.
+            return cls((stride, 1), (padding, 0), (dilation, 1), (taps[0], 1), True)
+        return cls((1, stride), (0, padding), (1, dilation), (1, taps[0]), False)
+
+    def view(self, tensor: Tensor, spatial: int) -> Tensor:
+        """Return `tensor` as `(B, N, H, W)`."""
+        if spatial == 1:
+            tensor = tensor.unsqueeze(-1 if self.down else -2)
+        return tensor if tensor.dim() == 4 else tensor[None]
+
+
+def fused_depthwise(
+    soma: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+    out: Tensor,
+    kept: Tensor | None,
+    strips: Strips | None = None,
+) -> None:
+    """Write the neuron's output, and the activations if `kept` is given.
+
+    Args:
+        soma: `(B, N, *spatial)`, over one or two dimensions, the batch optional, any strides, not
+            empty; float32, float16 or bfloat16.
+        x: `(B, N, *spatial)`, any strides; cast to the dtype of `soma`.
+        weight: V, `(D, N, 1, *kernel)`, 1 <= D <= `MOST_DENDRITES`; rounded to that dtype.
+        bias: c, `(D, N)`, any float dtype, or None.
+        to_soma: T, `(D, N)`, likewise.
+        to_dendrite: U, `(D, D, N)`, likewise.
+        activation: f, one of `ACTIVATIONS`.
+        geometry: N groups, not transposed.
+        out: shape of `soma`, any strides; written.
+        kept: `(D, *soma)`, each slice with the strides of `out`; written.
+        strips: the configuration, by default `depthwise_strips`'.
+    """
+    weights = _by_tap(weight.to(soma.dtype))
+    links = bias, to_soma, to_dendrite, activation
+    taps = tuple(weight.shape[3:])
+    _launch(soma, x.to(soma.dtype), weights, None, *links, geometry, taps, out, kept, strips)
+
+
+def depthwise_neuron(
+    x: Tensor,
+    weight: Tensor,
+    soma_bias: Tensor | None,
+    dendrite_weight: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+    out: Tensor,
+    kept: Tensor | None,
+    strips: Strips | None = None,
+) -> None:
+    """Write the neuron's output, the soma's own convolution included, and the activations.
+
+    Args:
+        x: `(B, N, *spatial)`, over one or two dimensions, the batch optional, any strides, not
+            empty; float32, float16 or bfloat16.
+        weight: W, `(N, 1, *kernel)`, dtype of `x`.
+        soma_bias: b, `(N,)`, any float dtype, or None.
+        dendrite_weight: V, `(D, N, 1, *kernel)`; rounded to the dtype of `x`.
+        bias: and the rest: as of `fused_depthwise`.
+        to_soma: likewise.
+        to_dendrite: likewise.
+        activation: likewise.
+        geometry: likewise.
+        out: `(B, N, *spatial)`, any strides; written.
+        kept: likewise.
+        strips: likewise.
+    """
+    weights = _by_tap(torch.cat((weight[None], dendrite_weight.to(x.dtype))))
+    links = soma_bias, bias, to_soma, to_dendrite, activation
+    taps = tuple(weight.shape[2:])
+    _launch(None, x, weights, *links, geometry, taps, out, kept, strips)
+
+
+def _by_tap(weight: Tensor) -> Tensor:
+    """Return `(roles, taps, N)` of `(roles, N, 1, *kernel)`, float32, contiguous."""
+    by_tap = weight.flatten(2).transpose(1, 2)
+    return torch.empty(by_tap.shape, dtype=torch.float32, device=weight.device).copy_(by_tap)
+
+
+def _launch(
+    soma: Tensor | None,
+    x: Tensor,
+    weights: Tensor,
+    soma_bias: Tensor | None,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+    taps: tuple[int, ...],
+    out: Tensor,
+    kept: Tensor | None,
+    strips: Strips | None,
+) -> None:
+    channels_last = x.stride(geometry.channel_axis) == 1 and x.shape[geometry.channel_axis] > 1
+    planes = _Planes.of(geometry, taps, channels_last)
+    x, out = planes.view(x, geometry.spatial), planes.view(out, geometry.spatial)
+    seen = out if soma is None else planes.view(soma, geometry.spatial)
+    images, neurons, height, width = out.shape
+    roles, dendrites = len(weights), len(to_soma)
+    strips = strips or _strips(out.shape, roles, planes, channels_last)
+    rows = ceiling(height, strips.rows)
+    count = images * rows * width
+    with on_device(x):
+        _depthwise_kernel[(ceiling(count, strips.strips) * ceiling(neurons, strips.neurons),)](
+            out,
+            # A pointer has to be one, whether it is read or not.
+            out if kept is None else kept,
+            seen,
+            x,
+            weights,
+            weights if soma_bias is None else soma_bias.contiguous(),
+            weights if bias is None else bias.contiguous(),
+            to_soma.contiguous(),
+            to_dendrite.contiguous(),
+            count,
+            rows,
+            height,
+            width,
+            neurons,
+            x.shape[2],
+            x.shape[3],
+            0 if kept is None else kept.stride(0),
+            *out.stride(),
+            *seen.stride(),
+            *x.stride(),
+            *planes.stride,
+            *planes.padding,
+            *planes.dilation,
+            *planes.taps,
+            D=dendrites,
+            OWN_SOMA=soma is None,
+            KEEP=kept is not None,
+            ACTIVATION=activation,
+            FAST=fast_activations(x),
+            HAS_SOMA_BIAS=soma_bias is not None,
+            HAS_BIAS=bias is not None,
+            CHANNELS_INNER=strips.neurons > 1,
+            ROWS=strips.rows,
+            BLOCK_S=strips.strips,
+            BLOCK_N=strips.neurons,
+            num_warps=_WARPS,
+        )
+
+
+def fused_depthwise_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+    strips: Strips | None = None,
+) -> Tensor:
+    """Sum `dT_d = Σ_p g ⊙ a_d`, recomputing the activations.
+
+    Args:
+        grad: g, `(B, N, *spatial)`, any strides, not empty; its dtype is that of the computation.
+        x: as in `fused_depthwise`, and likewise the others.
+        weight: V.
+        bias: c, `(D, N)`, or None.
+        to_dendrite: U, `(D, D, N)`.
+        activation: f, one of `ACTIVATIONS`.
+        geometry: N groups, not transposed.
+        strips: the configuration, by default `depthwise_strips`'.
+
+    Returns:
+        `(D, N)`, float32, the same bits in every run.
+    """
+    x, weights = x.to(grad.dtype), _by_tap(weight.to(grad.dtype))
+    channels_last = x.stride(geometry.channel_axis) == 1 and x.shape[geometry.channel_axis] > 1
+    planes = _Planes.of(geometry, tuple(weight.shape[3:]), channels_last)
+    x, grad = planes.view(x, geometry.spatial), planes.view(grad, geometry.spatial)
+    images, neurons, height, width = grad.shape
+    dendrites = len(weights)
+    # The sums are one more role.
+    strips = strips or _strips(grad.shape, dendrites + 1, planes, channels_last)
+    rows = ceiling(height, strips.rows)
+    count = images * rows * width
+    tiles, blocks_n = ceiling(count, strips.strips), ceiling(neurons, strips.neurons)
+    each = ceiling(tiles, min(tiles, max(1, _WAVES * multiprocessors(x) // blocks_n)))
+    shares = ceiling(tiles, each)
+    partial = grad.new_empty((shares, dendrites, neurons), dtype=torch.float32)
+    with on_device(x):
+        _depthwise_gradient_kernel[(shares * blocks_n,)](
+            partial,
+            grad,
+            x,
+            weights,
+            weights if bias is None else bias.contiguous(),
+            to_dendrite.contiguous(),
+            count,
+            rows,
+            height,
+            width,
+            neurons,
+            x.shape[2],
+            x.shape[3],
+            each * strips.strips,
+            *grad.stride(),
+            *x.stride(),
+            *planes.stride,
+            *planes.padding,
+            *planes.dilation,
+            *planes.taps,
+            D=dendrites,
+            ACTIVATION=activation,
+            FAST=fast_activations(x),
+            HAS_BIAS=bias is not None,
+            ROWS=strips.rows,
+            BLOCK_S=strips.strips,
+            BLOCK_N=strips.neurons,
+            num_warps=_WARPS,
+        )
+    return partial[0] if shares == 1 else partial.sum(0)
+
+
+def _strips(out: tuple[int, ...], roles: int, planes: _Planes, channels_last: bool) -> Strips:
+    images, neurons, height, width = out
+    down = planes.taps[0], planes.stride[0], planes.dilation[0]
+    return depthwise_strips(images, height, width, neurons, roles, *down, channels_last)
