@@ -185,7 +185,7 @@ class _Watch(TorchDispatchMode):
                 geometry = Geometry(*form, tuple(output_padding))
                 self.seen.append(choose(problem_of(soma, weight, geometry)).value)
             elif name.startswith("perforated_"):
-                self.seen.append("fused")
+                self.seen.append("depthwise" if name.endswith("depthwise") else "fused")
         return func(*args, **(kwargs or {}))
 
 

@@ -5,6 +5,7 @@ from pbfx_kernels.activations import ACTIVATIONS
 from pbfx_kernels.errors import ArgumentError
 from pbfx_kernels.functional import candidates, dendrites, perforated_conv2d, perforated_linear
 from pbfx_kernels.geometry import LINEAR, Geometry
+from pbfx_kernels.measured import measure
 from pbfx_kernels.moments import Moment
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Moment",
     "candidates",
     "dendrites",
+    "measure",
     "perforated_conv2d",
     "perforated_linear",
     "reference",

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import pbfx_kernels.neuron_op  # noqa: F401  registers its op and those of `pbfx_kernels.ops`
 from pbfx_kernels import candidate_autograd
-from pbfx_kernels.depthwise_op import runs_depthwise
+from pbfx_kernels.depthwise_op import computes_depthwise
 from pbfx_kernels.geometry import LINEAR, Geometry
 from pbfx_kernels.strategy import fuses, linear_problem, recomputes
 
@@ -231,7 +231,7 @@ def perforated_conv2d(
     Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
     """
     geometry = Geometry.convolution(2, stride, padding, dilation, groups)
-    if _may_fuse(x) and runs_depthwise(x, weight, dendrite_weight, geometry):
+    if computes_depthwise(x, weight, dendrite_weight, geometry):
         learns = torch.is_grad_enabled() and to_soma.requires_grad
         form = geometry.stride, geometry.padding, geometry.dilation
         keep = learns and not recomputes(x, dendrite_weight, geometry)
@@ -247,17 +247,14 @@ def perforated_conv2d(
 
 
 def _fuses(x: Tensor, weight: Tensor, dendrite_weight: Tensor) -> bool:
-    """Return whether soma and dendrites had better be one kernel, here and now."""
-    problem = linear_problem(x, weight, dendrite_weight) if _may_fuse(x) else None
-    return problem is not None and fuses(problem)
-
-
-def _may_fuse(x: Tensor) -> bool:
-    """Return whether it may be decided here that a soma is computed with its dendrites.
+    """Return whether soma and dendrites had better be one kernel, here and now.
 
     A compiler decides for itself, with what follows in view, and autocast casts at the soma.
     """
-    return x.is_cuda and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"))
+    if not x.is_cuda or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
+        return False
+    problem = linear_problem(x, weight, dendrite_weight)
+    return problem is not None and fuses(problem)
 
 
 def _backward_wants_activations(

@@ -26,27 +26,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pbfx_kernels.depthwise_configs import WARPS, Strips, depthwise_strips
 from pbfx_kernels.geometry import Geometry
-from pbfx_kernels.launching import (
-    ceiling,
-    fast_activations,
-    multiprocessors,
-    on_device,
-    power_of_two,
-)
+from pbfx_kernels.launching import ceiling, fast_activations, multiprocessors, on_device
 from pbfx_kernels.triton_math import cascade, link, negated_sum, zeros
 
 # The cascade is unrolled for every row of a strip.
 MOST_DENDRITES = 8
-# Float32 values of accumulators and inputs that a thread holds: half of its registers.
-_HELD = 128
-# Taps along a column up to which they are unrolled; a longer kernel is looped over, row by row.
-_UNROLLED_TAPS = 7
-# Programs of four warps that keep a large GPU busy: an H200 has 132 multiprocessors.
-_BUSY = 4 * 132
 # Programs per multiprocessor in a reduction: enough to hide latency, few enough partial sums.
 _WAVES = 8
-_WARPS = 4
 
 
 @triton.jit
@@ -373,63 +361,6 @@ def _depthwise_gradient_kernel(
 
 
 @dataclass(frozen=True, slots=True)
-class Strips:
-    """The configuration of the depthwise kernels.
-
-    Attributes:
-        rows: ROWS, outputs of a strip.
-        strips: BLOCK_S, a power of two.
-        neurons: BLOCK_N, likewise.
-    """
-
-    rows: int
-    strips: int
-    neurons: int
-
-
-def depthwise_strips(
-    images: int,
-    height: int,
-    width: int,
-    neurons: int,
-    roles: int,
-    taps: int,
-    stride: int,
-    dilation: int,
-    channels_last: bool,
-) -> Strips:
-    """Choose the configuration of the depthwise kernels.
-
-    Args:
-        images: B.
-        height: H', rows of the output.
-        width: W'.
-        neurons: N.
-        roles: D, or D + 1 where the soma is computed too.
-        taps: of the kernel, down.
-        stride: likewise.
-        dilation: likewise.
-        channels_last: whether the channels are neighbours in memory; else columns are.
-    """
-    rows = 1 if taps > _UNROLLED_TAPS else min(4, power_of_two(height))
-    # Channels that no tile wastes too many lanes on; columns fill a tile of one channel.
-    wide = 1
-    if channels_last:
-        wide = min((64, 32, 16), key=lambda wide: ceiling(neurons, wide) * wide)
-    while True:
-        reach = (rows - 1) * stride + (taps - 1) * dilation + 1 if rows > 1 else 1
-        each = 8
-        while each > 1 and each * (rows * roles + reach) > _HELD:
-            each //= 2
-        strips = each * 32 * _WARPS // wide
-        tiles = ceiling(images * ceiling(height, rows) * width, strips) * ceiling(neurons, wide)
-        # Half the rows give twice the programs, and half a thread's registers.
-        if rows == 1 or (tiles >= _BUSY and each * (rows * roles + reach) <= _HELD):
-            return Strips(rows, strips, wide)
-        rows //= 2
-
-
-@dataclass(frozen=True, slots=True)
 class _Planes:
     """A convolution over two dimensions, as which one over a single dimension is seen too."""
 
@@ -598,7 +529,7 @@ def _launch(
             ROWS=strips.rows,
             BLOCK_S=strips.strips,
             BLOCK_N=strips.neurons,
-            num_warps=_WARPS,
+            num_warps=WARPS,
         )
 
 
@@ -670,7 +601,7 @@ def fused_depthwise_gradient(
             ROWS=strips.rows,
             BLOCK_S=strips.strips,
             BLOCK_N=strips.neurons,
-            num_warps=_WARPS,
+            num_warps=WARPS,
         )
     return partial[0] if shares == 1 else partial.sum(0)
 

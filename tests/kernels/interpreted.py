@@ -21,9 +21,9 @@ from tolerances import assert_close, relative_error
 from torch import Tensor
 
 from pbfx_kernels import ACTIVATIONS, Geometry, neurons, packed, reference
+from pbfx_kernels.depthwise_configs import Strips
 from pbfx_kernels.dispatch import evaluate_dendrites, recompute_to_soma_gradient
 from pbfx_kernels.fused_depthwise import (
-    Strips,
     depthwise_neuron,
     fused_depthwise,
     fused_depthwise_gradient,

@@ -9,8 +9,8 @@ import pytest
 from ahead_of_time import CAPABILITIES, compile_for_dtype, compile_kernel
 
 from pbfx_kernels import ACTIVATIONS
+from pbfx_kernels.depthwise_configs import Strips, depthwise_strips
 from pbfx_kernels.fused_configs import Blocks, conv2d_blocks, linear_blocks, neuron_blocks
-from pbfx_kernels.fused_depthwise import Strips, depthwise_strips
 
 # A sixteenth of a thread's registers.
 MOST_STACK = 64
