@@ -25,11 +25,13 @@ class Strips:
         rows: ROWS, outputs of a strip.
         strips: BLOCK_S, a power of two.
         neurons: BLOCK_N, likewise.
+        unrolled: columns of taps up to which they are unrolled.
     """
 
     rows: int
     strips: int
     neurons: int
+    unrolled: int = 3
 
 
 def depthwise_strips(

@@ -35,6 +35,8 @@ from pbfx_kernels.triton_math import cascade, link, negated_sum, zeros
 MOST_DENDRITES = 8
 # Programs per multiprocessor in a reduction: enough to hide latency, few enough partial sums.
 _WAVES = 8
+# Elements of an image, with what lies in between, that 32 bits can count; padding goes below zero.
+_SHORT = 2**30
 
 
 @triton.jit
@@ -50,15 +52,84 @@ def strip_at(
     ROWS: tl.constexpr,
 ):
     """Locate strips: image, first row and column of the output, and of the input."""
-    # Strips past the end compute the first one; their results are not stored.
-    at = tl.where(s < S, s, 0)
-    column, above = (at % OUT_WIDTH).to(tl.int32), at // OUT_WIDTH
-    row, image = (above % STRIPS).to(tl.int32) * ROWS, above // STRIPS
-    return image, row, column, row * STRIDE_H - PAD_H, column * STRIDE_W - PAD_W
+    # Strips past the end compute the first one; their results are not stored. Unsigned, because a
+    # division of signed numbers takes twice the instructions, and there are few others here.
+    at = tl.where(s < S, s, 0).to(tl.uint32)
+    wide, strips = tl.cast(OUT_WIDTH, tl.uint32), tl.cast(STRIPS, tl.uint32)
+    above = at // wide
+    image = above // strips
+    column = (at - above * wide).to(tl.int32)
+    row = (above - image * strips).to(tl.int32) * ROWS
+    return image.to(tl.int64), row, column, row * STRIDE_H - PAD_H, column * STRIDE_W - PAD_W
+
+
+@triton.jit
+def start_from(
+    bias, n, mask_n, HAS_BIAS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Return an accumulator that starts from the bias: what is added now is not added later."""
+    if HAS_BIAS:
+        return tl.zeros((BLOCK_S, BLOCK_N), tl.float32) + link(bias, n, mask_n, 1)
+    else:
+        return tl.zeros((BLOCK_S, BLOCK_N), tl.float32)
+
+
+@triton.jit
+def add_column(
+    z,
+    x,
+    weights,
+    top,
+    inside_w,
+    mask_n,
+    N,
+    HEIGHT,
+    x_h,
+    STRIDE_H: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    ROLES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Add the products with one column of taps; arguments as of `convolve`, at that column."""
+    next_role = N * (TAPS_H * TAPS_W)
+    if ROWS == 1:
+        for t in range(TAPS_H):
+            row = top + t * DILATION_H
+            inside = inside_w & ((row >= 0) & (row < HEIGHT))[:, None]
+            tile = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+            added = ()
+            for role in tl.static_range(ROLES):
+                w = tl.load(weights + role * next_role, mask=mask_n, other=0.0)[None, :]
+                added = added + (z[role] + tile * w,)
+            z = added
+            x += DILATION_H * x_h
+            weights += TAPS_W * N
+    else:
+        tiles = ()
+        for r in tl.static_range((ROWS - 1) * STRIDE_H + (TAPS_H - 1) * DILATION_H + 1):
+            row = top + r
+            inside = inside_w & ((row >= 0) & (row < HEIGHT))[:, None]
+            tiles = tiles + (tl.load(x, mask=inside, other=0.0).to(tl.float32),)
+            x += x_h
+        for t in tl.static_range(TAPS_H):
+            w = ()
+            for role in tl.static_range(ROLES):
+                w = w + (tl.load(weights + role * next_role, mask=mask_n, other=0.0)[None, :],)
+            added = ()
+            for i in tl.static_range(ROWS):
+                for role in tl.static_range(ROLES):
+                    tile = tiles[i * STRIDE_H + t * DILATION_H]
+                    added = added + (z[i * ROLES + role] + tile * w[role],)
+            z = added
+            weights += TAPS_W * N
+    return z
 
 
 @triton.jit
 def convolve(
+    z,
     x,
     weights,
     top,
@@ -75,17 +146,17 @@ def convolve(
     DILATION_W: tl.constexpr,
     TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr,
+    UNROLL: tl.constexpr,
     ROLES: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
-    """Return the products of all roles at all rows: row i of role r is entry i * ROLES + r.
+    """Add the products of all roles at all rows: row i of role r is entry i * ROLES + r.
 
     Args:
+        z: the accumulators, a tuple of ROWS * ROLES tiles `(BLOCK_S, BLOCK_N)`.
         x: pointers to the first tap of the first row, `(BLOCK_S, BLOCK_N)`.
         weights: `(ROLES, TAPS_H * TAPS_W, N)` contiguous, float32.
-        top: row of the input at the first tap, `(BLOCK_S,)`, and the rest as of the kernels.
+        top: row of the input at the first tap, `(BLOCK_S,)`.
         left: likewise, the column.
         n: the neurons of the tile.
         mask_n: which of `n` exist.
@@ -99,47 +170,53 @@ def convolve(
         DILATION_W: along.
         TAPS_H: of the kernel.
         TAPS_W: likewise.
+        UNROLL: whether to unroll the columns of taps, so that all loads are under way at once.
         ROLES: soma and dendrites, or dendrites alone.
         ROWS: of a strip.
-        BLOCK_S: strips of a tile.
-        BLOCK_N: neurons of a tile.
     """
-    next_role = N * (TAPS_H * TAPS_W)
     weights += n
-    z = zeros(ROWS * ROLES, BLOCK_S, BLOCK_N)
-    for u in range(TAPS_W):
-        column = left + u * DILATION_W
-        inside_w = ((column >= 0) & (column < WIDTH))[:, None] & mask_n[None, :]
-        x_u = x + u * DILATION_W * x_w
-        if ROWS == 1:
-            for t in range(TAPS_H):
-                row = top + t * DILATION_H
-                inside = inside_w & ((row >= 0) & (row < HEIGHT))[:, None]
-                tile = tl.load(x_u + t * DILATION_H * x_h, mask=inside, other=0.0).to(tl.float32)
-                w_t = weights + (t * TAPS_W + u) * N
-                added = ()
-                for role in tl.static_range(ROLES):
-                    w = tl.load(w_t + role * next_role, mask=mask_n, other=0.0)[None, :]
-                    added = added + (z[role] + tile * w,)
-                z = added
-        else:
-            tiles = ()
-            for r in tl.static_range((ROWS - 1) * STRIDE_H + (TAPS_H - 1) * DILATION_H + 1):
-                row = top + r
-                inside = inside_w & ((row >= 0) & (row < HEIGHT))[:, None]
-                tiles = tiles + (tl.load(x_u, mask=inside, other=0.0).to(tl.float32),)
-                x_u += x_h
-            for t in tl.static_range(TAPS_H):
-                w_t = weights + (t * TAPS_W + u) * N
-                w = ()
-                for role in tl.static_range(ROLES):
-                    w = w + (tl.load(w_t + role * next_role, mask=mask_n, other=0.0)[None, :],)
-                added = ()
-                for i in tl.static_range(ROWS):
-                    for role in tl.static_range(ROLES):
-                        tile = tiles[i * STRIDE_H + t * DILATION_H]
-                        added = added + (z[i * ROLES + role] + tile * w[role],)
-                z = added
+    if UNROLL:
+        for u in tl.static_range(TAPS_W):
+            column = left + u * DILATION_W
+            inside_w = ((column >= 0) & (column < WIDTH))[:, None] & mask_n[None, :]
+            z = add_column(
+                z,
+                x + u * DILATION_W * x_w,
+                weights + u * N,
+                top,
+                inside_w,
+                mask_n,
+                N,
+                HEIGHT,
+                x_h,
+                STRIDE_H,
+                DILATION_H,
+                TAPS_H,
+                TAPS_W,
+                ROLES,
+                ROWS,
+            )
+    else:
+        for u in range(TAPS_W):
+            column = left + u * DILATION_W
+            inside_w = ((column >= 0) & (column < WIDTH))[:, None] & mask_n[None, :]
+            z = add_column(
+                z,
+                x + u * DILATION_W * x_w,
+                weights + u * N,
+                top,
+                inside_w,
+                mask_n,
+                N,
+                HEIGHT,
+                x_h,
+                STRIDE_H,
+                DILATION_H,
+                TAPS_H,
+                TAPS_W,
+                ROLES,
+                ROWS,
+            )
     return z
 
 
@@ -190,6 +267,9 @@ def _depthwise_kernel(
     HAS_SOMA_BIAS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     CHANNELS_INNER: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    LONG: tl.constexpr,
+    UNROLL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -204,15 +284,25 @@ def _depthwise_kernel(
         blocks_s = tl.cdiv(S, BLOCK_S)
         block_s, block_n = pid % blocks_s, pid // blocks_s
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = n < N
-    s = block_s.to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    # A mask that is true everywhere costs the compiler nothing.
+    mask_n = tl.full((BLOCK_N,), True, tl.int1) if EVEN_N else n < N
+    s = block_s * BLOCK_S + tl.arange(0, BLOCK_S)
     image, row, column, top, left = strip_at(
         s, S, STRIPS, OUT_WIDTH, STRIDE_H, STRIDE_W, PAD_H, PAD_W, ROWS
     )
-    wide_n = n.to(tl.int64)[None, :]
-    corner = image * x_b + top.to(tl.int64) * x_h + left.to(tl.int64) * x_w
+    # Within an image 32 bits do, unless LONG.
+    INDEX: tl.constexpr = tl.int64 if LONG else tl.int32
+    high, along, which = row.to(INDEX), column.to(INDEX), n.to(INDEX)[None, :]
+    z = ()
+    for _ in tl.static_range(ROWS):
+        if OWN_SOMA:
+            z = z + (start_from(soma_bias, n, mask_n, HAS_SOMA_BIAS, BLOCK_S, BLOCK_N),)
+        for d in tl.static_range(D):
+            z = z + (start_from(bias + d * N, n, mask_n, HAS_BIAS, BLOCK_S, BLOCK_N),)
+    corner = image * x_b + (top.to(INDEX) * x_h + left.to(INDEX) * x_w)
     z = convolve(
-        x + corner[:, None] + wide_n * x_n,
+        z,
+        x + corner[:, None] + which * x_n,
         weights,
         top,
         left,
@@ -228,16 +318,13 @@ def _depthwise_kernel(
         DILATION_W,
         TAPS_H,
         TAPS_W,
+        UNROLL,
         ROLES,
         ROWS,
-        BLOCK_S,
-        BLOCK_N,
     )
     mask = (s < S)[:, None] & mask_n[None, :]
-    wide_row, wide_column = row.to(tl.int64), column.to(tl.int64)
-    at_soma = (image * soma_b + wide_row * soma_h + wide_column * soma_w)[:, None]
-    at_soma += wide_n * soma_n
-    at_out = (image * out_b + wide_row * out_h + wide_column * out_w)[:, None] + wide_n * out_n
+    at_soma = (image * soma_b + (high * soma_h + along * soma_w))[:, None] + which * soma_n
+    at_out = (image * out_b + (high * out_h + along * out_w))[:, None] + which * out_n
     # All loads come first: the compiler may not move a load past a store.
     results = ()
     activations = ()
@@ -246,11 +333,10 @@ def _depthwise_kernel(
         own = ()
         for d in tl.static_range(D):
             own = own + (z[i * ROLES + ROLES - D + d],)
-        a = cascade(own, bias, to_dendrite, n, mask_n, N, D, HAS_BIAS, ACTIVATION, FAST, 1)
+        # The bias is in already.
+        a = cascade(own, bias, to_dendrite, n, mask_n, N, D, False, ACTIVATION, FAST, 1)
         if OWN_SOMA:
             summed = z[i * ROLES]
-            if HAS_SOMA_BIAS:
-                summed += link(soma_bias, n, mask_n, 1)
         else:
             summed = tl.load(soma + at_soma + i * soma_h, mask=there, other=0.0).to(tl.float32)
         results = results + (summed - negated_sum(a, to_soma, n, mask_n, N, D, 1),)
@@ -301,6 +387,9 @@ def _depthwise_gradient_kernel(
     ACTIVATION: tl.constexpr,
     FAST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    LONG: tl.constexpr,
+    UNROLL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -308,18 +397,24 @@ def _depthwise_gradient_kernel(
     blocks_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     n = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = n < N
-    wide_n = n.to(tl.int64)[None, :]
-    start = (pid // blocks_n).to(tl.int64) * share
+    mask_n = tl.full((BLOCK_N,), True, tl.int1) if EVEN_N else n < N
+    INDEX: tl.constexpr = tl.int64 if LONG else tl.int32
+    which = n.to(INDEX)[None, :]
+    start = pid // blocks_n * share
     sums = zeros(D, BLOCK_S, BLOCK_N)
     for step in range(0, share, BLOCK_S):
         s = start + step + tl.arange(0, BLOCK_S)
         image, row, column, top, left = strip_at(
             s, S, STRIPS, OUT_WIDTH, STRIDE_H, STRIDE_W, PAD_H, PAD_W, ROWS
         )
-        corner = image * x_b + top.to(tl.int64) * x_h + left.to(tl.int64) * x_w
+        z = ()
+        for _ in tl.static_range(ROWS):
+            for d in tl.static_range(D):
+                z = z + (start_from(bias + d * N, n, mask_n, HAS_BIAS, BLOCK_S, BLOCK_N),)
+        corner = image * x_b + (top.to(INDEX) * x_h + left.to(INDEX) * x_w)
         z = convolve(
-            x + corner[:, None] + wide_n * x_n,
+            z,
+            x + corner[:, None] + which * x_n,
             weights,
             top,
             left,
@@ -335,14 +430,13 @@ def _depthwise_gradient_kernel(
             DILATION_W,
             TAPS_H,
             TAPS_W,
+            UNROLL,
             D,
             ROWS,
-            BLOCK_S,
-            BLOCK_N,
         )
         mask = (s < S)[:, None] & mask_n[None, :]
-        at = image * grad_b + row.to(tl.int64) * grad_h + column.to(tl.int64) * grad_w
-        at_grad = at[:, None] + wide_n * grad_n
+        at = image * grad_b + (row.to(INDEX) * grad_h + column.to(INDEX) * grad_w)
+        at_grad = at[:, None] + which * grad_n
         for i in tl.static_range(ROWS):
             there = mask & (row + i < OUT_HEIGHT)[:, None]
             # What lies past the end has an error of zero.
@@ -350,7 +444,7 @@ def _depthwise_gradient_kernel(
             own = ()
             for d in tl.static_range(D):
                 own = own + (z[i * D + d],)
-            a = cascade(own, bias, to_dendrite, n, mask_n, N, D, HAS_BIAS, ACTIVATION, FAST, 1)
+            a = cascade(own, bias, to_dendrite, n, mask_n, N, D, False, ACTIVATION, FAST, 1)
             added = ()
             for d in tl.static_range(D):
                 added = added + (sums[d] + g * a[d],)
@@ -526,6 +620,9 @@ def _launch(
             HAS_SOMA_BIAS=soma_bias is not None,
             HAS_BIAS=bias is not None,
             CHANNELS_INNER=strips.neurons > 1,
+            EVEN_N=neurons % strips.neurons == 0,
+            LONG=_is_long(x, seen, out),
+            UNROLL=planes.taps[1] <= strips.unrolled,
             ROWS=strips.rows,
             BLOCK_S=strips.strips,
             BLOCK_N=strips.neurons,
@@ -598,12 +695,23 @@ def fused_depthwise_gradient(
             ACTIVATION=activation,
             FAST=fast_activations(x),
             HAS_BIAS=bias is not None,
+            EVEN_N=neurons % strips.neurons == 0,
+            LONG=_is_long(x, grad),
+            UNROLL=planes.taps[1] <= strips.unrolled,
             ROWS=strips.rows,
             BLOCK_S=strips.strips,
             BLOCK_N=strips.neurons,
             num_warps=WARPS,
         )
     return partial[0] if shares == 1 else partial.sum(0)
+
+
+def _is_long(*tensors: Tensor) -> bool:
+    """Return whether an image of one of these tensors, `(B, N, H, W)`, needs 64 bits to walk."""
+    return any(
+        sum(size * step for size, step in zip(t.shape[1:], t.stride()[1:], strict=True)) >= _SHORT
+        for t in tensors
+    )
 
 
 def _strips(out: tuple[int, ...], roles: int, planes: _Planes, channels_last: bool) -> Strips:

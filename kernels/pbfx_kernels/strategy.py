@@ -159,7 +159,8 @@ def is_depthwise(problem: Problem) -> bool:
     """Return whether every neuron reads one channel of its own, over one or two dimensions."""
     geometry = problem.geometry
     alone = problem.channels == 1 and geometry.groups == problem.neurons
-    return geometry.spatial in (1, 2) and alone and not geometry.transposed
+    counted = problem.positions < 2**31
+    return geometry.spatial in (1, 2) and alone and counted and not geometry.transposed
 
 
 def can_split(problem: Problem) -> bool:
