@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import candidate_neurons, kernels, kernels_summary, layer_providers, neurons, tune
+from benchmarks import (
+    candidate_neurons,
+    kernels,
+    kernels_plot,
+    kernels_summary,
+    layer_providers,
+    neurons,
+    tune,
+)
 from benchmarks.environment import COLUMNS
 from benchmarks.neurons import Layer
 from benchmarks.runner import main
@@ -205,6 +213,21 @@ def test_a_summary_of_other_files_is_refused(tmp_path, capsys, text):
         path.write_text(text)
     assert main(["kernels", "--summary", str(path)]) == 2
     assert f"--summary {path}: " in capsys.readouterr().err
+
+
+def test_the_plot_takes_one_dtype_and_the_latest_rows(tmp_path):
+    rows = [_row("plain", 10), _row("pbfx", 40), _row("pbfx", 1, dtype="tf32")]
+    newer = [_row(name, us, utc="2026-01-02") for name, us in (("plain", 20), ("pbfx", 30))]
+    found = kernels_plot.latest([*newer, *rows], "bfloat16", "forward")
+    assert found == {"linear 2048x2048x2048": {"plain": 20, "pbfx": 30, "roofline": 90}}
+    step = _row("plain", 5, mode="step", layer="another", roofline_us="", torch="2")
+    path = tmp_path / "rows.csv"
+    _write(path, [row | {"torch": "2"} for row in (*rows, step)])
+    pytest.importorskip("matplotlib")
+    assert kernels_plot.main([str(path), str(tmp_path / "plot.svg")]) == 0
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert "another" in drawn
+    assert "GPU, bfloat16, torch 2" in drawn
 
 
 def test_the_committed_rows_sum_up(capsys):
