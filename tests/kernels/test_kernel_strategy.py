@@ -83,6 +83,17 @@ def test_a_fallback_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
+def test_a_gpu_that_was_not_measured_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    strategy._say_unmeasured_once.cache_clear()
+    with caplog.at_level(logging.INFO, "pbfx_kernels"):
+        for capability in ((9, 0), (8, 6), (8, 6)):
+            assert choose(but(capability=capability)) is Strategy.SPLIT
+    assert [record.message for record in caplog.records] == [
+        "kernels are chosen as on Hopper, for compute capability 8.6 was not measured; "
+        "pbfx_kernels.measure() chooses by time"
+    ]
+
+
 def test_kept_activations_are_the_callers_choice() -> None:
     site = BY_NAME["conv2d-form"]
     args = make_dendrites(site, 2).args()
