@@ -17,7 +17,7 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 """
 
 # The type checker does not know what Triton adds to Python: launch options, static_range.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from dataclasses import dataclass
 

@@ -309,13 +309,14 @@ def _times(text: bytes, question: Question) -> dict[str, float]:
     if not ours or found.get("question") != json.loads(json.dumps(asdict(question))):
         raise ValueError(f"{name} answers another question")
     times = found.get("microseconds")
-    valid = isinstance(times, dict) and all(
-        type(value) in (int, float) and math.isfinite(value) and value > 0
-        for value in times.values()
-    )
-    if not valid:
+    if not isinstance(times, dict) or not all(map(_is_time, times.values())):
         raise ValueError(f"{name} holds no times")
     return {name: value * 1e-6 for name, value in times.items()}
+
+
+def _is_time(value: Any) -> bool:
+    # Not a bool, which is an int.
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
 def _write(question: Question, times: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Choices by time on hardware: what is timed is right, is kept, and stays out of captured graphs."""
+"""Choices by time on hardware: what is timed is right, is kept, and stays out of captures."""
 
 from pathlib import Path
 
