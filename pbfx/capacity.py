@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pbfx.optimizers import Schedule
+from pbfx.parts import growth_parameters, survey
 from pbfx.phase import Phase
 from pbfx.policy import Action, Decision, EveryTime, Situation
 from pbfx.waypoint import Waypoint
@@ -110,6 +112,16 @@ class CapacityTest:
     def __init__(self, start: Waypoint, dendrites: int, parameters: int) -> None:
         self.start, self.dendrites, self.parameters = start, dendrites, parameters
         self.epochs: list[Measured] = []
+
+    @classmethod
+    def begin(
+        cls, model: nn.Module, optimizer: Optimizer, schedule: Schedule, max_dendrites: int
+    ) -> CapacityTest:
+        """Return a test that begins with `model` as it is, for so many dendrites in the end."""
+        found = survey(model)
+        more = max(0, max_dendrites - found.dendrites)
+        parameters = found.parameters + growth_parameters(found.parts, more)
+        return cls(Waypoint.take(model, optimizer, schedule), found.dendrites, parameters)
 
     def decide(self, situation: Situation) -> Decision:
         """Restructure at every step, until three sets have grown."""

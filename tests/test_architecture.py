@@ -20,7 +20,7 @@ KERNELS = ROOT / "kernels" / "pbfx_kernels"
 # or a folder directly under pbfx/.
 LAYERS: list[tuple[str, str]] = [
     (
-        "errors config settings figures phase files encoding paths artefacts",
+        "errors config settings figures phase files encoding paths artefacts machine",
         "say what is wrong, wanted, stored; know no graph",
     ),
     (
@@ -33,7 +33,7 @@ LAYERS: list[tuple[str, str]] = [
     ),
     ("learning", "train dendrites; know no pass"),
     (
-        "passes pipeline perforation perforated absorbed compiled lowered",
+        "passes pipeline perforation kinds followers perforated absorbed compiled lowered",
         "rewrite graphs; `perforated` is what they rewrite",
     ),
     (
@@ -42,7 +42,8 @@ LAYERS: list[tuple[str, str]] = [
         "the verbs, each made of passes",
     ),
     (
-        "policy history waypoint budget rates capacity belonging tracker",
+        "policy history waypoint budget rates capacity belonging run run_files deciding listening "
+        "measuring tracker",
         "when to restructure, and the call that does it",
     ),
     ("backend", "torch.compile: lowers what the verbs made"),

@@ -32,16 +32,8 @@ from pbfx.learning.evidence import Evidence, collect, weigh
 from pbfx.learning.moments import Statistics, statistics
 from pbfx.learning.scaling import resume_scaling, scale_candidates, scaling_batches
 from pbfx_kernels import Moment
-from pbfx_kernels.turns import (
-    Memory,
-    Rules,
-    Tables,
-    Verdict,
-    addresses_of,
-    is_capturing,
-    places,
-    take_turns,
-)
+from pbfx_kernels.booking import Memory, Rules, Tables, Verdict, is_capturing
+from pbfx_kernels.turns import addresses_of, places, take_turns
 
 
 class SiteLearner:

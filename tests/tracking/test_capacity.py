@@ -254,7 +254,7 @@ def test_more_than_the_device_has_is_said() -> None:
 def test_where_nothing_grows_it_ends_all_the_same() -> None:
     """As with settings that leave no site to grow: it does not wait for a third dendrite."""
     run = Run()
-    test = run.tracker._capacity
+    test = run.tracker._run.test
     assert isinstance(test, CapacityTest)
     row = Measured(Phase.NEURON, 0, 1.0, 10, 10, None)
     situation = pbfx.Situation(Phase.NEURON, (0.1,))
