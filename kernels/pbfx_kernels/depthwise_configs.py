@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pbfx_kernels.launching import ceiling, power_of_two
 
 WARPS = 4
-# Float32 values of accumulators and inputs that a thread holds: half of its registers.
-_HELD = 128
+# Float32 values of accumulators and inputs that a thread holds: with addresses and masks, 160
+# registers, which leave room for three programs of four warps.
+_HELD = 96
 # Taps along a column up to which they are unrolled; a longer kernel is looped over, row by row.
 UNROLLED_TAPS = 7
 # Programs of four warps that keep a large GPU busy: an H200 has 132 multiprocessors.
