@@ -1,21 +1,18 @@
 """Run a site by the strategy that `pbfx_kernels.strategy` chooses: what the ops call.
 
-Inside `pbfx_kernels.measure`, by the way that was the fastest here; see `measured`.
+Inside `pbfx_kernels.measure`, by the way that was the fastest here; see `ways`.
 """
 
-import functools
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from pbfx_kernels import measured, reference
+from pbfx_kernels import reference
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
-from pbfx_kernels.launching import on_device
 from pbfx_kernels.layout import stack_like, writable
 from pbfx_kernels.strategy import Problem, Strategy, choose, problem_of
-from pbfx_kernels.ways import Way, ways_of
+from pbfx_kernels.ways import Way, fastest_way, ways_of
 
 
 def evaluate_dendrites(
@@ -72,25 +69,15 @@ def evaluate_dendrites(
 
 def _fastest(
     op: str,
-    soma: Tensor,
+    tensor: Tensor,
     problem: Problem,
     chosen: Strategy,
     activation: str,
     keep: bool,
     run: Callable[[Way], object],
 ) -> Way:
-    """Return the way that was measured to be the fastest here, or what the table has chosen."""
-    usual = Way(chosen)
-    if not measured.active():
-        return usual
-    device = torch.cuda.get_device_name(soma.device)
-    question = measured.question_of(op, device, problem, activation, keep)
-    ways = {way.name: way for way in ways_of(problem)}
-    with on_device(soma):
-        name = measured.fastest(
-            question, {name: functools.partial(run, way) for name, way in ways.items()}
-        )
-    return usual if name is None else ways[name]
+    ways = ((way.name, way) for way in ways_of(problem))
+    return fastest_way(op, tensor, problem, activation, keep, ways, Way(chosen), run)
 
 
 def _launch(

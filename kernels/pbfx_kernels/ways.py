@@ -6,13 +6,62 @@ handful each, because every one is compiled before it is timed.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
+import torch
+from torch import Tensor
+
+from pbfx_kernels import measured
 from pbfx_kernels.depthwise_configs import UNROLLED_TAPS, WARPS, Strips, wide_of
-from pbfx_kernels.fused_configs import MOST_DENDRITES, Blocks, conv2d_blocks, linear_blocks
+from pbfx_kernels.fused_configs import (
+    MOST_DENDRITES,
+    Blocks,
+    conv2d_blocks,
+    linear_blocks,
+    neuron_blocks,
+)
+from pbfx_kernels.launching import on_device
 from pbfx_kernels.strategy import Problem, Strategy, can_split, is_depthwise
 
+W = TypeVar("W")
+
 _SMALLEST = 16
+
+
+def fastest_way(
+    op: str,
+    tensor: Tensor,
+    problem: Problem,
+    activation: str,
+    keep: bool,
+    ways: Iterable[tuple[str, W]],
+    usual: W,
+    run: Callable[[W], object],
+) -> W:
+    """Return the way that was measured to be the fastest here, or the usual one.
+
+    Args:
+        op: `dendrites`, `gradient` or `neuron`, as of `measured.Question`.
+        tensor: any of the site's, for its device.
+        problem: the site; not empty.
+        activation: f, one of `ACTIVATIONS`.
+        keep: whether activations are written.
+        ways: what there is, with names; not looked at unless times decide.
+        usual: what the table chooses.
+        run: computes the site in one of the ways.
+    """
+    if not measured.active():
+        return usual
+    named = dict(ways)
+    device = torch.cuda.get_device_name(tensor.device)
+    question = measured.question_of(op, device, problem, activation, keep)
+    with on_device(tensor):
+        name = measured.fastest(
+            question, {name: functools.partial(run, way) for name, way in named.items()}
+        )
+    return usual if name is None else named[name]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,8 +83,7 @@ class Way:
         """The way in words, such as `split 128x64x32 8 warps 3 stages`."""
         words = [self.strategy.value]
         if self.blocks is not None:
-            b = self.blocks
-            words.append(f"{b.positions}x{b.neurons}x{b.inputs} {b.warps} warps {b.stages} stages")
+            words.append(_name(self.blocks))
         if self.strips is not None:
             words.append(f"{self.strips.rows}x{self.strips.strips}x{self.strips.neurons}")
         return " ".join(words)
@@ -76,3 +124,23 @@ def _other_blocks(problem: Problem) -> Iterator[Blocks]:
     yield change(usual, positions=max(_SMALLEST, usual.positions // 2))
     yield change(usual, warps=12 - usual.warps)
     yield change(usual, stages=7 - usual.stages)
+
+
+def neuron_ways(problem: Problem) -> Iterator[tuple[str, Blocks | None]]:
+    """Yield configurations of the *fused* kernel for a linear site, by name; None is the usual."""
+    yield "usual", None
+    usual = neuron_blocks(problem.positions, problem.neurons, problem.inputs, problem.dendrites)
+    change = dataclasses.replace
+    others = (
+        change(usual, positions=192 - usual.positions),
+        change(usual, stages=7 - usual.stages),
+        change(usual, warps=4, resident=2),
+        change(usual, positions=64, warps=4, stages=4, resident=2),
+    )
+    yield from ((_name(blocks), blocks) for blocks in dict.fromkeys(others) if blocks != usual)
+
+
+def _name(blocks: Blocks) -> str:
+    sizes = f"{blocks.positions}x{blocks.neurons}x{blocks.inputs}"
+    programs = f" {blocks.resident} programs" if blocks.resident > 1 else ""
+    return f"{sizes} {blocks.warps} warps {blocks.stages} stages{programs}"

@@ -363,6 +363,49 @@ def test_dispatch_runs_what_was_measured(clock: Clock, monkeypatch: pytest.Monke
         assert launched == [best]
 
 
+def test_the_fused_kernel_runs_what_was_measured(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It always has a configuration of its own; here is none of its kernels, but their calls."""
+    from pbfx_kernels import fused_neuron, neuron_op, ways
+
+    launched = []
+    monkeypatch.setattr(neuron_op, "can_fuse", lambda *_: True)
+    monkeypatch.setattr(fused_neuron, "interleave", lambda *_: None)
+    monkeypatch.setattr(fused_neuron, "can_describe", lambda _: True)
+    monkeypatch.setattr(fused_neuron, "fused_neuron", lambda *given: launched.append(given[-1]))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    x, weight = torch.randn(64, 32), torch.randn(16, 32)
+    links = torch.randn(2, 16, 32), None, torch.randn(2, 16), torch.randn(2, 2, 16)
+    call = torch.ops.pbfx.perforated_linear.default
+    call(x, weight, None, *links, "tanh", False)
+    assert launched == [None], "off: the function's"
+    offered = dict(ways.neuron_ways(but(positions=64, neurons=16, channels=32, dendrites=2)))
+    best = list(offered.values())[-1]
+    launched.clear()
+
+    def seconds_of(way: Callable[[], object]) -> float:
+        way()
+        return 1.0 if launched[-1] == best else 2.0
+
+    monkeypatch.setattr(measured, "seconds_of", seconds_of)
+    with pbfx_kernels.measure():
+        call(x, weight, None, *links, "tanh", False)
+    assert launched == [*offered.values(), best]
+
+
+def test_ways_of_the_fused_kernel() -> None:
+    from pbfx_kernels.fused_configs import neuron_blocks
+    from pbfx_kernels.ways import neuron_ways
+
+    for problem in (H200, but(positions=64), but(channels=4096), but(dendrites=1)):
+        offered = list(neuron_ways(problem))
+        assert offered[0] == ("usual", None)
+        assert len(dict(offered)) == len(offered) <= 5
+        usual = neuron_blocks(problem.positions, problem.neurons, problem.inputs, problem.dendrites)
+        assert usual not in dict(offered).values()
+
+
 @pytest.mark.parametrize(
     "problem",
     [
