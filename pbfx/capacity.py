@@ -15,6 +15,7 @@ from pbfx.parts import growth_parameters, survey
 from pbfx.phase import Phase
 from pbfx.policy import Action, Decision, EveryTime, Situation
 from pbfx.waypoint import Waypoint
+from pbfx.wording import counted
 
 GROWTHS = 3
 
@@ -92,8 +93,9 @@ class Capacity:
             assert self.available is not None
             verdict = f", MORE than its {_bytes(self.available)}"
         return (
-            f"capacity test passed: {grown} dendrites grew in {len(self.epochs)} epochs "
-            f"({_seconds(took)}) and were taken back. Predicted for {self.dendrites} dendrites: "
+            f"capacity test passed: {counted(grown, 'dendrite')} grew in {len(self.epochs)} epochs "
+            f"({_seconds(took)}), and all was taken back. Predicted for "
+            f"{counted(self.dendrites, 'dendrite')}: "
             f"{self.parameters:,} parameters, an epoch of a neuron phase takes "
             f"{_seconds(self.neuron_seconds)}{phases}, {_bytes(self.memory)} on "
             f"{self.device}{verdict}. For the real run make the tracker with test_capacity=False"

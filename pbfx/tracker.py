@@ -19,7 +19,7 @@ from pbfx.by_hand import grow_part
 from pbfx.capacity import Capacity, CapacityTest
 from pbfx.deciding import decide, grows_at_once
 from pbfx.errors import TrackerError
-from pbfx.history import Epoch, Step, finite_score
+from pbfx.history import Epoch, Step
 from pbfx.learning import SiteLearner
 from pbfx.listening import Listening, resumed
 from pbfx.measuring import measure, show_figures
@@ -27,6 +27,15 @@ from pbfx.optimizers import Schedule, Stepping, hold
 from pbfx.parts import Survey, parts_of, survey
 from pbfx.phase import Phase
 from pbfx.policy import Action, Decision, Plateau, PolicyLike, Situation, possible
+from pbfx.ranks import (
+    Wrappers,
+    agreed_score,
+    check_candidates,
+    check_renewable,
+    listen_together,
+    renew,
+    wrappers_of,
+)
 from pbfx.rates import RateSearch, Search
 from pbfx.restructure import Frozen
 from pbfx.run import Run
@@ -42,7 +51,8 @@ class Tracker:
     """Decide from validation scores when to add dendrites, and add them.
 
     Replaces `scheduler.step()` in a training script. The model, the optimizer and the scheduler are
-    edited in place: whatever the script holds stays valid.
+    edited in place: whatever the script holds stays valid. Under `DistributedDataParallel` every
+    rank has a tracker, and its wrapper stays valid too.
 
     Args:
         model: a model from `pbfx.transform`, or one that contains such parts, compiled or not.
@@ -179,12 +189,15 @@ class Tracker:
 
         Raises:
             ScoreError: if the score is not a finite number; nothing has moved.
-            TrackerError: if another tracker has taken over the model, or the policy decided what
-                cannot be done; nothing has moved.
+            TrackerError: if another tracker has taken over the model, the policy decided what
+                cannot be done, or the ranks of `DistributedDataParallel` give different scores;
+                nothing has moved. Or if candidates have learnt different things on different ranks;
+                the model is as it was.
             RestructureError: if restructuring failed. It was undone; the score stays in the
                 history.
         """
-        value = finite_score(score)
+        wrappers = wrappers_of(self.model)
+        value = agreed_score(score, wrappers)
         if self.complete:
             done = "training is already complete"
             return Step(False, True, self.phase, self.dendrites, False, done)
@@ -198,6 +211,7 @@ class Tracker:
             run.keep(self.model, value)
         seconds = time.perf_counter() - self._since
         candidate_score, sites = measure(self.model, self._learners)
+        check_candidates(candidate_score, wrappers)
         situation = run.situation(
             phase, value, candidate_score, sites, found.dendrites, self.max_dendrites
         )
@@ -217,7 +231,7 @@ class Tracker:
             if run.search is not None:
                 self._carry_on(run.search)
         else:
-            self._restructure(decision)
+            self._restructure(decision, wrappers)
             found = survey(self.model)
             logger.info("%s", decision.reason)
         if self.complete:
@@ -289,8 +303,9 @@ class Tracker:
             decision = Decision(Action.COMPLETE, str(self.capacity), decision.keep)
         return possible(decision, situation)
 
-    def _restructure(self, decision: Decision) -> None:
+    def _restructure(self, decision: Decision, wrappers: Wrappers) -> None:
         """Carry out a decision; the tracker's own state changes only when the model's has."""
+        check_renewable(wrappers)
         run, over = self._run, decision.action is Action.COMPLETE
         source = run.current if decision.action is Action.GROW else run.kept(decision)
         start = run.test.start if over and run.test is not None else None
@@ -328,6 +343,8 @@ class Tracker:
                 show_figures(self.model, ())
             elif not over and not learners and decision.action is not Action.FINISH:
                 search = self._new_search()
+        renew(wrappers)
+        listen_together(learners, wrappers)
         self._listening.change(self.model, self.optimizer, frozen, learners)
         self._parameters = dict(self.model.named_parameters())
         run.turn(decision, search)
@@ -398,6 +415,9 @@ class Tracker:
             frozen, learners = resumed(self.model, state)
         self._parameters = parameters
         self._run = run
+        wrappers = wrappers_of(self.model)
+        renew(wrappers)
+        listen_together(learners, wrappers)
         self._since = time.perf_counter()
         self._listening.change(self.model, self.optimizer, frozen, learners)
         show_figures(self.model, next((e.sites for e in reversed(run.history) if e.sites), ()))

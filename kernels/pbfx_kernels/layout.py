@@ -7,14 +7,15 @@ all tensors can be walked with a single stride: linear ops, NHWC, unbatched inpu
 nothing else of a site's geometry.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pbfx_kernels import walking
+from pbfx_kernels.walking import REMEMBERED, Sizes, walk
 from pbfx_kernels.walking import regular as regular
-from pbfx_kernels.walking import walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +55,25 @@ def grid_of(channel_axis: int, *tensors: Tensor) -> Grid:
     Returns:
         The grid, with strides in the order of `tensors`.
     """
-    shape = tensors[0].shape
-    walked = walk(shape, channel_axis, *(tensor.stride() for tensor in tensors))
+    return grid_of_strides(channel_axis, tensors[0].shape, *(t.stride() for t in tensors))
+
+
+@functools.lru_cache(REMEMBERED)
+def grid_of_strides(channel_axis: int, shape: Sizes, *strides: Sizes) -> Grid:
+    """Find the strides with which tensors are walked; see `grid_of`.
+
+    Args:
+        channel_axis: as there.
+        shape: of the tensors.
+        strides: of each tensor.
+    """
+    walked = walk(shape, channel_axis, *strides)
     positions, neurons = walked.outer * walked.inner, shape[channel_axis]
     if walked.outer == 1:
-        strides = tuple((inner, 0, neuron) for _, neuron, inner in walked.strides)
-        return Grid(positions, neurons, 1, strides)
-    strides = tuple((outer, inner, neuron) for outer, neuron, inner in walked.strides)
-    return Grid(positions, neurons, walked.inner, strides)
+        single = tuple((inner, 0, neuron) for _, neuron, inner in walked.strides)
+        return Grid(positions, neurons, 1, single)
+    found = tuple((outer, inner, neuron) for outer, neuron, inner in walked.strides)
+    return Grid(positions, neurons, walked.inner, found)
 
 
 def is_regular(tensor: Tensor, channel_axis: int) -> bool:

@@ -126,7 +126,7 @@ def test_it_says_what_a_real_run_needs(caplog: pytest.LogCaptureFixture) -> None
     assert step.reason == str(found)
     assert step.reason in caplog.text
     assert step.reason.startswith("capacity test passed: 3 dendrites grew in 7 epochs (")
-    assert "were taken back" in step.reason
+    assert "was taken back" in step.reason
     assert "make the tracker with test_capacity=False" in step.reason
     assert found.parameters == parameter_count(pbfx.grow(pbfx.transform(Mlp()), 5))
     assert f"{found.parameters:,} parameters" in step.reason

@@ -192,7 +192,7 @@ def test_a_budget_of_epochs_ends_a_search() -> None:
         run.epoch(score)
     step = run.epoch(0.5)
     assert step.complete
-    assert "all of max_epochs=4 are over" in step.reason
+    assert "max_epochs=4 is reached" in step.reason
     assert run.tracker.best_score == 0.5
 
 

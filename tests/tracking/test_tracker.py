@@ -287,19 +287,19 @@ class TestReasons:
         script = [0.5, 0.5, 0, 0.4, 0.4, 0, 0.7, 0.7, 0, 0.6, 0.6, 0, 0.65, 0.6]
         steps = [quiet_step(tracker, score) for score in script]
         reasons = [step.reason for step in steps if step.restructured]
-        over = "1 epochs of candidate learning are over"
+        over = "1 epoch of candidate learning is over"
         assert reasons == [
-            "no improvement for 1 epochs at 0.5: growing dendrite 1",
+            "no improvement for 1 epoch at 0.5: growing dendrite 1",
             over,
-            "no improvement for 1 epochs; dendrite 1 did not help (0.4 against 0.5): dropped, "
+            "no improvement for 1 epoch; dendrite 1 did not help (0.4 against 0.5): dropped, "
             "trying another",
             over,
-            "no improvement for 1 epochs at 0.7: growing dendrite 2",
+            "no improvement for 1 epoch at 0.7: growing dendrite 2",
             over,
-            "no improvement for 1 epochs; dendrite 2 did not help (0.6 against 0.7): dropped, "
+            "no improvement for 1 epoch; dendrite 2 did not help (0.6 against 0.7): dropped, "
             "trying another",
             over,
-            "no improvement for 1 epochs; dendrite 2 did not help (0.65 against 0.7), the last of "
+            "no improvement for 1 epoch; dendrite 2 did not help (0.65 against 0.7), the last of "
             "2 tries",
         ]
         assert tracker.complete
