@@ -75,6 +75,24 @@ def start_from(
 
 
 @triton.jit
+def lies_within(at, SIZE, OFFSET: tl.constexpr, PAD: tl.constexpr, REACH: tl.constexpr):
+    """Return whether a row or column of the input exists, without asking what cannot be.
+
+    It lies OFFSET after the first tap of an output that exists, so at OFFSET - PAD or more, and its
+    last tap, at REACH, lies at most PAD - 1 past the end.
+    """
+    if OFFSET < PAD:
+        if OFFSET > REACH - PAD:
+            return (at >= 0) & (at < SIZE)
+        else:
+            return at >= 0
+    elif OFFSET > REACH - PAD:
+        return at < SIZE
+    else:
+        return tl.full(at.shape, True, tl.int1)
+
+
+@triton.jit
 def add_column(
     z,
     x,
@@ -86,6 +104,7 @@ def add_column(
     HEIGHT,
     x_h,
     STRIDE_H: tl.constexpr,
+    PAD_H: tl.constexpr,
     DILATION_H: tl.constexpr,
     TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr,
@@ -108,9 +127,9 @@ def add_column(
             weights += TAPS_W * N
     else:
         tiles = ()
-        for r in tl.static_range((ROWS - 1) * STRIDE_H + (TAPS_H - 1) * DILATION_H + 1):
-            row = top + r
-            inside = inside_w & ((row >= 0) & (row < HEIGHT))[:, None]
+        REACH: tl.constexpr = (TAPS_H - 1) * DILATION_H
+        for r in tl.static_range((ROWS - 1) * STRIDE_H + REACH + 1):
+            inside = inside_w & lies_within(top + r, HEIGHT, r, PAD_H, REACH)[:, None]
             tiles = tiles + (tl.load(x, mask=inside, other=0.0).to(tl.float32),)
             x += x_h
         for t in tl.static_range(TAPS_H):
@@ -142,6 +161,8 @@ def convolve(
     x_h,
     x_w,
     STRIDE_H: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     TAPS_H: tl.constexpr,
@@ -166,6 +187,8 @@ def convolve(
         x_h: stride of a row.
         x_w: stride of a column.
         STRIDE_H: of the convolution, down.
+        PAD_H: likewise.
+        PAD_W: along.
         DILATION_H: likewise.
         DILATION_W: along.
         TAPS_H: of the kernel.
@@ -175,10 +198,12 @@ def convolve(
         ROWS: of a strip.
     """
     weights += n
+    REACH: tl.constexpr = (TAPS_W - 1) * DILATION_W
     if UNROLL:
         for u in tl.static_range(TAPS_W):
             column = left + u * DILATION_W
-            inside_w = ((column >= 0) & (column < WIDTH))[:, None] & mask_n[None, :]
+            inside_w = lies_within(column, WIDTH, u * DILATION_W, PAD_W, REACH)[:, None]
+            inside_w &= mask_n[None, :]
             z = add_column(
                 z,
                 x + u * DILATION_W * x_w,
@@ -190,6 +215,7 @@ def convolve(
                 HEIGHT,
                 x_h,
                 STRIDE_H,
+                PAD_H,
                 DILATION_H,
                 TAPS_H,
                 TAPS_W,
@@ -211,6 +237,7 @@ def convolve(
                 HEIGHT,
                 x_h,
                 STRIDE_H,
+                PAD_H,
                 DILATION_H,
                 TAPS_H,
                 TAPS_W,
@@ -314,6 +341,8 @@ def _depthwise_kernel(
         x_h,
         x_w,
         STRIDE_H,
+        PAD_H,
+        PAD_W,
         DILATION_H,
         DILATION_W,
         TAPS_H,
@@ -426,6 +455,8 @@ def _depthwise_gradient_kernel(
             x_h,
             x_w,
             STRIDE_H,
+            PAD_H,
+            PAD_W,
             DILATION_H,
             DILATION_W,
             TAPS_H,
