@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+# They register their ops and those of `pbfx_kernels.ops`.
 import pbfx_kernels.depthwise_op
-import pbfx_kernels.neuron_op  # noqa: F401  registers its op and those of `pbfx_kernels.ops`
+import pbfx_kernels.frozen
+import pbfx_kernels.neuron_op  # noqa: F401
 from pbfx_kernels.geometry import Geometry
 
 
@@ -70,6 +72,20 @@ def perforated_depthwise_flops(
     stride, padding, dilation = (tuple(each) for each in rest[4:7])
     out = Geometry(stride, padding, dilation, weight[0]).output_shape(x, weight)
     return stacked_flops(out, x, (1 + dendrite_weight[0], *weight))
+
+
+@register_flop_formula(torch.ops.pbfx.frozen_neurons)
+def frozen_neurons_flops(
+    x: Sequence[int],
+    weights: Sequence[int],
+    bias: Sequence[int] | None,
+    to_soma: Sequence[int],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Count `pbfx::frozen_neurons`, without the rows of zeros."""
+    dendrites, neurons = to_soma
+    return 2 * math.prod(x) * neurons * (1 + dendrites)
 
 
 @register_flop_formula(torch.ops.pbfx.dendrites_recompute)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling
+from pbfx_kernels.reference import flatten_stack
 
 # Bytes of `z` at a time: enough for a library to run at full speed.
 CHUNK_BYTES = 256 * 2**20
@@ -95,10 +96,8 @@ def prepared(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Ten
 
 
 def stacked_weight(weight: Tensor, groups: int) -> Tensor:
-    """Make one weight of D: `(D, N, ...)` to `(D * N, ...)`, in the order (group, d, neuron)."""
-    # A view where there is one group.
-    split = weight.unflatten(1, (groups, weight.shape[1] // groups))
-    return split.movedim(1, 0).flatten(0, 2)
+    """Make one weight of D: `(D, N, ...)` to `(D * N, ...)`, a view where there is one group."""
+    return flatten_stack(weight, 1 - weight.dim(), groups)
 
 
 def library(x: Tensor, stacked: Tensor, geometry: Geometry) -> Tensor:

@@ -23,6 +23,7 @@ class PassContext:
         phase: that the graph is for.
         lowering: whether it is for inference, in eval mode for good.
         fold_norms: whether lowering may fold norms into weights.
+        portable: whether lowering may ask for nothing that another device would not have.
         notes: what lowering left apart and why, by the name of the site; passes write it.
     """
 
@@ -30,6 +31,7 @@ class PassContext:
     phase: Phase
     lowering: bool = False
     fold_norms: bool = True
+    portable: bool = False
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def grown(self, gm: fx.GraphModule) -> dict[str, tuple[Site, Dendrites]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import math
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import dendrite_step, restructure, step, whole
+from benchmarks import dendrite_step, lower, restructure, step, whole
 from benchmarks.benchmark import Case
 from benchmarks.environment import COLUMNS, git_revision
 from benchmarks.errors import GateError, UsageError
@@ -29,6 +30,7 @@ TINY = {
     "step": "--models mnist mlp --width 0.05 --batch-size 2 --seconds 0.01 --dendrites 0 2",
     "dendrite-step": "--models mnist wide --width 0.05 --batch-size 2 --seconds 0.01",
     "models": "--models mnist resnet18 --width 0.05 --batch-size 2 --dendrites 0 2 --seconds 0.01",
+    "lower": "--models mnist resnet18 --width 0.05 --batch-size 2 --dendrites 0 2 --seconds 0.01",
     "restructure": "--models mnist --width 0.05 --batch-size 2 --repeats 2",
     "recompile": "--models mnist --width 0.05 --batch-size 2 --repeats 2 --compiler eager",
 }
@@ -141,6 +143,12 @@ def test_tiny_run(name, tmp_path, capsys):
         assert len(rows) == 2 * (2 + 3)
         packed = [row for row in rows if row["provider"] == "packed"]
         assert all(float(row["x_packed"]) == 1 for row in packed)
+    elif name == "lower":
+        # Without dendrites there is nothing to pack, and on a CPU there are no graphs.
+        assert len(rows) == 2 * (3 + 4)
+        assert {row["graph"] for row in rows} == {"no"}
+        packed = [row for row in rows if row["provider"] == "packed"]
+        assert all(float(row["x_packed"]) == 1 for row in packed)
     elif name == "dendrite-step":
         # On a CPU there are no graphs: two models, two parts, plain and candidates.
         assert len(rows) == 2 * 2 * 2
@@ -158,6 +166,19 @@ def test_compiled_restructuring_counts_compilations(tmp_path):
     counts = {row["event"]: row["compilations"] for row in read(path)}
     assert counts["first step after growth"] == "1"
     assert counts["second step after growth"] == "0"
+
+
+def test_a_wrong_lowering_is_not_timed(tmp_path, monkeypatch, capsys):
+    def damaged(model):
+        twin = copy.deepcopy(model)
+        nudge(twin)
+        return twin
+
+    monkeypatch.setattr(lower.pbfx, "lower", damaged)
+    path = tmp_path / "rows.csv"
+    assert main(["lower", *TINY["lower"].split(), "--out", str(path)]) == 1
+    assert "mnist, lowered against pbfx: output is off" in capsys.readouterr().err
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("dendrites", [0, 2])
