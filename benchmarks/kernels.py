@@ -5,7 +5,8 @@ timed, so that launches from Python weigh on nobody. Inputs rotate past the L2 c
 is measured in the same run: a large copy and a large matrix product.
 
 Modes: the forward in inference, the step of the neuron phase (forward and backward), and the step
-of the dendrite phase with one candidate, in which the layer itself is frozen.
+of the dendrite phase with one candidate, in which the layer itself is frozen, and the step of
+dendrites that learn by plain backpropagation.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks import candidate_neurons, incumbent, kernels_summary, neurons
+from benchmarks import candidate_neurons, full_neurons, incumbent, kernels_summary, neurons
 from benchmarks.benchmark import Benchmark, Case
 from benchmarks.candidate_neurons import Pool
 from benchmarks.gate import gradient_fault, output_fault, require
@@ -29,6 +30,7 @@ from benchmarks.layer_providers import (
     COMPILED,
     FORWARD,
     FULL,
+    GRADIENT,
     LOOP,
     MODES,
     PBFX,
@@ -124,7 +126,7 @@ def _call(
             return neuron(*_arguments(tensors, turn))
 
     leaves = tensors.dendrites
-    if isinstance(neuron, neurons.Full) and mode == STEP:
+    if mode == GRADIENT or (isinstance(neuron, neurons.Full) and mode == STEP):
         leaves = tuple(t.detach().requires_grad_() for t in leaves)
     frozen = tuple(t.detach() for t in (tensors.weight, tensors.bias, *tensors.dendrites))
 
@@ -145,7 +147,7 @@ def _call(
 
     if mode == FORWARD:
         return forward
-    return step if mode == STEP or pool is None else candidate
+    return step if pool is None else candidate
 
 
 def check(
@@ -169,6 +171,9 @@ def check(
             continue
         else:
             assert isinstance(result, dict)
+            if name == PLAIN and mode == GRADIENT:
+                # Alone in that its input hears nothing from dendrites.
+                del result["x"]
             grads[name] = result
             fault = _gradient_fault(result, _reference(grads, name), dtype)
         if fault:
@@ -217,7 +222,8 @@ def _measure(args: argparse.Namespace, tensors: Tensors, mode: str, roofline: Ro
         found = start(providers(args, tensors, mode), call, args.compile_seconds)
     require(check(tensors, found, mode, args.dtype, pool))
     count = len(tensors.inputs)
-    ran = {PBFX: choice(call(PBFX, found[PBFX]))}
+    full = mode == GRADIENT
+    ran = {PBFX: full_neurons.strategy(tensors) if full else choice(call(PBFX, found[PBFX]))}
     if COMPILED in found:
         ran[COMPILED] = " + ".join(dict.fromkeys(compiled)) or "none"
     peaks, calls = {}, {}
@@ -335,7 +341,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dendrites", nargs="+", type=natural, default=[1, 3], metavar="D")
     parser.add_argument(
         "--modes", nargs="+", choices=MODES, default=list(MODES[:2]),
-        help="forward; step, of the neuron phase; candidate, a step of the dendrite phase",
+        help="forward; step, of the neuron phase; candidate, of the dendrite phase; "
+        "full, of dendrites that learn by plain backpropagation",
     )  # fmt: skip
     parser.add_argument(
         "--tune-gemm", nargs="+", default=[], metavar="WORDS",

@@ -142,7 +142,7 @@ def _table(dtype: str, mode: str, cases: Mapping[tuple[str, int], Measured]) -> 
         cells += _shares(cases)
     elif mode == STEP:
         cells.append(_steps("step / plain, D = 3, GEMM-bound", cases, (STEP, PLAIN), 3))
-    else:
+    elif mode == CANDIDATE:
         cells.append(_steps("step / plain, D = 0", cases, (CANDIDATE, PLAIN), 0))
     notes = [f"{own}: {_named(losses[own], beaten[own])}" for own in OURS if losses[own]]
     devices = sorted({row["device"] for case in cases.values() for row in case.values()})

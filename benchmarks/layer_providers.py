@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import candidate_neurons, incumbent, neurons
+from benchmarks import candidate_neurons, full_neurons, incumbent, neurons
 from benchmarks.neurons import Neuron, Tensors
 from pbfx_kernels import Geometry
 from pbfx_kernels.strategy import can_fuse, choose, problem_of
 
-FORWARD, STEP, CANDIDATE = "forward", "step", "candidate"
-MODES = (FORWARD, STEP, CANDIDATE)
+FORWARD, STEP, CANDIDATE, GRADIENT = "forward", "step", "candidate", "full"
+MODES = (FORWARD, STEP, CANDIDATE, GRADIENT)
 PLAIN, PBFX, COMPILED = "plain", "pbfx", "pbfx, compiled"
 LOOP, PACKED, INDUCTOR, PACKED_INDUCTOR = (
     *("eager loop", "eager packed", "inductor", "packed + inductor"),
@@ -48,6 +48,8 @@ def providers(args: argparse.Namespace, tensors: Tensors, mode: str) -> dict[str
     if mode == CANDIDATE:
         return _in_dendrite_phase(args, tensors)
     layer = tensors.layer
+    if mode == GRADIENT:
+        return _in_gradient_mode(args, tensors)
     found: dict[str, Neuron] = {PLAIN: neurons.plain(layer), PBFX: neurons.chosen(layer)}
     if args.compile:
         found[COMPILED] = _compiled(neurons.chosen(layer))
@@ -89,6 +91,18 @@ def _in_dendrite_phase(args: argparse.Namespace, tensors: Tensors) -> dict[str, 
     found[LOOP] = candidate_neurons.loop(layer)
     if args.compile:
         found[INDUCTOR] = _inductor(candidate_neurons.loop(layer))
+    return found
+
+
+def _in_gradient_mode(args: argparse.Namespace, tensors: Tensors) -> dict[str, Neuron]:
+    layer = tensors.layer
+    loop, packed = (of(layer, frozen=False) for of in (neurons.loop, neurons.packed))
+    found: dict[str, Neuron] = {PLAIN: neurons.plain(layer), PBFX: full_neurons.chosen(layer)}
+    if args.compile:
+        found[COMPILED] = _compiled(full_neurons.chosen(layer))
+    found |= {LOOP: loop, PACKED: packed}
+    if args.compile:
+        found |= {INDUCTOR: _inductor(loop), PACKED_INDUCTOR: _inductor(packed)}
     return found
 
 

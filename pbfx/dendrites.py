@@ -252,14 +252,13 @@ class Dendrites(Sited):
         x, evaluate = pad(x, self.site), functools.partial(pbfx_kernels.dendrites, keep=keep)
         weight, bias, to_dendrite = self.site.op_weight(self.weight), self.bias, self.to_dendrite
         if self.backpropagates:
-            evaluate = pbfx_kernels.reference.dendrites
+            evaluate = functools.partial(pbfx_kernels.full_dendrites, keep=keep)
         elif self.weight.requires_grad and torch.is_grad_enabled() and not in_torch_func():
             # The weights learn from their neuron's error, and what they read does not. In the
             # dendrite phase nothing of this requires gradients.
-            evaluate, x = pbfx_kernels.reference.dendrites, x.detach()
-            if self.holds_older:
-                weight, to_dendrite = _newest_learns(weight), _newest_learns(to_dendrite)
-                bias = None if bias is None else _newest_learns(bias)
+            frozen = self.count - 1 if self.holds_older else 0
+            evaluate = functools.partial(pbfx_kernels.full_dendrites, keep=keep, frozen=frozen)
+            x = x.detach()
         elif in_torch_func():
             # Its transforms do not go through the op; the reference blocks the same errors if what
             # they must not reach is detached.
@@ -281,8 +280,3 @@ class Dendrites(Sited):
             rows = self.mask.view(-1, *(1,) * soma.dim()).to(activations.dtype)
             activations = activations.detach() * rows
         return self.put(whole, out), activations
-
-
-def _newest_learns(stack: Tensor) -> Tensor:
-    """Return `stack`, of which only the last row passes gradients on."""
-    return torch.cat([stack[:-1].detach(), stack[-1:]])

@@ -48,7 +48,7 @@ def test_tiny_run(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == (*COLUMNS, *kernels.COLUMNS)
     # Nobody packs a single candidate.
-    assert len(rows) == len(TINY) * 2 * (4 + 4 + 3)
+    assert len(rows) == len(TINY) * 2 * (4 + 4 + 3 + 4)
     assert {row["provider"] for row in rows} == {"plain", "pbfx", "eager loop", "eager packed"}
     assert all(math.isfinite(float(row["us_p50"])) for row in rows)
     assert all(float(row["x_plain"]) == 1 for row in rows if row["provider"] == "plain")
@@ -81,7 +81,8 @@ def test_the_gate_names_who_is_wrong(layer: Layer, mode: str):
     pool = candidate_neurons.draw(tensors, 0) if mode == kernels.CANDIDATE else None
     found = layer_providers.providers(_args(), tensors, mode)
     assert kernels.check(tensors, found, mode, "float32", pool) == []
-    right = candidate_neurons.loop(layer) if pool else neurons.loop(layer)
+    frozen = mode != kernels.GRADIENT
+    right = candidate_neurons.loop(layer) if pool else neurons.loop(layer, frozen)
 
     def without_links(*arguments: Tensor) -> Tensor:
         # Of the dendrites, or of the candidate: by them its gradients are wrong, and no output is.
