@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Benchmark:
         columns: the CSV columns of its own; those of `benchmarks.environment` come before them.
         add_arguments: adds its options to those that all benchmarks share.
         run: checks the outputs (raises `GateError`), then measures and yields case by case.
+        summarize: makes tables of the rows of a CSV file, for `--summary`; None if it has none.
     """
 
     name: str
@@ -43,3 +45,4 @@ class Benchmark:
     columns: tuple[str, ...]
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], Iterator[Case]]
+    summarize: Callable[[Path], list[Case]] | None = None

@@ -6,13 +6,9 @@ parameter. Its floor is 3 (D + 1) products, D + 1 times the plain layer's.
 
 from __future__ import annotations
 
-import functools
-
-import torch
 from torch import Tensor
 
 import pbfx_kernels
-from benchmarks import neurons
 from benchmarks.neurons import Layer, Neuron, Tensors
 from pbfx_kernels.full_gradient import has_kernels
 from pbfx_kernels.strategy import Strategy
@@ -33,20 +29,3 @@ def strategy(tensors: Tensors) -> str:
     """Return what runs between the products."""
     known = has_kernels(tensors.grad, tensors.dendrites[0], tensors.layer.geometry)
     return (Strategy.PACKED if known else Strategy.REFERENCE).value
-
-
-def providers(layer: Layer, compiled: bool) -> dict[str, Neuron]:
-    """Return who computes the layer, by the names of `benchmarks.kernels`."""
-    loop, packed = neurons.loop(layer, frozen=False), neurons.packed(layer, frozen=False)
-    found = {
-        "plain": neurons.plain(layer),
-        "pbfx": chosen(layer),
-        "eager loop": loop,
-        "eager packed": packed,
-    }
-    if compiled:
-        compile_ = functools.partial(torch.compile, fullgraph=True, dynamic=False)
-        found["inductor"] = compile_(loop)
-        found["packed + inductor"] = compile_(packed)
-        found["pbfx compiled"] = compile_(chosen(layer))
-    return found

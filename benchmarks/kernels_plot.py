@@ -1,6 +1,6 @@
 """Draw what `python -m benchmarks kernels` measured, from its CSV file and nothing else.
 
-python -m benchmarks.kernels_plot [CSV] [IMAGE]
+python -m benchmarks.kernels_plot [CSV] [IMAGE] [DTYPE]
 """
 
 from __future__ import annotations
@@ -10,33 +10,39 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import kernels_summary
 from benchmarks.environment import ROOT
+from benchmarks.layer_providers import (
+    COMPILED,
+    INDUCTOR,
+    LOOP,
+    MODES,
+    PACKED_INDUCTOR,
+    PBFX,
+    PLAIN,
+)
 
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.csv"
 IMAGE = ROOT / "docs" / "kernels.svg"
-_PROVIDERS = ("pbfx", "inductor", "packed + inductor", "eager loop")
+_ROOFLINE = "roofline"
+_PROVIDERS = (PBFX, COMPILED, INDUCTOR, PACKED_INDUCTOR, LOOP, _ROOFLINE)
+_DENDRITES = 3
 
 
-def latest(
-    rows: Sequence[dict[str, str]], dendrites: str, mode: str
-) -> dict[str, dict[str, float]]:
-    """Return microseconds by layer and provider: of each layer, the rows of its latest run."""
+def latest(rows: Sequence[dict[str, str]], dtype: str, mode: str) -> dict[str, dict[str, float]]:
+    """Return microseconds by layer and provider, and the roofline's: of each, its latest run."""
+    wanted = [row for row in rows if (row["dtype"], row["mode"]) == (dtype, mode)]
     found: dict[str, dict[str, float]] = {}
-    newest: dict[str, str] = {}
-    for row in sorted(rows, key=lambda row: row["utc"]):
-        if (row["dendrites"], row["mode"]) != (dendrites, mode):
-            continue
-        layer, run = row["layer"], row["utc"] + row["revision"]
-        if newest.get(layer) != run:
-            newest[layer], found[layer] = run, {}
-        found[layer][row["provider"]] = float(row["us_p50"])
-        if row["provider"] == "pbfx" and row["roofline_us"]:
-            found[layer]["roofline"] = float(row["roofline_us"])
+    for (layer, dendrites), case in kernels_summary.latest(wanted).items():
+        if dendrites == _DENDRITES and PLAIN in case:
+            found[layer] = {name: float(row["us_p50"]) for name, row in case.items()}
+            if PBFX in case and (floor := case[PBFX]["roofline_us"]):
+                found[layer][_ROOFLINE] = float(floor)
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the forward and the step at D = 3, as multiples of the best rival."""
+    """Draw the forward and the step at D = 3, as multiples of the plain layer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -47,27 +53,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     source = Path(arguments[0]) if arguments else RESULTS
     image = Path(arguments[1]) if len(arguments) > 1 else IMAGE
+    dtype = arguments[2] if len(arguments) > 2 else "bfloat16"
     with source.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    figure, panels = plt.subplots(1, 2, figsize=(11, 6), sharey=True, layout="constrained")
-    for panel, mode in zip(panels, ("forward", "step"), strict=True):
-        times = latest(rows, "3", mode)
-        for provider in (*_PROVIDERS, "roofline"):
+    figure, panels = plt.subplots(1, 2, figsize=(11, 7), sharey=True, layout="constrained")
+    measured = {mode: latest(rows, dtype, mode) for mode in MODES[:2]}
+    # A layer has one line in both.
+    layers = dict.fromkeys(layer for times in measured.values() for layer in times)
+    places = {layer: place for place, layer in enumerate(layers)}
+    for panel, (mode, times) in zip(panels, measured.items(), strict=True):
+        for provider in _PROVIDERS:
             points = [
-                (values[provider] / values["plain"], place)
-                for place, values in enumerate(times.values())
+                (values[provider] / values[PLAIN], places[layer])
+                for layer, values in times.items()
                 if provider in values
             ]
             if points:
-                marker = "|" if provider == "roofline" else "o"
+                marker = "|" if provider == _ROOFLINE else "o"
                 panel.plot(*zip(*points, strict=True), marker, label=provider, alpha=0.8)
-        panel.set_yticks(range(len(times)), list(times))
+        panel.set_yticks(range(len(places)), list(places))
         panel.set_xscale("log")
-        panel.set_xlabel(f"{mode}, D = 3: times the plain layer")
+        panel.set_xlabel(f"{mode}, D = {_DENDRITES}: times the plain layer")
         panel.grid(axis="x", which="both", alpha=0.3)
     panels[0].invert_yaxis()
     panels[0].legend()
-    figure.suptitle(f"{rows[-1]['device']}, {rows[-1]['dtype']}, torch {rows[-1]['torch']}")
+    figure.suptitle(f"{rows[-1]['device']}, {dtype}, torch {rows[-1]['torch']}")
     figure.savefig(image, metadata={"Date": None})
     return 0
 

@@ -18,7 +18,7 @@ import pbfx_kernels.neuron_op  # noqa: F401  registers `pbfx::perforated_linear`
 from pbfx_kernels import Geometry, perforated_conv2d, perforated_linear
 from pbfx_kernels.dispatch import evaluate_dendrites
 from pbfx_kernels.packed import library, stacked_weight
-from pbfx_kernels.strategy import Strategy, can_split, problem_of
+from pbfx_kernels.strategy import Strategy, can_split, is_depthwise, problem_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +85,18 @@ def _conv(
     )
 
 
+def _resnet(taps: int, channels: int, neurons: int, size: int, stride: int = 1) -> Layer:
+    """Return a convolution of ResNet-50 at batch 64, NHWC, over images of `size` squared."""
+    name = f"{taps}x{taps} {channels}-{neurons} {size}" + f" /{stride}" * (stride > 1)
+    return _conv(name, 64, channels, size, neurons, taps, stride, taps // 2)[1]
+
+
+def _depthwise(channels: int, size: int, stride: int = 1) -> tuple[Layer, Layer]:
+    """Return a depthwise convolution of MobileNetV2 at batch 64."""
+    name = f"depthwise 3x3 {channels} {size}" + f" /{stride}" * (stride > 1)
+    return _conv(name, 64, channels, size, channels, 3, stride, 1, channels)
+
+
 LAYERS: tuple[Layer, ...] = (
     _linear(8192, 4096, 4096),
     _linear(16384, 3072, 768),
@@ -106,9 +118,24 @@ LAYERS: tuple[Layer, ...] = (
     *_conv("3x3 128 28", 64, 128, 28, 128, 3, 1, 1),
     *_conv("3x3 256 14", 64, 256, 14, 256, 3, 1, 1),
     *_conv("3x3 512 7", 64, 512, 7, 512, 3, 1, 1),
+    *(_resnet(3, n, n, size, 2) for n, size in ((128, 56), (256, 28), (512, 14))),
     *_conv("1x1 64-256 56", 64, 64, 56, 256, 1),
     *_conv("1x1 256-64 56", 64, 256, 56, 64, 1),
-    *_conv("depthwise 3x3 144 56", 64, 144, 56, 144, 3, 1, 1, 144),
+    *(_resnet(1, *each) for each in ((64, 64, 56), (256, 128, 56), (128, 512, 28))),
+    *(_resnet(1, *each) for each in ((512, 128, 28), (512, 256, 28), (256, 1024, 14))),
+    *(_resnet(1, *each) for each in ((1024, 256, 14), (1024, 512, 14), (512, 2048, 7))),
+    *(_resnet(1, *each) for each in ((2048, 512, 7), (256, 512, 56, 2))),
+    *(_resnet(1, *each) for each in ((512, 1024, 28, 2), (1024, 2048, 14, 2))),
+    *_depthwise(32, 112),
+    *_depthwise(96, 112, 2),
+    *_depthwise(144, 56),
+    *_depthwise(144, 56, 2),
+    *_depthwise(192, 28),
+    *_depthwise(192, 28, 2),
+    *_depthwise(384, 14),
+    *_depthwise(576, 14),
+    *_depthwise(576, 14, 2),
+    *_depthwise(960, 7),
 )
 
 
@@ -268,4 +295,5 @@ def strategies(tensors: Tensors) -> list[Strategy]:
     if not tensors.weight.is_cuda or not tensors.dendrites[0].shape[0]:
         return []
     problem = problem_of(tensors.grad, tensors.dendrites[0], tensors.layer.geometry)
-    return [Strategy.PACKED, *([Strategy.SPLIT] if can_split(problem) else [])]
+    able = {Strategy.SPLIT: can_split(problem), Strategy.DEPTHWISE: is_depthwise(problem)}
+    return [Strategy.PACKED, *(strategy for strategy, known in able.items() if known)]

@@ -16,7 +16,7 @@ from benchmarks.benchmark import Benchmark
 from benchmarks.environment import COLUMNS, DTYPES, choose_device, environment, precision
 from benchmarks.errors import GateError, UsageError
 from benchmarks.options import count, natural
-from benchmarks.records import append, check_columns, results_path
+from benchmarks.records import RESULTS, append, check_columns, results_path
 from benchmarks.registry import BENCHMARKS, COMMANDS
 from benchmarks.table import render
 from pbfx.errors import nearest
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmark = BENCHMARKS[name]
     args = parser_of(benchmark).parse_args(rest)
     try:
+        if benchmark.summarize and args.summary:
+            print("\n\n".join(render(case) for case in benchmark.summarize(args.summary)))
+            return 0
         return run(benchmark, args)
     except UsageError as error:
         print(f"benchmarks {name}: {error}", file=sys.stderr)
@@ -78,6 +81,12 @@ def parser_of(benchmark: Benchmark) -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="CSV", help="append rows to this file instead")
     parser.add_argument("--revision", help="git revision to record where there is no git checkout")
+    if benchmark.summarize:
+        committed = RESULTS / f"{benchmark.name}.csv"
+        parser.add_argument(
+            "--summary", type=Path, nargs="?", const=committed, metavar="CSV",
+            help="measure nothing: sum up the rows of this file (default: the committed one)",
+        )  # fmt: skip
     benchmark.add_arguments(parser)
     return parser
 

@@ -6,6 +6,7 @@ from pbfx_kernels.errors import ArgumentError
 from pbfx_kernels.full import full_dendrites
 from pbfx_kernels.functional import candidates, dendrites, perforated_conv2d, perforated_linear
 from pbfx_kernels.geometry import LINEAR, Geometry
+from pbfx_kernels.measured import measure
 from pbfx_kernels.moments import Moment
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "candidates",
     "dendrites",
     "full_dendrites",
+    "measure",
     "perforated_conv2d",
     "perforated_linear",
     "reference",

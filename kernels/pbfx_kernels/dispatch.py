@@ -1,6 +1,10 @@
-"""Run a site by the strategy that `pbfx_kernels.strategy` chooses: what the ops call."""
+"""Run a site by the strategy that `pbfx_kernels.strategy` chooses: what the ops call.
+
+Inside `pbfx_kernels.measure`, by the way that was the fastest here; see `ways`.
+"""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,6 +15,7 @@ from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like, writable
 from pbfx_kernels.strategy import Problem, Strategy, choose, problem_of
 from pbfx_kernels.walking import REMEMBERED
+from pbfx_kernels.ways import Way, fastest_way, ways_of
 
 
 def evaluate_dendrites(
@@ -52,16 +57,34 @@ def evaluate_dendrites(
     if strategy is not None:
         if strategy is Strategy.REFERENCE:
             return plain()
-        return _launch(strategy, soma, x, *links, geometry, keep)
+        return _launch(Way(strategy), soma, x, *links, geometry, keep)
     problem = problem_of(soma, weight, geometry)
     chosen = choose(problem)
     if chosen is Strategy.REFERENCE:
         return plain()
-    return or_reference(problem, lambda: _launch(chosen, soma, x, *links, geometry, keep), plain)
+
+    def run(way: Way) -> tuple[Tensor, Tensor]:
+        return _launch(way, soma, x, *links, geometry, keep)
+
+    way = _fastest("dendrites", soma, problem, chosen, activation, keep, run)
+    return or_reference(problem, lambda: run(way), plain)
+
+
+def _fastest(
+    op: str,
+    tensor: Tensor,
+    problem: Problem,
+    chosen: Strategy,
+    activation: str,
+    keep: bool,
+    run: Callable[[Way], object],
+) -> Way:
+    ways = ((way.name, way) for way in ways_of(problem))
+    return fastest_way(op, tensor, problem, activation, keep, ways, Way(chosen), run)
 
 
 def _launch(
-    strategy: Strategy,
+    way: Way,
     soma: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -76,18 +99,22 @@ def _launch(
     links = weight, bias, to_soma, to_dendrite, activation
     out = writable(soma, geometry.channel_axis)
     kept = stack_like(out, weight.shape[0]) if keep else None
-    if strategy is Strategy.PACKED:
+    if way.strategy is Strategy.PACKED:
         from pbfx_kernels.packed import packed_dendrites
 
         packed_dendrites(soma, x, *links, geometry, out, kept)
+    elif way.strategy is Strategy.DEPTHWISE:
+        from pbfx_kernels.fused_depthwise import fused_depthwise
+
+        fused_depthwise(soma, x, *links, geometry, out, kept, way.strips)
     elif geometry.spatial == 0:
         from pbfx_kernels.fused_linear import fused_linear
 
-        fused_linear(soma, x, *links, out, kept)
+        fused_linear(soma, x, *links, out, kept, way.blocks)
     else:
         from pbfx_kernels.fused_conv2d import fused_conv2d
 
-        fused_conv2d(soma, x, *links, geometry, out, kept)
+        fused_conv2d(soma, x, *links, geometry, out, kept, way.blocks)
     return out, soma.new_empty((0, *soma.shape)) if kept is None else kept
 
 
@@ -157,18 +184,21 @@ def recompute_to_soma_gradient(
     if strategy is not None:
         if strategy is Strategy.REFERENCE:
             return plain()
-        return _launch_gradient(strategy, grad, *dendrites, geometry)
+        return _launch_gradient(Way(strategy), grad, *dendrites, geometry)
     problem = problem_of(grad, weight, geometry)
     chosen = choose(problem)
     if chosen is Strategy.REFERENCE:
         return plain()
-    return or_reference(
-        problem, lambda: _launch_gradient(chosen, grad, *dendrites, geometry), plain
-    )
+
+    def run(way: Way) -> Tensor:
+        return _launch_gradient(way, grad, *dendrites, geometry)
+
+    way = _fastest("gradient", grad, problem, chosen, activation, False, run)
+    return or_reference(problem, lambda: run(way), plain)
 
 
 def _launch_gradient(
-    strategy: Strategy,
+    way: Way,
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -178,14 +208,19 @@ def _launch_gradient(
     geometry: Geometry,
 ) -> Tensor:
     """Sum the gradient with kernels of ours, which compute the activations again."""
-    if strategy is Strategy.SPLIT and geometry.spatial == 0:
+    dendrites = grad, x, weight, bias, to_dendrite, activation
+    if way.strategy is Strategy.DEPTHWISE:
+        from pbfx_kernels.fused_depthwise import fused_depthwise_gradient
+
+        return fused_depthwise_gradient(*dendrites, geometry, way.strips)
+    if way.strategy is Strategy.SPLIT and geometry.spatial == 0:
         from pbfx_kernels.fused_linear import fused_linear_gradient
 
-        return fused_linear_gradient(grad, x, weight, bias, to_dendrite, activation)
-    if strategy is Strategy.SPLIT:
+        return fused_linear_gradient(*dendrites, way.blocks)
+    if way.strategy is Strategy.SPLIT:
         from pbfx_kernels.fused_conv2d import fused_conv2d_gradient
 
-        return fused_conv2d_gradient(grad, x, weight, bias, to_dendrite, activation, geometry)
+        return fused_conv2d_gradient(*dendrites, geometry, way.blocks)
     from pbfx_kernels.packed import packed_to_soma_gradient
 
-    return packed_to_soma_gradient(grad, x, weight, bias, to_dendrite, activation, geometry)
+    return packed_to_soma_gradient(*dendrites, geometry)

@@ -13,8 +13,10 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 # They register their ops and those of `pbfx_kernels.ops`.
+import pbfx_kernels.depthwise_op
 import pbfx_kernels.frozen
 import pbfx_kernels.neuron_op  # noqa: F401
+from pbfx_kernels.geometry import Geometry
 
 
 def stacked_flops(
@@ -83,6 +85,22 @@ def perforated_linear_flops(
 ) -> int:
     """Count `pbfx::perforated_linear`: its soma and its dendrites; its backward is plain ops."""
     return 2 * math.prod(x) * weight[0] * (1 + dendrite_weight[0])
+
+
+@register_flop_formula(torch.ops.pbfx.perforated_depthwise)
+def perforated_depthwise_flops(
+    x: Sequence[int],
+    weight: Sequence[int],
+    bias: Sequence[int] | None,
+    dendrite_weight: Sequence[int],
+    *rest: Any,
+    **_: Any,
+) -> int:
+    """Count `pbfx::perforated_depthwise`: its soma and its dendrites; its backward is ops."""
+    # dendrite_bias, to_soma, to_dendrite, activation, stride, padding, dilation
+    stride, padding, dilation = (tuple(each) for each in rest[4:7])
+    out = Geometry(stride, padding, dilation, weight[0]).output_shape(x, weight)
+    return stacked_flops(out, x, (1 + dendrite_weight[0], *weight))
 
 
 @register_flop_formula(torch.ops.pbfx.frozen_neurons)

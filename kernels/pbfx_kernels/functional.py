@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import pbfx_kernels.neuron_op  # noqa: F401  registers its op and those of `pbfx_kernels.ops`
 from pbfx_kernels import candidate_autograd, dendrite_autograd
+from pbfx_kernels.depthwise_op import computes_depthwise
 from pbfx_kernels.geometry import LINEAR, Geometry
 from pbfx_kernels.strategy import fuses, linear_problem, recomputes
 
@@ -229,6 +230,13 @@ def perforated_conv2d(
     Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
     """
     geometry = Geometry.convolution(2, stride, padding, dilation, groups)
+    if computes_depthwise(x, weight, dendrite_weight, geometry):
+        learns = torch.is_grad_enabled() and to_soma.requires_grad
+        form = geometry.stride, geometry.padding, geometry.dilation
+        keep = learns and not recomputes(x, dendrite_weight, geometry)
+        op = torch.ops.pbfx.perforated_depthwise.default
+        links = dendrite_bias, to_soma, to_dendrite, activation
+        return op(x, weight, bias, dendrite_weight, *links, *form, keep)[0]
     soma = F.conv2d(
         x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     )

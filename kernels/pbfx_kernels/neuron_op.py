@@ -18,9 +18,11 @@ from torch.nn import functional as F
 import pbfx_kernels.ops  # noqa: F401  registers the ops that a backward runs
 from pbfx_kernels.candidate_autograd import no_autocast
 from pbfx_kernels.dispatch import evaluate_dendrites
+from pbfx_kernels.fused_configs import Blocks
 from pbfx_kernels.geometry import LINEAR
-from pbfx_kernels.strategy import can_fuse
+from pbfx_kernels.strategy import can_fuse, linear_problem
 from pbfx_kernels.validation import check_dendrites
+from pbfx_kernels.ways import fastest_way, neuron_ways
 
 
 @custom_op("pbfx::perforated_linear", mutates_args=())
@@ -82,17 +84,16 @@ def _fused(
     activations = x.new_empty((len(to_soma) if keep else 0, *shape))
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if can_describe(rows) else rows.clone(memory_format=torch.contiguous_format)
-    fused_neuron(
-        rows,
-        interleave(weight, dendrite_weight),
-        bias,
-        dendrite_bias,
-        to_soma,
-        to_dendrite,
-        activation,
-        out.view(-1, shape[-1]),
-        activations.view(len(to_soma), -1, shape[-1]) if keep else None,
-    )
+    weights, links = interleave(weight, dendrite_weight), (dendrite_bias, to_soma, to_dendrite)
+    flat = activations.view(len(to_soma), -1, shape[-1]) if keep else None
+
+    def run(blocks: Blocks | None) -> None:
+        fused_neuron(rows, weights, bias, *links, activation, out.view(-1, shape[-1]), flat, blocks)
+
+    problem = linear_problem(x, weight, dendrite_weight)
+    assert problem is not None, "it can be fused"
+    ways = neuron_ways(problem)
+    run(fastest_way("neuron", x, problem, activation, keep, ways, None, run))
     return out, activations
 
 

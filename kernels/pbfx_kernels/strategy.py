@@ -3,6 +3,7 @@
     reference   plain torch; right everywhere
     packed      one library GEMM or convolution over stacked weights, one epilogue kernel
     split       one kernel for all dendrites, which adds to the soma that the library computed
+    depthwise   likewise, where every neuron reads one channel of its own
     fused       one kernel for soma and dendrites, where the graph holds them as one node
 
 The thresholds are measured; docs/kernels.md has the table. Nothing is tuned at run time.
@@ -24,6 +25,8 @@ _LOG = logging.getLogger(__name__)
 
 # The oldest architecture with bfloat16, TF32 and asynchronous copies: Ampere.
 _LEAST_CAPABILITY = (8, 0)
+# Where the thresholds below were measured: Hopper.
+_MEASURED_CAPABILITY = 9
 # Unrolled cascades; beyond, their code and registers grow out of hand.
 _MOST_PACKED, _MOST_SPLIT, _MOST_FUSED = 8, 5, 3
 # Rows of a matrix that a descriptor loads from start at multiples of so many bytes.
@@ -58,6 +61,7 @@ class Strategy(Enum):
     REFERENCE = "reference"
     PACKED = "packed"
     SPLIT = "split"
+    DEPTHWISE = "depthwise"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +139,10 @@ def choose(problem: Problem) -> Strategy:
         return Strategy.REFERENCE
     if problem.dendrites == 0 or problem.positions == 0 or problem.neurons == 0:
         return Strategy.REFERENCE
+    if problem.capability is not None and problem.capability[0] != _MEASURED_CAPABILITY:
+        _say_unmeasured_once(problem.capability)
+    if is_depthwise(problem):
+        return Strategy.DEPTHWISE
     return Strategy.SPLIT if can_split(problem) and _split_wins(problem) else Strategy.PACKED
 
 
@@ -153,6 +161,14 @@ def fallback_reason(problem: Problem) -> str | None:
     if problem.geometry.transposed:
         return "there are no kernels for transposed convolutions"
     return None
+
+
+def is_depthwise(problem: Problem) -> bool:
+    """Return whether every neuron reads one channel of its own, over one or two dimensions."""
+    geometry = problem.geometry
+    alone = problem.channels == 1 and geometry.groups == problem.neurons
+    counted = problem.positions < 2**31
+    return geometry.spatial in (1, 2) and alone and counted and not geometry.transposed
 
 
 def can_split(problem: Problem) -> bool:
@@ -286,3 +302,13 @@ def _has_triton() -> bool:
 def _say_once(reason: str) -> None:
     """Log a fallback the first time that it happens."""
     _LOG.info("sites run the reference, in plain torch: %s", reason)
+
+
+@functools.cache
+def _say_unmeasured_once(capability: tuple[int, int]) -> None:
+    """Log that thresholds of another GPU are used, the first time that they are."""
+    _LOG.info(
+        "kernels are chosen as on Hopper, for compute capability %d.%d was not measured; "
+        "pbfx_kernels.measure() chooses by time",
+        *capability,
+    )

@@ -2,12 +2,20 @@
 
 import pytest
 import torch
-from kernel_cases import BY_NAME, SITES, Site, Tensors, make_dendrites, oracle_dendrites
+from kernel_cases import (
+    BY_NAME,
+    DEPTHWISE,
+    SITES,
+    Site,
+    Tensors,
+    make_dendrites,
+    oracle_dendrites,
+)
 from tolerances import EAGER_FACTOR, TOLERANCES, assert_close, relative_error
 from torch import Tensor
 
 import pbfx_kernels.neuron_op  # noqa: F401  registers `pbfx::perforated_linear`
-from pbfx_kernels import ACTIVATIONS, Geometry, dendrites
+from pbfx_kernels import ACTIVATIONS, Geometry, dendrites, perforated_conv2d
 from pbfx_kernels.dispatch import evaluate_dendrites, recompute_to_soma_gradient
 from pbfx_kernels.strategy import Strategy, can_fuse, choose, problem_of
 from pbfx_kernels.to_soma_gradient import to_soma_gradient
@@ -23,8 +31,16 @@ SIZED = (
     Site("conv-groups", (2, 64, 9, 9), (96, 32, 3, 3), Geometry.convolution(2, 2, 1, 1, 2)),
 )
 FULL = [*(site for site in SITES if not ("empty" in site.name or site.geometry.transposed)), *SIZED]
-PAIRS = [(Strategy.PACKED, site) for site in FULL] + [
-    (Strategy.SPLIT, site) for site in FULL if site.geometry.spatial in (0, 2)
+ALONE = (
+    *DEPTHWISE,
+    Site("mobile", (3, 144, 28, 30), (144, 1, 3, 3), Geometry.convolution(2, 1, 1, 1, 144)),
+    Site("mobile-stride", (2, 24, 15, 15), (24, 1, 5, 5), Geometry.convolution(2, 2, 2, 1, 24)),
+    Site("convnext", (2, 96, 14, 14), (96, 1, 7, 7), Geometry.convolution(2, 1, 3, 1, 96)),
+)
+PAIRS = [
+    *((Strategy.PACKED, site) for site in FULL),
+    *((Strategy.SPLIT, site) for site in FULL if site.geometry.spatial in (0, 2)),
+    *((Strategy.DEPTHWISE, site) for site in ALONE),
 ]
 pairs = pytest.mark.parametrize(
     ("strategy", "site"), PAIRS, ids=[f"{strategy.value}-{site.name}" for strategy, site in PAIRS]
@@ -167,6 +183,55 @@ def test_fused_neuron(form: tuple[int, int, int], bias: bool, d: int, dtype: tor
     wanted, wanted_activations = oracle_dendrites(site, upcast, "tanh")
     assert_close(out.cpu(), wanted)
     assert_close(activations.cpu(), torch.stack(wanted_activations))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("site", ALONE, ids=lambda site: site.name)
+def test_depthwise_neuron(
+    site: Site, last: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Soma and dendrites from one read, forward and backward, by the op that users call."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    for d in (1, 3):
+        args = on_gpu(make_dendrites(site, d, bias=d != 1).args(dtype), last)
+        generator = torch.Generator("cuda").manual_seed(0)
+        weight = torch.randn(site.weight, device="cuda", generator=generator).to(dtype) / 3
+        form = site.geometry.stride, site.geometry.padding, site.geometry.dilation
+        own = [args["x"].requires_grad_(), weight.requires_grad_(), None]
+        links = [args[name] for name in ("weight", "bias", "to_soma", "to_dendrite")]
+        links[2].requires_grad_()
+        out, activations = torch.ops.pbfx.perforated_depthwise.default(
+            *own, *links, "tanh", *form, False
+        )
+        assert activations.shape == (0, *out.shape)
+        upcast: Tensors = {
+            name: None if t is None else t.detach().cpu().double() for name, t in args.items()
+        }
+        upcast["to_soma"].requires_grad_()
+        x = upcast["x"].requires_grad_()
+        w = weight.detach().cpu().double().requires_grad_()
+        soma = site.soma(x, w, None)
+        wanted, wanted_activations = oracle_dendrites(site, upcast | {"soma": soma}, "tanh")
+        assert_close(out.cpu(), wanted)
+        grad = torch.randn_like(out)
+        out.backward(grad)
+        wanted.backward(grad.cpu().double())
+        scale = size_of_terms(grad, wanted_activations, site)
+        found, exact = args["to_soma"].grad.cpu().double(), upcast["to_soma"].grad
+        assert (found - exact).norm() <= TOLERANCES[dtype] * scale
+        kept, activations = torch.ops.pbfx.perforated_depthwise.default(
+            *own, *links, "tanh", *form, True
+        )
+        assert torch.equal(kept, out)
+        assert_close(activations.cpu(), torch.stack(wanted_activations))
+        if dtype is torch.float32:
+            assert_close(args["x"].grad.cpu(), x.grad)
+            assert_close(weight.grad.cpu(), w.grad)
+        if site.geometry.spatial == 2 and d == 3 and args["x"].dim() == 4:
+            tensors = [t if t is None else t.detach() for t in (*own, *links)]
+            called = perforated_conv2d(*tensors, "tanh", *form, site.geometry.groups)
+            assert torch.equal(called, out)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

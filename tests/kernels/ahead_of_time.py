@@ -18,7 +18,7 @@ CAPABILITIES = (80, 90, 100)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # Of the dtype under test; everything else that is a pointer holds float32.
 _DATA = ("out", "kept", "soma", "x", "z", "weight", "grad", "activations")
-_LINKS = ("bias", "to_soma", "to_dendrite", "partial")
+_LINKS = ("bias", "to_soma", "to_dendrite", "partial", "weights", "soma_bias")
 
 
 @dataclass(frozen=True)

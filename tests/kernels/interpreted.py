@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernel_cases import (
     BY_NAME,
+    DEPTHWISE,
     SITES,
     Site,
     Tensors,
@@ -20,7 +21,13 @@ from tolerances import assert_close, relative_error
 from torch import Tensor
 
 from pbfx_kernels import ACTIVATIONS, Geometry, frozen, neurons, packed, reference
+from pbfx_kernels.depthwise_configs import Strips
 from pbfx_kernels.dispatch import evaluate_dendrites, recompute_to_soma_gradient
+from pbfx_kernels.fused_depthwise import (
+    depthwise_neuron,
+    fused_depthwise,
+    fused_depthwise_gradient,
+)
 from pbfx_kernels.fused_neuron import fused_neuron, interleave
 from pbfx_kernels.strategy import Strategy
 from pbfx_kernels.to_soma_gradient import to_soma_gradient
@@ -32,13 +39,17 @@ pytestmark = pytest.mark.filterwarnings(
 
 FULL = [site for site in SITES if not ("empty" in site.name or site.geometry.transposed)]
 SPLIT = [site for site in FULL if site.geometry.spatial in (0, 2)]
-PAIRS = [(Strategy.PACKED, site) for site in FULL] + [(Strategy.SPLIT, site) for site in SPLIT]
+PAIRS = [
+    *((Strategy.PACKED, site) for site in FULL),
+    *((Strategy.SPLIT, site) for site in SPLIT),
+    *((Strategy.DEPTHWISE, site) for site in DEPTHWISE),
+]
 pairs = pytest.mark.parametrize(
     ("strategy", "site"), PAIRS, ids=[f"{strategy.value}-{site.name}" for strategy, site in PAIRS]
 )
 # The interpreter multiplies bfloat16 matrices by their bit patterns; the `gpu` tests cover those.
 LOW = [
-    (strategy, site, torch.bfloat16 if strategy is Strategy.PACKED else torch.float16)
+    (strategy, site, torch.float16 if strategy is Strategy.SPLIT else torch.bfloat16)
     for strategy, site in PAIRS
 ]
 low = pytest.mark.parametrize(
@@ -164,10 +175,13 @@ def test_strided_inputs(strategy: Strategy, site: Site) -> None:
     assert relative_error(recompute(strided, _strided(grad), site, strategy), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("strategy", [Strategy.PACKED, Strategy.SPLIT], ids=lambda s: s.value)
-@pytest.mark.parametrize("name", ["conv2d-form", "conv2d-depthwise", "conv2d"])
-def test_channels_last(name: str, strategy: Strategy) -> None:
-    site = BY_NAME[name]
+@pytest.mark.parametrize(
+    ("strategy", "site"),
+    [pair for pair in PAIRS if pair[1].name.startswith("conv2d") and len(pair[1].x) == 4]
+    + [(Strategy.DEPTHWISE, site) for site in DEPTHWISE if len(site.x) == 4],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_channels_last(strategy: Strategy, site: Site) -> None:
     args = make_dendrites(site, 2).args(torch.float32)
     out, _ = evaluate(args, site, strategy)
     last = {name: t.detach() for name, t in args.items()}
@@ -237,6 +251,44 @@ def test_fused_neuron(form: tuple[int, int, int], d: int, dtype: torch.dtype) ->
     wanted, wanted_activations = oracle_dendrites(site, upcast, "tanh")
     assert_close(out, wanted)
     assert_close(kept, torch.stack(wanted_activations))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("site", DEPTHWISE, ids=lambda site: site.name)
+def test_depthwise_neuron(site: Site, last: bool) -> None:
+    """The soma too, from the same read of the input; activations of all shapes and layouts."""
+    for d, bias in ((1, True), (3, False)):
+        case = make_dendrites(site, d, bias=bias)
+        args: Tensors = {n: None if t is None else t.detach() for n, t in case.args().items()}
+        weight, offset = torch.randn_like(args["weight"][0]), torch.randn(site.neurons).double()
+        wanted = dict(args, soma=site.soma(args["x"], weight, offset if bias else None))
+        ref, ref_activations = oracle_dendrites(site, wanted, "tanh")
+        low: Tensors = {n: None if t is None else t.float() for n, t in args.items()}
+        axis = len(site.x) + site.geometry.channel_axis
+        x = low["x"].movedim(axis, -1).contiguous().movedim(-1, axis) if last else low["x"]
+        out = torch.full(ref.shape, torch.nan)
+        kept = torch.full((d, *ref.shape), torch.nan)
+        links = low["bias"], low["to_soma"], low["to_dendrite"], "tanh", site.geometry
+        own = weight.float(), offset.float() if bias else None, low["weight"]
+        depthwise_neuron(x, *own, *links, out, kept)
+        assert_close(out, ref)
+        assert_close(kept, torch.stack(ref_activations))
+
+
+def test_strips_do_not_show() -> None:
+    site = DEPTHWISE[1]
+    args = make_dendrites(site, 2).args(torch.float32)
+    tensors = [args[name].detach() for name in ORDER]
+    wanted, _ = evaluate(args, site, Strategy.DEPTHWISE)
+    grad = torch.randn_like(wanted)
+    wanted_sum = recompute(args, grad, site, Strategy.DEPTHWISE)
+    for strips in (Strips(1, 16, 4), Strips(2, 8, 1), Strips(4, 4, 8, 0), Strips(8, 2, 16)):
+        out = torch.full_like(wanted, torch.nan)
+        fused_depthwise(*tensors, "tanh", site.geometry, out, None, strips)
+        assert relative_error(out, wanted) < 1e-6
+        given = [args[name].detach() for name in ("x", "weight", "bias", "to_dendrite")]
+        found = fused_depthwise_gradient(grad, *given, "tanh", site.geometry, strips)
+        assert relative_error(found, wanted_sum) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

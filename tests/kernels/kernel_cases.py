@@ -134,6 +134,23 @@ SITES = (
     ),
 )
 BY_NAME = {site.name: site for site in SITES}
+# Neurons that read a channel of their own.
+DEPTHWISE = (
+    BY_NAME["conv2d-depthwise"],
+    Site(
+        "depthwise-form",
+        (2, 5, 9, 11),
+        (5, 1, 3, 2),
+        _conv(2, stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=5),
+    ),
+    Site("depthwise-unbatched", (17, 12, 7), (17, 1, 5, 5), _conv(2, padding=2, groups=17)),
+    Site("depthwise-tall", (1, 3, 12, 9), (3, 1, 9, 3), _conv(2, padding=(4, 1), groups=3)),
+    Site("depthwise-padded", (2, 3, 4, 5), (3, 1, 3, 2), _conv(2, stride=3, padding=4, groups=3)),
+    Site("depthwise-bare", (1, 3, 9, 7), (3, 1, 2, 3), _conv(2, stride=(1, 2), groups=3)),
+    Site("depthwise-pointwise", (2, 6, 3, 5), (6, 1, 1, 1), _conv(2, groups=6)),
+    Site("depthwise-1d", (2, 4, 23), (4, 1, 5), _conv(1, stride=2, padding=2, groups=4)),
+    Site("depthwise-1d-unbatched", (4, 9), (4, 1, 3), _conv(1, dilation=2, groups=4)),
+)
 sites = pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
 
 

@@ -9,6 +9,7 @@ import pytest
 from ahead_of_time import CAPABILITIES, compile_for_dtype, compile_kernel
 
 from pbfx_kernels import ACTIVATIONS
+from pbfx_kernels.depthwise_configs import Strips, depthwise_strips
 from pbfx_kernels.fused_configs import Blocks, conv2d_blocks, linear_blocks, neuron_blocks
 
 # A sixteenth of a thread's registers.
@@ -44,6 +45,18 @@ def neuron_configurations() -> list[Configuration]:
     """Return what `neuron_blocks` can choose, likewise."""
     shapes = [(64, 1024), (65536, 64), (65536, 1024)]
     return _distinct((d, neuron_blocks(p, 1024, k, d), "bf16") for p, k in shapes for d in (1, 3))
+
+
+def depthwise_configurations() -> list[tuple[int, Strips, int, int, bool]]:
+    """Return what `depthwise_strips` can choose, with dendrites, taps, stride and layout."""
+    sites = [
+        *((d, 3, 1, last) for d in (1, 3, 8) for last in (True, False)),
+        *((3, taps, stride, True) for taps, stride in ((3, 2), (5, 2), (7, 1), (9, 1))),
+    ]
+    return [
+        (d, depthwise_strips(64, 56, 56, 144, d + 1, taps, stride, 1, last), taps, stride, last)
+        for d, taps, stride, last in sites
+    ]
 
 
 def _counts(neurons: int) -> tuple[int, ...]:
@@ -181,6 +194,48 @@ def test_fused_conv2d(capability: int, d: int, blocks: Blocks, dtype: str) -> No
     )
     assert compiled.stack <= MOST_STACK
     assert compiled.shared <= MOST_SHARED[capability]
+
+
+@capabilities
+@pytest.mark.parametrize(
+    ("d", "strips", "taps", "stride", "last"), depthwise_configurations(), ids=str
+)
+def test_fused_depthwise(
+    capability: int, d: int, strips: Strips, taps: int, stride: int, last: bool
+) -> None:
+    from pbfx_kernels.fused_depthwise import _depthwise_gradient_kernel, _depthwise_kernel
+
+    axis = "n" if last else "w"
+    constants = {
+        **dict.fromkeys(("STRIDE_H", "STRIDE_W"), stride),
+        **dict.fromkeys(("PAD_H", "PAD_W", "DILATION_H", "DILATION_W"), 1),
+        **dict.fromkeys(("TAPS_H", "TAPS_W"), taps),
+        "D": d,
+        "ACTIVATION": "tanh",
+        "FAST": True,
+        "HAS_BIAS": True,
+        "EVEN_N": False,
+        "LONG": False,
+        "UNROLL": taps <= strips.unrolled,
+        "ROWS": strips.rows,
+        "BLOCK_S": strips.strips,
+        "BLOCK_N": strips.neurons,
+        f"x_{axis}": 1,
+    }
+    more = {
+        "OWN_SOMA": True,
+        "KEEP": True,
+        "HAS_SOMA_BIAS": True,
+        "CHANNELS_INNER": last,
+        **{f"{name}_{axis}": 1 for name in ("out", "soma")},
+    }
+    compiled = compile_for_dtype(_depthwise_kernel, capability, "bf16", constants | more)
+    assert compiled.stack <= MOST_STACK
+    if last:
+        assert ".v2." in compiled.ptx or ".v4." in compiled.ptx, "loads are not 8 bytes wide"
+    if capability == 90 and d == 3:
+        again = constants | {f"grad_{axis}": 1}
+        assert compile_for_dtype(_depthwise_gradient_kernel, 90, "bf16", again).stack <= MOST_STACK
 
 
 @pytest.mark.parametrize(("d", "blocks", "dtype"), neuron_configurations(), ids=str)

@@ -45,6 +45,7 @@ def test_public_names() -> None:
         "candidates",
         "dendrites",
         "full_dendrites",
+        "measure",
         "perforated_conv2d",
         "perforated_linear",
         "reference",

@@ -47,6 +47,9 @@ def but(**changes: object) -> Problem:
         (but(geometry=Geometry.convolution(3)), Strategy.PACKED),
         (but(geometry=Geometry.convolution(1)), Strategy.PACKED),
         (but(geometry=Geometry.convolution(2, groups=256)), Strategy.PACKED),
+        (but(geometry=Geometry.convolution(2, groups=256), channels=1), Strategy.DEPTHWISE),
+        (but(geometry=Geometry.convolution(1, groups=256), channels=1), Strategy.DEPTHWISE),
+        (but(geometry=Geometry.convolution(2, groups=128), channels=1), Strategy.PACKED),
     ],
     ids=str,
 )
@@ -78,6 +81,17 @@ def test_a_fallback_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
         dendrites(**args)
     assert [record.message for record in caplog.records] == [
         "sites run the reference, in plain torch: there are no kernels for devices of type 'cpu'"
+    ]
+
+
+def test_a_gpu_that_was_not_measured_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    strategy._say_unmeasured_once.cache_clear()
+    with caplog.at_level(logging.INFO, "pbfx_kernels"):
+        for capability in ((9, 0), (8, 6), (8, 6)):
+            assert choose(but(capability=capability)) is Strategy.SPLIT
+    assert [record.message for record in caplog.records] == [
+        "kernels are chosen as on Hopper, for compute capability 8.6 was not measured; "
+        "pbfx_kernels.measure() chooses by time"
     ]
 
 
