@@ -43,6 +43,35 @@ def dendrites_flops(
     return stacked_flops(soma, x, weight, rest[8])
 
 
+@register_flop_formula(torch.ops.pbfx.full_dendrites)
+def full_dendrites_flops(
+    soma: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, **_: Any
+) -> int:
+    """Count `pbfx::full_dendrites`."""
+    # bias, to_soma, to_dendrite, activation, stride, padding, dilation, groups, transposed
+    return stacked_flops(soma, x, weight, rest[8])
+
+
+@register_flop_formula(torch.ops.pbfx.full_dendrites_backward)
+def full_dendrites_backward_flops(
+    grad: Sequence[int],
+    z: Sequence[int],
+    x: Sequence[int],
+    weight: Sequence[int],
+    *rest: Any,
+    **_: Any,
+) -> int:
+    """Count `pbfx::full_dendrites_backward`: a product each for the input and for the weights."""
+    # bias, to_soma, to_dendrite, activation, stride, padding, dilation, groups, transposed,
+    # output_padding, frozen, wants_x, wants_weight
+    transposed, frozen, wants_x, wants_weight = rest[8], *rest[10:13]
+    count = weight[0]
+    # What is frozen is left out where no error has to go through it.
+    learning = count if wants_x else count - frozen
+    products = wants_x + (wants_weight and frozen < count)
+    return products * stacked_flops(grad, x, (learning, *weight[1:]), transposed)
+
+
 @register_flop_formula(torch.ops.pbfx.perforated_linear)
 def perforated_linear_flops(
     x: Sequence[int],
