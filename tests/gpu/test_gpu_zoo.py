@@ -81,14 +81,15 @@ def test_compiled_as_in_eager(member: Member) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [True, False])
 def test_the_fused_form(autocast: bool, dtype: torch.dtype, dendrites: int) -> None:
-    """Large enough for soma and dendrites to be one kernel, forward and backward."""
+    """Soma and dendrites as one kernel, forward and backward."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 72))
     model = pbfx.grow(pbfx.transform(net), dendrites).cuda()
     randomise(model, scale=0.1)
     model = model if autocast else model.to(dtype)
     x = torch.randn(8192, 64, device="cuda", dtype=torch.float32 if autocast else dtype)
-    compiled = torch.compile(model, backend="pbfx", fullgraph=True)
+    fused = {"strategy": "fused"}
+    compiled = torch.compile(model, backend="pbfx", fullgraph=True, options=fused)
 
     def both(call: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast("cuda", dtype, enabled=autocast):

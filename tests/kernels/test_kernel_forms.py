@@ -9,7 +9,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from pbfx_kernels import Geometry, dendrites
-from pbfx_kernels.forms import Form, dendrites_in_graph, parts_of_sum
+from pbfx_kernels.forms import Form, choose_form, dendrites_in_graph, parts_of_sum
+from pbfx_kernels.strategy import Problem
 
 CONV = Geometry.convolution(2, padding=1)
 LINEAR = Geometry()
@@ -41,6 +42,23 @@ def in_graph(name: str, form: Form, in_parts: bool, *tensors: torch.Tensor) -> t
     shape = soma.shape if in_parts else None
     counts = len(weight), neurons, torch.float32, None, shape
     return dendrites_in_graph(form, *tensors, "tanh", geometry, *counts)[0]
+
+
+def test_a_kernel_for_the_soma_too_has_to_save_what_an_op_costs():
+    def form(rows: int, neurons: int, inputs: int, training: bool = True, count: int = 3) -> Form:
+        shape = LINEAR, rows, neurons, inputs, 1, count
+        problem = Problem("cuda", (9, 0), torch.bfloat16, True, *shape)
+        assert choose_form(problem, training, False) is not Form.FUSED
+        return choose_form(problem, training, False, with_soma=True)
+
+    # A layer of GPT-2 small at 8 sequences of 512, and at 64.
+    assert form(4096, 3072, 768) is Form.PACKED
+    assert form(32768, 3072, 768) is Form.FUSED
+    assert form(65536, 256, 256) is Form.FUSED
+    assert form(65536, 256, 256, count=1) is Form.PACKED
+    # Inference keeps nothing, and gains the more.
+    assert form(8192, 1024, 1024) is Form.PACKED
+    assert form(8192, 1024, 1024, training=False) is Form.FUSED
 
 
 @each_site
