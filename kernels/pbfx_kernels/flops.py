@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+import pbfx_kernels.conv_neuron_op
 import pbfx_kernels.neuron_op  # noqa: F401  registers its op and those of `pbfx_kernels.ops`
+from pbfx_kernels.geometry import Geometry
 
 
 def stacked_flops(
@@ -52,6 +54,22 @@ def perforated_linear_flops(
 ) -> int:
     """Count `pbfx::perforated_linear`: its soma and its dendrites; its backward is plain ops."""
     return 2 * math.prod(x) * weight[0] * (1 + dendrite_weight[0])
+
+
+@register_flop_formula(torch.ops.pbfx.perforated_conv2d)
+def perforated_conv2d_flops(
+    x: Sequence[int],
+    weight: Sequence[int],
+    bias: Sequence[int] | None,
+    dendrite_weight: Sequence[int],
+    *rest: Any,
+    **_: Any,
+) -> int:
+    """Count `pbfx::perforated_conv2d`: its soma and its dendrites."""
+    # dendrite_bias, to_soma, to_dendrite, activation, stride, padding, dilation, groups, keep
+    geometry = Geometry(*(tuple(each) for each in rest[4:7]), rest[7])
+    out = geometry.output_shape(x, weight)
+    return stacked_flops(out, x, (1 + dendrite_weight[0], *weight))
 
 
 @register_flop_formula(torch.ops.pbfx.dendrites_recompute)

@@ -5,6 +5,8 @@ variable once, when it is first imported, so the suite runs this file in a proce
 `test_kernel_interpreter.py`.
 """
 
+import functools
+
 import pytest
 import torch
 from kernel_cases import (
@@ -19,10 +21,12 @@ from kernel_cases import (
 from tolerances import assert_close, relative_error
 from torch import Tensor
 
-from pbfx_kernels import ACTIVATIONS, Geometry, neurons, packed, reference
+from pbfx_kernels import ACTIVATIONS, Geometry, conv_neuron_op, neurons, packed, reference
+from pbfx_kernels.conv_neuron_op import _empty, _fused
 from pbfx_kernels.dispatch import evaluate_dendrites, recompute_to_soma_gradient
 from pbfx_kernels.fused_neuron import fused_neuron, interleave
-from pbfx_kernels.strategy import Strategy
+from pbfx_kernels.layout import stack_like
+from pbfx_kernels.strategy import Route, Strategy
 from pbfx_kernels.to_soma_gradient import to_soma_gradient
 
 # exp(-z) of a very negative z is infinite, and 0 * inf is NaN, which numpy reports.
@@ -44,7 +48,8 @@ LOW = [
 low = pytest.mark.parametrize(
     ("strategy", "site", "dtype"), LOW, ids=[f"{s.value}-{site.name}-{t}" for s, site, t in LOW]
 )
-_CONV = Geometry.convolution(2, padding=1)
+_form = functools.partial(Geometry.convolution, 2)
+_CONV = _form(padding=1)
 ORDER = ("soma", "x", "weight", "bias", "to_soma", "to_dendrite")
 
 
@@ -216,7 +221,7 @@ def test_padding_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("d", [1, 2, 3, 5])
 @pytest.mark.parametrize("form", [(64, 64, 64), (130, 37, 48), (3, 10, 128), (257, 66, 40)])
 def test_fused_neuron(form: tuple[int, int, int], d: int, dtype: torch.dtype) -> None:
     positions, neurons, inputs = form
@@ -237,6 +242,72 @@ def test_fused_neuron(form: tuple[int, int, int], d: int, dtype: torch.dtype) ->
     wanted, wanted_activations = oracle_dendrites(site, upcast, "tanh")
     assert_close(out, wanted)
     assert_close(kept, torch.stack(wanted_activations))
+
+
+WALKED, POINTWISE, PATCHES = Route.WALKED, Route.POINTWISE, Route.PATCHES
+CONVOLUTIONS = (
+    (WALKED, Site("same", (2, 16, 7, 6), (20, 16, 3, 3), _CONV)),
+    (WALKED, Site("strided", (2, 32, 8, 6), (18, 32, 3, 3), _form(stride=2, padding=1))),
+    (WALKED, Site("form", (3, 24, 9, 10), (33, 24, 3, 2), _form(1, (1, 3), (2, 1)))),
+    (WALKED, Site("steps", (1, 16, 12, 9), (16, 16, 3, 5), _form((2, 3), (2, 1), (1, 2)))),
+    (WALKED, Site("groups", (2, 64, 5, 5), (40, 32, 3, 3), _form(padding=1, groups=2))),
+    (WALKED, Site("downsampled", (2, 32, 6, 6), (24, 32, 1, 1), _form(2))),
+    (POINTWISE, Site("pointwise", (2, 24, 5, 7), (40, 24, 1, 1), _form())),
+    (PATCHES, Site("image", (2, 3, 11, 9), (20, 3, 5, 3), _form(2, (2, 1)))),
+    (PATCHES, Site("digit", (3, 1, 8, 8), (32, 1, 3, 3), _form(dilation=(1, 2)))),
+    (PATCHES, Site("odd", (2, 20, 5, 7), (9, 20, 3, 3), _form(2, 1))),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [1, 2, 3, 5])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(("route", "site"), CONVOLUTIONS, ids=lambda v: getattr(v, "name", None))
+def test_fused_convolution(
+    route: Route, site: Site, channels_last: bool, d: int, dtype: torch.dtype
+) -> None:
+    args = make_dendrites(site, d, bias=d != 2).args(dtype)
+    given: Tensors = {name: None if t is None else t.detach() for name, t in args.items()}
+    generator = torch.Generator().manual_seed(0)
+    soma = torch.randn(site.weight, generator=generator).to(dtype) / given["weight"][0, 0].numel()
+    soma_bias = torch.randn(site.weight[0], generator=generator).to(dtype) if d != 2 else None
+    if channels_last:
+        given["x"] = given["x"].contiguous(memory_format=torch.channels_last)
+    out = _empty(given["x"], soma, site.geometry).fill_(torch.nan)
+    assert (out.stride(1) == 1) is (channels_last and given["x"].stride(1) == 1)
+    kept = stack_like(out, d).fill_(torch.nan)
+    links = given["weight"], given["bias"], given["to_soma"], given["to_dendrite"], "tanh"
+    _fused(route, given["x"], soma, soma_bias, *links, site.geometry, out, kept)
+    lean = torch.full_like(out, torch.nan)
+    _fused(route, given["x"], soma, soma_bias, *links, site.geometry, lean, None)
+    assert torch.equal(lean, out)
+    upcast = {name: None if t is None else t.double() for name, t in given.items()}
+    upcast["soma"] = site.soma(
+        upcast["x"], soma.double(), None if soma_bias is None else soma_bias.double()
+    )
+    wanted, wanted_activations = oracle_dendrites(site, upcast, "tanh")
+    assert_close(out, wanted)
+    assert_close(kept, torch.stack(wanted_activations))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_patches_in_chunks(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site("image", (5, 3, 9, 9), (20, 3, 3, 3), _CONV)
+    args = make_dendrites(site, 2).args(torch.float32)
+    given = {name: t.detach() for name, t in args.items()}
+    if channels_last:
+        given["x"] = given["x"].contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(site.weight)
+    links = given["weight"], given["bias"], given["to_soma"], given["to_dendrite"], "tanh"
+    found = []
+    for size in (2**20, 2 * 81 * 32 * 4):
+        monkeypatch.setattr(conv_neuron_op, "PATCHES_BYTES", size)
+        out = _empty(given["x"], weight, site.geometry).fill_(torch.nan)
+        kept = stack_like(out, 2).fill_(torch.nan)
+        _fused(PATCHES, given["x"], weight, None, *links, site.geometry, out, kept)
+        found.append((out, kept))
+    for whole, parts in zip(*found, strict=True):
+        assert torch.equal(whole, parts)
 
 
 def test_many_dendrites() -> None:

@@ -1,0 +1,242 @@
+"""`pbfx::perforated_conv2d`: a two-dimensional convolution with its dendrites as one node.
+
+    out, a = W * x + b + Σ_d T_d ⊙ a_d, (D, *out)
+
+As `pbfx::perforated_linear`: a graph holds it where the *fused* strategy may compute it, and its
+backward is perforated. That is `aten::convolution_backward` for the soma and, for the links T, the
+op that `pbfx::dendrites` would have had: `pbfx::dendrites_backward` where activations are kept,
+`pbfx::dendrites_recompute` where they are not.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.nn import functional as F
+
+import pbfx_kernels.ops  # noqa: F401  registers the ops that a backward runs
+from pbfx_kernels.candidate_autograd import no_autocast
+from pbfx_kernels.dispatch import evaluate_dendrites
+from pbfx_kernels.errors import ArgumentError
+from pbfx_kernels.geometry import Geometry
+from pbfx_kernels.launching import ceiling
+from pbfx_kernels.layout import stack_like
+from pbfx_kernels.strategy import Route, route_of
+from pbfx_kernels.validation import check_dendrites
+
+# Bytes of patches at a time.
+PATCHES_BYTES = 256 * 2**20
+# Bytes that rows of patches are a multiple of: what a product of 16 inputs in 16 bits reads.
+_PATCH_BYTES = 32
+
+
+@custom_op("pbfx::perforated_conv2d", mutates_args=())
+def perforated_conv2d_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dendrite_weight: Tensor,
+    dendrite_bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Match `reference.dendrites` over `F.conv2d(x, weight, bias, ...)`.
+
+    Args:
+        x: `(B, channels, H, W)`; its dtype is that of the computation.
+        weight: W, `(N, channels / groups, kH, kW)`, the dtype of `x`.
+        bias: b, `(N,)`, or None, likewise.
+        dendrite_weight: V, `(D, *W)`, any float dtype, as all that follow.
+        dendrite_bias: c, `(D, N)`, or None.
+        to_soma: T, `(D, N)`.
+        to_dendrite: U, `(D, D, N)`, strictly lower triangle.
+        activation: f, one of `ACTIVATIONS`.
+        stride: one step per spatial dimension.
+        padding: zeros on both sides, likewise.
+        dilation: distance between kernel taps, likewise.
+        groups: blocks of channels that do not see one another.
+        keep: whether to return the activations, else `(0, *out)`, and a backward computes them
+            again.
+
+    Returns:
+        out: `(B, N, H', W')`, in channels_last where `x` or `weight` is, else contiguous.
+        activations: a, `(D, *out)`, each slice laid out as `out`.
+
+    Raises:
+        ArgumentError: the dendrites do not fit the soma (see `dendrites`), or `x` has no batch.
+    """
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    links = dendrite_bias, to_soma, to_dendrite, activation
+    out = _empty(x, weight, geometry)
+    check_dendrites(out, x, dendrite_weight, *links, geometry)
+    with no_autocast(x):
+        route = route_of(x, weight, dendrite_weight, geometry) if out.numel() else None
+        if route is not None:
+            activations = stack_like(out, len(to_soma) if keep else 0)
+            kept = activations if keep else None
+            _fused(route, x, weight, bias, dendrite_weight, *links, geometry, out, kept)
+            return out, activations
+        soma = F.conv2d(
+            x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups
+        )
+        found, activations = evaluate_dendrites(soma, x, dendrite_weight, *links, geometry, keep)
+    return out.copy_(found), stack_like(out, len(activations)).copy_(activations)
+
+
+def _fused(
+    route: Route,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dendrite_weight: Tensor,
+    dendrite_bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+    out: Tensor,
+    kept: Tensor | None,
+) -> None:
+    from pbfx_kernels.fused_conv_neuron import POINTWISE, Input, fused_conv_neuron
+    from pbfx_kernels.fused_neuron import can_describe, fused_neuron, interleave
+
+    links = bias, dendrite_bias, to_soma, to_dendrite, activation
+    images, neurons, *sizes = out.shape
+    kernel = weight.shape[2], weight.shape[3]
+    if route is Route.PATCHES:
+        from pbfx_kernels.patches import patches
+
+        aligned = _PATCH_BYTES // x.element_size()
+        weights = interleave(weight, dendrite_weight, aligned)
+        bytes_ = out.numel() // neurons * weights.shape[1] * x.element_size()
+        each = ceiling(images, min(images, ceiling(bytes_, PATCHES_BYTES)))
+        for start in range(0, images, each):
+            part = slice(start, start + each)
+            rows = patches(x[part], kernel, geometry, (sizes[0], sizes[1]), aligned)
+            flat = Input(rows.view(1, 1, -1, rows.shape[3]), POINTWISE, (1, 1))
+            fused_conv_neuron(
+                flat,
+                weights,
+                *links,
+                (1, 1, flat.x.shape[2]),
+                out[part],
+                None if kept is None else kept[:, part],
+            )
+        return
+    weights = interleave(weight, dendrite_weight)
+    image = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    if image.data_ptr() % 16:
+        image = image.clone(memory_format=torch.contiguous_format)
+    if route is Route.POINTWISE and out.stride(1) == 1:
+        rows = image.reshape(-1, image.shape[3])
+        assert can_describe(rows), "a route for channels that fill 16 bytes"
+        flat_out = out.permute(0, 2, 3, 1).reshape(-1, neurons)
+        flat_kept = None if kept is None else kept.permute(0, 1, 3, 4, 2).flatten(1, 3)
+        fused_neuron(rows, weights, *links, flat_out, flat_kept)
+        return
+    walked = Input(image, geometry, kernel)
+    fused_conv_neuron(walked, weights, *links, (images, sizes[0], sizes[1]), out, kept)
+
+
+def _empty(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Return memory for the output, laid out as torch's own convolutions do on a GPU."""
+    if x.dim() != 4 or weight.dim() != 4:
+        fault = f"x, weight: expected 4 axes, got {tuple(x.shape)} and {tuple(weight.shape)}"
+        raise ArgumentError("pbfx::perforated_conv2d", [fault])
+    last = any(_channels_last(tensor) for tensor in (x, weight))
+    return torch.empty(
+        geometry.output_shape(x.shape, weight.shape),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    # Axes of one are contiguous in either format; torch then goes by the strides.
+    last = tensor.stride(1) == 1 and tensor.stride(3) >= tensor.shape[1]
+    return last and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+@perforated_conv2d_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dendrite_weight: Tensor,
+    dendrite_bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    out = _empty(x, weight, geometry)
+    check_dendrites(
+        out, x, dendrite_weight, dendrite_bias, to_soma, to_dendrite, activation, geometry
+    )
+    return out, stack_like(out, dendrite_weight.shape[0] if keep else 0)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, dendrite_weight, dendrite_bias, to_soma, to_dendrite, *form, keep = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.needs = x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
+    learns = ctx.learns = to_soma.requires_grad
+    again = learns and not keep
+    ctx.save_for_backward(
+        x if any(ctx.needs) or again else None,
+        weight if any(ctx.needs) else None,
+        output[1] if learns and keep else None,
+        *((dendrite_weight, dendrite_bias, to_dendrite) if again else (None, None, None)),
+    )
+    ctx.neurons, ctx.form, ctx.to_soma_dtype = weight.shape[0], form, to_soma.dtype
+
+
+def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 13
+    x, weight, activations, *dendrites = ctx.saved_tensors
+    activation, stride, padding, dilation, groups = ctx.form
+    own: tuple[Any, ...] = (None, None, None)
+    if any(ctx.needs):
+        found = torch.ops.aten.convolution_backward.default(
+            grad,
+            x,
+            weight,
+            [ctx.neurons] if ctx.needs[2] else None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            list(ctx.needs),
+        )
+        own = tuple(g if needed else None for g, needed in zip(found, ctx.needs, strict=True))
+    grad_to_soma = None
+    if ctx.learns:
+        if activations is not None:
+            grad_to_soma = torch.ops.pbfx.dendrites_backward.default(grad, activations, -3)
+        else:
+            grad_to_soma = torch.ops.pbfx.dendrites_recompute.default(
+                grad, x, *dendrites, activation, stride, padding, dilation, groups, False, []
+            )
+        grad_to_soma = grad_to_soma.to(ctx.to_soma_dtype)
+    return (*own, None, None, grad_to_soma, *(None,) * 7)
+
+
+perforated_conv2d_op.register_autograd(_gradients, setup_context=_setup)
