@@ -121,12 +121,13 @@ def _fused(
         for start in range(0, images, each):
             part = slice(start, start + each)
             rows = patches(x[part], kernel, geometry, (sizes[0], sizes[1]), aligned)
-            flat = Input(rows.view(1, 1, -1, rows.shape[3]), POINTWISE, (1, 1))
+            # A row for all images where one stride walks them.
+            flat = rows.flatten(0, 2)[None] if out.stride(1) == 1 else rows.flatten(1, 2)
             fused_conv_neuron(
-                flat,
+                Input(flat[:, None], POINTWISE, (1, 1)),
                 weights,
                 *links,
-                (1, 1, flat.x.shape[2]),
+                (flat.shape[0], 1, flat.shape[1]),
                 out[part],
                 None if kept is None else kept[:, part],
             )

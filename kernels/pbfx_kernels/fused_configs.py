@@ -94,9 +94,11 @@ def neuron_blocks(
     wide = max(64 // roles, min(256 // roles, power_of_two(neurons)))
     if ceiling(positions, 128) * ceiling(neurons, wide) < _FULL:
         return Blocks(64, min(wide, 32, 128 // roles), deep, 4, 4)
-    if inputs <= 4 * deep or (roles == 2 and element_size == 4):
+    if element_size == 4:
+        return _wide_elements(wide, roles, deep)
+    if inputs <= 4 * deep:
         # Short products: two programs per multiprocessor, so that one computes activations while
-        # the other multiplies. Wider float32 tiles of two roles spill.
+        # the other multiplies.
         return Blocks(128, min(wide, 128 // roles), deep, 4, 3, 2)
     return Blocks(128, wide, deep, 8, 4)
 
@@ -135,9 +137,16 @@ def conv_neuron_blocks(
     wide = max(64 // roles, min(256 // roles, power_of_two(group)))
     if ceiling(positions, 128) * ceiling(group, wide) < _FULL:
         return Blocks(64, min(wide, 128 // roles), deep, 4, 4)
+    if element_size == 4:
+        return _wide_elements(wide, roles, deep)
     if channels * taps <= _SHORT_CONVOLUTION:
         return Blocks(128, min(wide, 128 // roles), deep, 4, 3, 2)
     return Blocks(128, wide, deep, 8, 4)
+
+
+def _wide_elements(wide: int, roles: int, deep: int) -> Blocks:
+    """Choose for float32, whose activations take more registers than those of bfloat16."""
+    return Blocks(128, min(wide, 128 // roles), deep, 8, 4)
 
 
 def _depth(channels: int, element_size: int, whole: bool) -> int:

@@ -46,7 +46,6 @@ def _conv_neuron_kernel(
     IMAGES,
     HEIGHT,
     WIDTH,
-    S,
     N,
     GROUP,
     kept_d,
@@ -65,7 +64,6 @@ def _conv_neuron_kernel(
     D: tl.constexpr,
     ROLES: tl.constexpr,
     KEEP: tl.constexpr,
-    ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FAST: tl.constexpr,
     HAS_SOMA_BIAS: tl.constexpr,
@@ -120,14 +118,8 @@ def _conv_neuron_kernel(
                 input_precision=PRECISION,
             )
         roles = apart(product, ROLES, BLOCK_P, BLOCK_N)
-        q = tl.arange(0, BLOCK_P)
-        b = image + q // (BLOCK_H * BLOCK_W)
-        h = top + q // BLOCK_W % BLOCK_H
-        w = left + q % BLOCK_W
-        mask_p = (b < IMAGES) & (h < HEIGHT) & (w < WIDTH)
-        p = (b * HEIGHT + h) * WIDTH + w
-        n = group * GROUP + in_group + tl.arange(0, BLOCK_N)
-        mask_n = in_group + tl.arange(0, BLOCK_N) < GROUP
+        in_block = tl.arange(0, BLOCK_N)
+        n, mask_n = group * GROUP + in_group + in_block, in_group + in_block < GROUP
         z = ()
         for d in tl.static_range(D):
             z = z + (roles[d + 1],)
@@ -136,18 +128,21 @@ def _conv_neuron_kernel(
         if HAS_SOMA_BIAS:
             s += link(soma_bias, n, mask_n, 1)
         s -= negated_sum(a, to_soma, n, mask_n, N, D, 1)
-        if ROWS:
-            row = p.to(tl.int64) * out_s
-        else:
-            row = (p // S).to(tl.int64) * out_b + (p % S) * out_s
-        # Rows first: columns then take registers of 32 bits, or none.
-        row, column = row[:, None], (n * out_n)[None, :]
+        # From the first element of the tile on, 32 bits are enough.
+        corner = image.to(tl.int64) * out_b + (top * WIDTH + left).to(tl.int64) * out_s
+        corner += (group * GROUP + in_group).to(tl.int64) * out_n
+        q = tl.arange(0, BLOCK_P)
+        b, h, w = q // (BLOCK_H * BLOCK_W), q // BLOCK_W % BLOCK_H, q % BLOCK_W
+        mask_p = (image + b < IMAGES) & (top + h < HEIGHT) & (left + w < WIDTH)
+        at = (b * out_b + (h * WIDTH + w) * out_s)[:, None] + (in_block * out_n)[None, :]
         mask = mask_p[:, None] & mask_n[None, :]
-        tl.store(out + row + column, s.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + corner + at, s.to(out.dtype.element_ty), mask=mask)
         if KEEP:
+            kept += corner
             for d in tl.static_range(D):
-                at = kept + d * kept_d + row + column
-                tl.store(at, a[d].to(kept.dtype.element_ty), mask=mask)
+                tl.store(kept + at, a[d].to(kept.dtype.element_ty), mask=mask)
+                kept += kept_d
+            kept -= corner + D * kept_d
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +222,9 @@ def fused_conv_neuron(
         given.x.element_size(),
         whole=geometry.groups == 1 and geometry.stride[1] == 1,
     )
-    box = box_of(blocks.positions, images, height, width)
+    # Within a tile, the kernel counts elements in 32 bits.
+    near = out.shape[1:].numel() * blocks.positions < 2**31
+    box = box_of(blocks.positions, images if near else 1, height, width)
     roles = roles_of(dendrites)
     tiles = ceiling(images, box[0]) * ceiling(height, box[1]) * ceiling(width, box[2])
     tiles *= ceiling(group, blocks.neurons) * geometry.groups
@@ -253,7 +250,6 @@ def fused_conv_neuron(
             images,
             height,
             width,
-            places,
             neurons,
             group,
             0 if kept is None else kept.stride(0),
@@ -272,7 +268,6 @@ def fused_conv_neuron(
             D=dendrites,
             ROLES=roles,
             KEEP=kept is not None,
-            ROWS=rows,
             ACTIVATION=activation,
             FAST=fast_activations(out),
             HAS_SOMA_BIAS=soma_bias is not None,

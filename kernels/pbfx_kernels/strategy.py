@@ -37,6 +37,8 @@ _MOST_FUSED_WINS = 3
 _LEAST_GROUP, _LEAST_FUSED_GROUP = 10, 16
 # Bytes of channels that a step of the fused main loop reads at least.
 _STEP_BYTES = 32
+# Positions of an image that a tile of neurons can step over in 32 bits.
+_MOST_PLACES = 2**24
 # Inputs per neuron of a convolution whose patches may be laid out as a matrix.
 _MOST_PATCHED = 256
 # Where one kernel beats a library GEMM and an epilogue: where the preactivations would be most of
@@ -271,6 +273,8 @@ def route_of(
     """
     problem = conv2d_problem(x, weight, dendrite_weight, geometry)
     if problem is None or not _knows_fused(problem):
+        return None
+    if problem.positions >= _MOST_PLACES * x.shape[0]:
         return None
     if not _walks(problem):
         return Route.PATCHES

@@ -307,7 +307,7 @@ def test_patches_in_chunks(channels_last: bool, monkeypatch: pytest.MonkeyPatch)
         _fused(PATCHES, given["x"], weight, None, *links, site.geometry, out, kept)
         found.append((out, kept))
     for whole, parts in zip(*found, strict=True):
-        assert torch.equal(whole, parts)
+        assert relative_error(parts, whole) < 1e-6
 
 
 def test_many_dendrites() -> None:

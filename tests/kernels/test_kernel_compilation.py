@@ -227,7 +227,6 @@ def test_fused_convolution(d: int, blocks: Blocks, dtype: str, layout: str) -> N
         **dict.fromkeys(("STRIDE_H", "STRIDE_W"), 2 if layout == "NHWC" else 1),
         **dict.fromkeys(("PAD_H", "PAD_W", "DILATION_H", "DILATION_W"), 1),
         **dict.fromkeys(("TAPS_H", "TAPS_W"), 3),
-        "ROWS": layout == "NHWC",
         **({"out_n": 1} if layout == "NHWC" else {"out_s": 1}),
         **dict(zip(("BLOCK_B", "BLOCK_H", "BLOCK_W"), box, strict=True)),
         "BLOCK_N": blocks.neurons,
