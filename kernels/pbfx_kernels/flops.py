@@ -67,8 +67,8 @@ def perforated_conv2d_flops(
 ) -> int:
     """Count `pbfx::perforated_conv2d`: its soma and its dendrites."""
     # dendrite_bias, to_soma, to_dendrite, activation, stride, padding, dilation, groups, keep
-    geometry = Geometry(*(tuple(each) for each in rest[4:7]), rest[7])
-    out = geometry.output_shape(x, weight)
+    stride, padding, dilation = (tuple(each) for each in rest[4:7])
+    out = Geometry(stride, padding, dilation, rest[7]).output_shape(x, weight)
     return stacked_flops(out, x, (1 + dendrite_weight[0], *weight))
 
 

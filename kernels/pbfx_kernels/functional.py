@@ -10,7 +10,7 @@ import pbfx_kernels.conv_neuron_op
 import pbfx_kernels.neuron_op  # noqa: F401  registers its op and those of `pbfx_kernels.ops`
 from pbfx_kernels import candidate_autograd
 from pbfx_kernels.geometry import LINEAR, Geometry
-from pbfx_kernels.strategy import Problem, conv2d_problem, fuses, linear_problem, recomputes
+from pbfx_kernels.strategy import Problem, conv2d_problem, fuses, linear_problem, recomputes, route
 
 
 def dendrites(
@@ -181,7 +181,7 @@ def perforated_linear(
 
     Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
     """
-    if _runs_eagerly(x) and _wins(linear_problem(x, weight, dendrite_weight)):
+    if _may_fuse(x) and _wins(linear_problem(x, weight, dendrite_weight)):
         keep = torch.is_grad_enabled() and to_soma.requires_grad
         op = torch.ops.pbfx.perforated_linear.default
         links = dendrite_bias, to_soma, to_dendrite
@@ -232,7 +232,7 @@ def perforated_conv2d(
     """
     geometry = Geometry.convolution(2, stride, padding, dilation, groups)
     form = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-    if _runs_eagerly(x) and _wins(conv2d_problem(x, weight, dendrite_weight, geometry)):
+    if _may_fuse(x) and _wins(conv2d_problem(x, weight, dendrite_weight, geometry), x.shape):
         keep = _backward_wants_activations(x, dendrite_weight, to_soma, geometry)
         op = torch.ops.pbfx.perforated_conv2d.default
         links = dendrite_bias, to_soma, to_dendrite
@@ -243,18 +243,17 @@ def perforated_conv2d(
     )[0]
 
 
-def _runs_eagerly(x: Tensor) -> bool:
-    """Return whether the choice of a kernel is ours, here and now.
+def _may_fuse(x: Tensor) -> bool:
+    """Return whether it may be decided here that a soma is computed with its dendrites.
 
     A compiler decides for itself, with what follows in view, and autocast casts at the soma.
     """
-    compiling = torch.compiler.is_compiling()
-    return x.is_cuda and not compiling and not torch.is_autocast_enabled("cuda")
+    return x.is_cuda and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"))
 
 
-def _wins(problem: Problem | None) -> bool:
-    """Return whether soma and dendrites had better be one kernel."""
-    return problem is not None and fuses(problem)
+def _wins(problem: Problem | None, shape: Sequence[int] = ()) -> bool:
+    """Return whether soma and dendrites had better be one kernel, for a convolution of `shape`."""
+    return problem is not None and fuses(problem) and (not shape or bool(route(problem, shape)))
 
 
 def _backward_wants_activations(

@@ -103,9 +103,6 @@ def neuron_blocks(
     return Blocks(128, wide, deep, 8, 4)
 
 
-# Inputs per neuron up to which two programs share a multiprocessor: one computes activations while
-# the other multiplies.
-_SHORT_CONVOLUTION = 1152
 # A step of the main loop may be so much deeper than the channels that are left for it.
 _MOST_PADDED = 1.125
 # Boxes of positions may cover so much more than the best ones do.
@@ -116,32 +113,31 @@ def conv_neuron_blocks(
     positions: int,
     group: int,
     channels: int,
-    taps: int,
     dendrites: int,
     element_size: int,
     whole: bool = True,
 ) -> Blocks:
     """Choose the configuration of `fused_conv_neuron`.
 
+    Two programs share a multiprocessor: one computes activations while the other multiplies. Wider
+    tiles, one for each, were up to 40 % slower, and never faster, in ResNet-50's convolutions.
+
     Args:
         positions: P.
         group: neurons per group.
         channels: of one group.
-        taps: of the kernel.
         dendrites: D, 1 to 7.
         element_size: bytes per element of the operands, 2 or 4.
         whole: whether nothing but zeros comes after the channels; else steps divide them.
     """
     roles = max(2, power_of_two(dendrites + 1))
     deep = _depth(channels, element_size, whole)
-    wide = max(64 // roles, min(256 // roles, power_of_two(group)))
+    wide = max(64 // roles, min(128 // roles, power_of_two(group)))
     if ceiling(positions, 128) * ceiling(group, wide) < _FULL:
-        return Blocks(64, min(wide, 128 // roles), deep, 4, 4)
+        return Blocks(64, wide, deep, 4, 4)
     if element_size == 4:
         return _wide_elements(wide, roles, deep)
-    if channels * taps <= _SHORT_CONVOLUTION:
-        return Blocks(128, min(wide, 128 // roles), deep, 4, 3, 2)
-    return Blocks(128, wide, deep, 8, 4)
+    return Blocks(128, wide, deep, 4, 3, 2)
 
 
 def _wide_elements(wide: int, roles: int, deep: int) -> Blocks:

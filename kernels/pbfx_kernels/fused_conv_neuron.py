@@ -217,7 +217,6 @@ def fused_conv_neuron(
         images * height * width,
         group,
         given.channels,
-        given.kernel[0] * given.kernel[1],
         dendrites,
         given.x.element_size(),
         whole=geometry.groups == 1 and geometry.stride[1] == 1,

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -31,8 +32,10 @@ _DESCRIBED_BYTES = 16
 # Positions, and positions for each input, from which laying weights side by side costs less than
 # the kernel gains: 3 % more than *packed* at 8192x4096x4096, where it would be 4 % less without.
 _LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO = 4096, 4
+# Inputs of a convolution up to which one kernel is faster than cuDNN for soma and dendrites.
+_MOST_FUSED_INPUTS = 2304
 # Dendrites up to which it was measured; more share a product of eight roles.
-_MOST_FUSED_WINS = 3
+_MOST_FUSED_MEASURED = 3
 # Neurons per group of a convolution: a narrower tile is mostly empty.
 _LEAST_GROUP, _LEAST_FUSED_GROUP = 10, 16
 # Bytes of channels that a step of the fused main loop reads at least.
@@ -207,7 +210,7 @@ def can_fuse(
     if geometry.spatial:
         return route_of(x, weight, dendrite_weight, geometry) is not None
     problem = linear_problem(x, weight, dendrite_weight)
-    return problem is not None and _knows_fused(problem)
+    return problem is not None and _launches(problem)
 
 
 def linear_problem(x: Tensor, weight: Tensor, dendrite_weight: Tensor) -> Problem | None:
@@ -272,15 +275,26 @@ def route_of(
         geometry: over two dimensions.
     """
     problem = conv2d_problem(x, weight, dendrite_weight, geometry)
-    if problem is None or not _knows_fused(problem):
-        return None
-    if problem.positions >= _MOST_PLACES * x.shape[0]:
+    return None if problem is None else route(problem, x.shape)
+
+
+def route(problem: Problem, shape: Sequence[int]) -> Route | None:
+    """Choose how a *fused* kernel reads a convolution's input, or None where none knows it.
+
+    Args:
+        problem: a convolution over two dimensions.
+        shape: of its input, `(B, channels, H, W)`.
+    """
+    geometry, sizes = problem.geometry, [_hint(size) for size in shape]
+    # Kernels count the elements of one image in 32 bits.
+    near = problem.positions < _MOST_PLACES * sizes[0] and math.prod(sizes[1:]) < 2**31
+    if not near or not _launches(problem):
         return None
     if not _walks(problem):
         return Route.PATCHES
     if problem.taps == 1 and geometry.stride == (1, 1) and geometry.padding == (0, 0):
         return Route.POINTWISE if geometry.groups == 1 else Route.WALKED
-    if all(size % step == 0 for size, step in zip(x.shape[2:], geometry.stride, strict=True)):
+    if all(size % step == 0 for size, step in zip(sizes[2:], geometry.stride, strict=True)):
         return Route.WALKED
     return Route.PATCHES if _patched(problem) else None
 
@@ -297,18 +311,23 @@ def fuses(problem: Problem) -> bool:
     gained over a library's product, the traffic of the preactivations, is the less the longer the
     rows are.
     """
-    if not _knows_fused(problem) or problem.dendrites > _MOST_FUSED_WINS:
-        return False
-    if problem.dtype.itemsize != 2:
-        return False
     if problem.geometry.spatial:
-        return problem.positions >= _LEAST_FUSED_POSITIONS
+        read = _walks(problem) or problem.channels <= _IMAGE_CHANNELS
+        enough = problem.positions >= _LEAST_FUSED_POSITIONS
+        return _knows_fused(problem) and read and enough and problem.inputs <= _MOST_FUSED_INPUTS
     least = max(_LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO * problem.inputs)
-    return problem.positions >= least
+    return _knows_fused(problem) and problem.positions >= least
 
 
 def _knows_fused(problem: Problem) -> bool:
-    # Where it was measured; elsewhere it may spill.
+    """Return whether a *fused* kernel was measured for problems like this one."""
+    few = problem.dendrites <= _MOST_FUSED_MEASURED
+    return few and problem.dtype.itemsize == 2 and _launches(problem)
+
+
+def _launches(problem: Problem) -> bool:
+    """Return whether a *fused* kernel can compute a site; for convolutions see `route` too."""
+    # Elsewhere it may spill.
     hopper = problem.capability is not None and problem.capability[0] == 9
     geometry, size = problem.geometry, problem.dtype.itemsize
     if (

@@ -53,7 +53,7 @@ TYPED = [
 
 @pytest.fixture(autouse=True)
 def _fused_and_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strategy, "_MOST_FUSED_WINS", 7)
+    monkeypatch.setattr(strategy, "_MOST_FUSED_MEASURED", 7)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
 
 

@@ -60,9 +60,9 @@ def neuron_configurations() -> list[Configuration]:
 
 def conv_neuron_configurations() -> list[Configuration]:
     """Return what `conv_neuron_blocks` can choose, likewise."""
-    shapes = [(64, 128), (65536, 16), (65536, 128), (65536, 256)]
+    shapes = [(64, 128), (65536, 16), (65536, 128)]
     return _distinct(
-        (d, conv_neuron_blocks(p, 512, channels, 9, d, size), dtype)
+        (d, conv_neuron_blocks(p, 512, channels, d, size), dtype)
         for p, channels in shapes
         for d in (1, 3, 5)
         for dtype, size in DTYPES.items()
@@ -276,19 +276,23 @@ def _fused(
 
 
 @capabilities
-def test_patches(capability: int) -> None:
-    from pbfx_kernels.patches import _BLOCK_K, _BLOCK_P, _patches_kernel
+@pytest.mark.parametrize(("channels", "taps", "dtype"), [(3, 7, "bf16"), (1, 3, "fp32")])
+def test_patches(capability: int, channels: int, taps: int, dtype: str) -> None:
+    from pbfx_kernels.patches import _patches_kernel, depth_of
 
+    length = -(-channels * taps**2 // 16) * 16
     constants = {
-        "CHANNELS": 3,
+        "K": channels * taps**2,
+        "ROW": length,
+        "CHANNELS": channels,
         **dict.fromkeys(("STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W"), 2),
         **dict.fromkeys(("DILATION_H", "DILATION_W"), 1),
-        "TAPS_W": 7,
-        "BLOCK_P": _BLOCK_P,
-        "BLOCK_K": _BLOCK_K,
+        "TAPS_W": taps,
+        **{"BLOCK_B": 1, "BLOCK_H": 8, "BLOCK_W": 16},
+        "BLOCK_K": depth_of(length),
     }
     types = {name: "i32" for name in _patches_kernel.arg_names if name not in constants}
-    types |= {"rows": "*bf16", "x": "*bf16"}
+    types |= dict.fromkeys(("rows", "x"), f"*{dtype}")
     compiled = compile_kernel(_patches_kernel, types, constants, capability, types)
     assert compiled.stack == 0
     assert "st.global.v4" in compiled.ptx, "stores are not 16 bytes wide"
