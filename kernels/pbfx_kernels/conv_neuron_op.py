@@ -21,15 +21,9 @@ from pbfx_kernels.candidate_autograd import no_autocast
 from pbfx_kernels.dispatch import evaluate_dendrites
 from pbfx_kernels.errors import ArgumentError
 from pbfx_kernels.geometry import Geometry
-from pbfx_kernels.launching import ceiling
 from pbfx_kernels.layout import stack_like
-from pbfx_kernels.strategy import Route, route_of
+from pbfx_kernels.strategy import route_of
 from pbfx_kernels.validation import check_dendrites
-
-# Bytes of patches at a time.
-PATCHES_BYTES = 256 * 2**20
-# Bytes that rows of patches are a multiple of: what a product of 16 inputs in 16 bits reads.
-_PATCH_BYTES = 32
 
 
 @custom_op("pbfx::perforated_conv2d", mutates_args=())
@@ -80,71 +74,26 @@ def perforated_conv2d_op(
     with no_autocast(x):
         route = route_of(x, weight, dendrite_weight, geometry) if out.numel() else None
         if route is not None:
+            from pbfx_kernels.fused_convolution import fused_convolution, laid_out
+
             activations = stack_like(out, len(to_soma) if keep else 0)
-            kept = activations if keep else None
-            _fused(route, x, weight, bias, dendrite_weight, *links, geometry, out, kept)
+            fused_convolution(
+                route,
+                x,
+                laid_out(route, weight, dendrite_weight),
+                (weight.shape[2], weight.shape[3]),
+                bias,
+                *links,
+                geometry,
+                out,
+                activations if keep else None,
+            )
             return out, activations
         soma = F.conv2d(
             x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups
         )
         found, activations = evaluate_dendrites(soma, x, dendrite_weight, *links, geometry, keep)
     return out.copy_(found), stack_like(out, len(activations)).copy_(activations)
-
-
-def _fused(
-    route: Route,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    dendrite_weight: Tensor,
-    dendrite_bias: Tensor | None,
-    to_soma: Tensor,
-    to_dendrite: Tensor,
-    activation: str,
-    geometry: Geometry,
-    out: Tensor,
-    kept: Tensor | None,
-) -> None:
-    from pbfx_kernels.fused_conv_neuron import POINTWISE, Input, fused_conv_neuron
-    from pbfx_kernels.fused_neuron import can_describe, fused_neuron, interleave
-
-    links = bias, dendrite_bias, to_soma, to_dendrite, activation
-    images, neurons, *sizes = out.shape
-    kernel = weight.shape[2], weight.shape[3]
-    if route is Route.PATCHES:
-        from pbfx_kernels.patches import patches
-
-        aligned = _PATCH_BYTES // x.element_size()
-        weights = interleave(weight, dendrite_weight, aligned)
-        bytes_ = out.numel() // neurons * weights.shape[1] * x.element_size()
-        each = ceiling(images, min(images, ceiling(bytes_, PATCHES_BYTES)))
-        for start in range(0, images, each):
-            part = slice(start, start + each)
-            rows = patches(x[part], kernel, geometry, (sizes[0], sizes[1]), aligned)
-            # A row for all images where one stride walks them.
-            flat = rows.flatten(0, 2)[None] if out.stride(1) == 1 else rows.flatten(1, 2)
-            fused_conv_neuron(
-                Input(flat[:, None], POINTWISE, (1, 1)),
-                weights,
-                *links,
-                (flat.shape[0], 1, flat.shape[1]),
-                out[part],
-                None if kept is None else kept[:, part],
-            )
-        return
-    weights = interleave(weight, dendrite_weight)
-    image = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    if image.data_ptr() % 16:
-        image = image.clone(memory_format=torch.contiguous_format)
-    if route is Route.POINTWISE and out.stride(1) == 1:
-        rows = image.reshape(-1, image.shape[3])
-        assert can_describe(rows), "a route for channels that fill 16 bytes"
-        flat_out = out.permute(0, 2, 3, 1).reshape(-1, neurons)
-        flat_kept = None if kept is None else kept.permute(0, 1, 3, 4, 2).flatten(1, 3)
-        fused_neuron(rows, weights, *links, flat_out, flat_kept)
-        return
-    walked = Input(image, geometry, kernel)
-    fused_conv_neuron(walked, weights, *links, (images, sizes[0], sizes[1]), out, kept)
 
 
 def _empty(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

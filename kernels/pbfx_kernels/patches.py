@@ -82,7 +82,7 @@ def depth_of(length: int) -> int:
 
 
 def patches(
-    x: Tensor, kernel: tuple[int, int], geometry: Geometry, sizes: tuple[int, int], aligned: int
+    x: Tensor, kernel: tuple[int, int], geometry: Geometry, sizes: tuple[int, int], length: int
 ) -> Tensor:
     """Lay out the patches of a convolution.
 
@@ -91,16 +91,14 @@ def patches(
         kernel: taps, `(kH, kW)`.
         geometry: over two dimensions, one group, not transposed.
         sizes: `(H', W')`, of the output.
-        aligned: what the length of a row is rounded up to a multiple of, with zeros.
+        length: of a row, K or more.
 
     Returns:
-        `(B, H', W', K)` contiguous, dtype of `x`, taps before channels.
+        `(B, H', W', length)` contiguous, dtype of `x`, taps before channels, then zeros.
     """
     images, channels, height, width = x.shape
     if sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:], strict=True)) >> 31:
         x = x.contiguous()
-    inputs = channels * math.prod(kernel)
-    length = ceiling(inputs, aligned) * aligned
     rows = x.new_empty((images, *sizes, length))
     box = box_of(_BLOCK_P, images, *sizes)
     boxes = math.prod(ceiling(n, each) for n, each in zip(rows.shape[:3], box, strict=True))
@@ -112,7 +110,7 @@ def patches(
             height,
             width,
             *x.stride(),
-            K=inputs,
+            K=channels * math.prod(kernel),
             ROW=length,
             CHANNELS=channels,
             STRIDE_H=geometry.stride[0],

@@ -21,8 +21,8 @@ from kernel_cases import (
 from tolerances import assert_close, relative_error
 from torch import Tensor
 
-from pbfx_kernels import ACTIVATIONS, Geometry, conv_neuron_op, neurons, packed, reference
-from pbfx_kernels.conv_neuron_op import _empty, _fused
+from pbfx_kernels import ACTIVATIONS, Geometry, fused_convolution, neurons, packed, reference
+from pbfx_kernels.conv_neuron_op import _empty
 from pbfx_kernels.dispatch import evaluate_dendrites, recompute_to_soma_gradient
 from pbfx_kernels.fused_neuron import fused_neuron, interleave
 from pbfx_kernels.layout import stack_like
@@ -276,10 +276,9 @@ def test_fused_convolution(
     out = _empty(given["x"], soma, site.geometry).fill_(torch.nan)
     assert (out.stride(1) == 1) is (channels_last and given["x"].stride(1) == 1)
     kept = stack_like(out, d).fill_(torch.nan)
-    links = given["weight"], given["bias"], given["to_soma"], given["to_dendrite"], "tanh"
-    _fused(route, given["x"], soma, soma_bias, *links, site.geometry, out, kept)
     lean = torch.full_like(out, torch.nan)
-    _fused(route, given["x"], soma, soma_bias, *links, site.geometry, lean, None)
+    _convolve(route, given, soma, soma_bias, site, out, kept)
+    _convolve(route, given, soma, soma_bias, site, lean, None)
     assert torch.equal(lean, out)
     upcast = {name: None if t is None else t.double() for name, t in given.items()}
     upcast["soma"] = site.soma(
@@ -290,6 +289,21 @@ def test_fused_convolution(
     assert_close(kept, torch.stack(wanted_activations))
 
 
+def _convolve(
+    route: Route,
+    given: Tensors,
+    soma: Tensor,
+    soma_bias: Tensor | None,
+    site: Site,
+    out: Tensor,
+    kept: Tensor | None,
+) -> None:
+    weights = fused_convolution.laid_out(route, soma, given["weight"])
+    links = soma_bias, given["bias"], given["to_soma"], given["to_dendrite"], "tanh"
+    call = fused_convolution.fused_convolution
+    call(route, given["x"], weights, site.weight[2:], *links, site.geometry, out, kept)
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_patches_in_chunks(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site("image", (5, 3, 9, 9), (20, 3, 3, 3), _CONV)
@@ -298,13 +312,12 @@ def test_patches_in_chunks(channels_last: bool, monkeypatch: pytest.MonkeyPatch)
     if channels_last:
         given["x"] = given["x"].contiguous(memory_format=torch.channels_last)
     weight = torch.randn(site.weight)
-    links = given["weight"], given["bias"], given["to_soma"], given["to_dendrite"], "tanh"
     found = []
     for size in (2**20, 2 * 81 * 32 * 4):
-        monkeypatch.setattr(conv_neuron_op, "PATCHES_BYTES", size)
+        monkeypatch.setattr(fused_convolution, "PATCHES_BYTES", size)
         out = _empty(given["x"], weight, site.geometry).fill_(torch.nan)
         kept = stack_like(out, 2).fill_(torch.nan)
-        _fused(PATCHES, given["x"], weight, None, *links, site.geometry, out, kept)
+        _convolve(PATCHES, given, weight, None, site, out, kept)
         found.append((out, kept))
     for whole, parts in zip(*found, strict=True):
         assert relative_error(parts, whole) < 1e-6
