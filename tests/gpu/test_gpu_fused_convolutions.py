@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_cases import Site, Tensors, make_dendrites, oracle_dendrites
 from tolerances import assert_close, assert_no_worse_than_eager, relative_error
-from torch import Tensor
+from torch import Tensor, nn
 
+import pbfx
+from pbfx.dendrites import Dendrites
 from pbfx_kernels import Geometry, perforated_conv2d, strategy
 from pbfx_kernels.strategy import Route, route_of
 
@@ -137,3 +140,62 @@ def test_gradients(
 
     for found, wanted in zip(gradients(False), gradients(True), strict=True):
         assert relative_error(found, wanted) <= 2e-2
+
+
+class Net(nn.Module):
+    """Convolutions of each route, and no norms: those would stand between soma and dendrites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Conv2d(3, 32, 5, 2)
+        self.walked = nn.Conv2d(32, 64, 3, padding=1, stride=2)
+        self.pointwise = nn.Conv2d(64, 40, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise(F.relu(self.walked(F.relu(self.image(x)))))
+
+
+@pytest.mark.parametrize("dendrites", [1, 2])
+@pytest.mark.parametrize("last", [True, False], ids=["NHWC", "NCHW"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_compiled(
+    autocast: bool, last: bool, dendrites: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Soma and dendrites are one op in a compiled graph, and train as they do eagerly."""
+    monkeypatch.setattr(strategy, "_LEAST_FUSED_POSITIONS", 1)
+    torch.manual_seed(0)
+    model = pbfx.grow(pbfx.transform(Net()), dendrites).cuda()
+    for module in model.modules():
+        if isinstance(module, Dendrites):
+            nn.init.normal_(module.to_soma, std=0.1)
+    x = torch.randn(8, 3, 67, 67, device="cuda")
+    if last:
+        model, x = (each.to(memory_format=torch.channels_last) for each in (model, x))
+    if not autocast:
+        model, x = model.bfloat16(), x.bfloat16()
+    compiled = torch.compile(model, backend="pbfx", fullgraph=True, options={"strategy": "fused"})
+
+    def both(call: nn.Module, wide: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        given = x.double() if wide else x
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast and not wide):
+            out = call(given)
+        out.float().pow(2).mean().backward()
+        grads = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return out.detach().double(), grads
+
+    both(compiled)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
+        found, grads = both(compiled)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["pbfx::perforated_conv2d"] == 3
+    eager, eager_grads = both(model)
+    model.double()
+    wanted, wanted_grads = both(model, wide=True)
+    assert relative_error(found, wanted) <= max(1e-2, 2 * relative_error(eager, wanted))
+    assert grads.keys() == wanted_grads.keys()
+    for name, exact in wanted_grads.items():
+        allowed = max(2e-2, 2 * relative_error(eager_grads[name], exact))
+        assert relative_error(grads[name], exact) <= allowed, name

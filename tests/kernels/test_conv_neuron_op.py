@@ -1,5 +1,6 @@
 """`pbfx::perforated_conv2d` on the CPU: values, gradients, layouts, fakes, and what it refuses."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import pbfx_kernels.conv_neuron_op  # noqa: F401  registers the op
 from pbfx_kernels import ArgumentError, Geometry, strategy
+from pbfx_kernels.forms import Form, choose_form
 from pbfx_kernels.strategy import Problem, Route, fuses, route_of
 
 SITES = [
@@ -226,3 +228,29 @@ def test_what_fuses_can_be_run() -> None:
                 if fuses(problem):
                     assert d <= 7
                     assert strategy._walks(problem) or strategy._patched(problem)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, Form.FUSED),
+        ({"geometry": Geometry.convolution(2, 2, 1)}, Form.FUSED),
+        ({"taps": 1, "channels": 2048}, Form.FUSED),
+        ({"channels": 3, "taps": 49}, Form.FUSED),
+        ({"channels": 512}, Form.PACKED),
+        ({"channels": 20}, Form.PACKED),
+        ({"positions": 196}, Form.PACKED),
+        ({"dendrites": 5}, Form.PACKED),
+        ({"dtype": torch.float32, "tf32": True}, Form.PACKED),
+        ({"capability": (8, 0)}, Form.PACKED),
+        ({"geometry": Geometry.convolution(2, groups=16)}, Form.FUSED),
+        ({"geometry": Geometry.convolution(2, groups=32)}, Form.PACKED),
+    ],
+    ids=str,
+)
+def test_forms(changes: dict[str, Any], expected: Form) -> None:
+    """What a compiled graph holds where nothing but the dendrites reads the soma."""
+    conv = Geometry.convolution(2, padding=1)
+    problem = Problem("cuda", (9, 0), torch.bfloat16, False, conv, 50176, 256, 256, 9, 3)
+    assert choose_form(dataclasses.replace(problem, **changes), False, True, True) is expected
+    assert choose_form(dataclasses.replace(problem, **changes), False, True) is not Form.FUSED
