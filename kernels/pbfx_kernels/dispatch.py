@@ -6,7 +6,7 @@ from pbfx_kernels import reference
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like, writable
-from pbfx_kernels.strategy import Strategy, choose, problem_of
+from pbfx_kernels.strategy import Route, Strategy, choose, problem_of, route
 
 
 def evaluate_dendrites(
@@ -80,6 +80,15 @@ def _launch(
         from pbfx_kernels.fused_linear import fused_linear
 
         fused_linear(soma, x, *links, out, kept)
+    elif (read := _route(soma, x, weight, geometry)) is not None:
+        from pbfx_kernels.fused_convolution import fused_convolution, laid_out
+
+        weights, kernel = (
+            laid_out(read, None, weight, soma.dtype),
+            (weight.shape[3], weight.shape[4]),
+        )
+        form = *links[1:], geometry
+        fused_convolution(read, x.to(soma.dtype), weights, kernel, soma, *form, out, kept)
     else:
         from pbfx_kernels.fused_conv2d import fused_conv2d
 
@@ -170,6 +179,16 @@ def _launch_gradient(
         from pbfx_kernels.fused_linear import fused_linear_gradient
 
         return fused_linear_gradient(grad, x, weight, bias, to_dendrite, activation)
+    read = _route(grad, x, weight, geometry) if strategy is Strategy.SPLIT else None
+    if read is not None:
+        from pbfx_kernels.fused_convolution import fused_convolution_gradient, laid_out
+
+        weights, kernel = (
+            laid_out(read, None, weight, grad.dtype),
+            (weight.shape[3], weight.shape[4]),
+        )
+        links = bias, to_dendrite, activation, geometry
+        return fused_convolution_gradient(read, grad, x.to(grad.dtype), weights, kernel, *links)
     if strategy is Strategy.SPLIT:
         from pbfx_kernels.fused_conv2d import fused_conv2d_gradient
 
@@ -177,3 +196,9 @@ def _launch_gradient(
     from pbfx_kernels.packed import packed_to_soma_gradient
 
     return packed_to_soma_gradient(grad, x, weight, bias, to_dendrite, activation, geometry)
+
+
+def _route(soma: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Route | None:
+    """Return how the *fused* kernel reads the input of dendrites alone, if it knows the site."""
+    batched = geometry.spatial == 2 and x.dim() == 4
+    return route(problem_of(soma, weight, geometry), x.shape) if batched else None

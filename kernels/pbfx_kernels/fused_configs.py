@@ -89,7 +89,7 @@ def neuron_blocks(
         dendrites: D, 1 to 7.
         element_size: bytes per element of the operands, 2 or 4.
     """
-    roles = max(2, power_of_two(dendrites + 1))
+    roles = power_of_two(dendrites + 1)
     deep = max(32 // element_size, min(128 // element_size, power_of_two(inputs)))
     wide = max(64 // roles, min(256 // roles, power_of_two(neurons)))
     if ceiling(positions, 128) * ceiling(neurons, wide) < _FULL:
@@ -116,6 +116,7 @@ def conv_neuron_blocks(
     dendrites: int,
     element_size: int,
     whole: bool = True,
+    soma: bool = True,
 ) -> Blocks:
     """Choose the configuration of `fused_conv_neuron`.
 
@@ -129,14 +130,18 @@ def conv_neuron_blocks(
         dendrites: D, 1 to 7.
         element_size: bytes per element of the operands, 2 or 4.
         whole: whether nothing but zeros comes after the channels; else steps divide them.
+        soma: whether it computes the soma too.
     """
-    roles = max(2, power_of_two(dendrites + 1))
+    roles = power_of_two(dendrites + soma)
     deep = _depth(channels, element_size, whole)
     wide = max(64 // roles, min(128 // roles, power_of_two(group)))
     if ceiling(positions, 128) * ceiling(group, wide) < _FULL:
         return Blocks(64, wide, deep, 4, 4)
     if element_size == 4:
         return _wide_elements(wide, roles, deep)
+    if roles == 1:
+        # Beside the accumulators of one role, the tile of a soma takes registers.
+        return Blocks(128, min(wide, 64), deep, 4, 3, 3)
     return Blocks(128, wide, deep, 4, 3, 2)
 
 

@@ -17,8 +17,12 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 # The type checker does not know what Triton adds to Python: launch options, static_range.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
+from __future__ import annotations
+
+import math
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,6 +41,7 @@ POINTWISE = Geometry.convolution(2)
 def _conv_neuron_kernel(
     out,
     kept,
+    soma,
     x,
     weights,
     soma_bias,
@@ -63,6 +68,7 @@ def _conv_neuron_kernel(
     TAPS_W: tl.constexpr,
     D: tl.constexpr,
     ROLES: tl.constexpr,
+    MODE: tl.constexpr,
     KEEP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FAST: tl.constexpr,
@@ -122,12 +128,8 @@ def _conv_neuron_kernel(
         n, mask_n = group * GROUP + in_group + in_block, in_group + in_block < GROUP
         z = ()
         for d in tl.static_range(D):
-            z = z + (roles[d + 1],)
+            z = z + (roles[d + (MODE == "neuron")],)
         a = cascade(z, bias, to_dendrite, n, mask_n, N, D, HAS_BIAS, ACTIVATION, FAST, 1)
-        s = roles[0]
-        if HAS_SOMA_BIAS:
-            s += link(soma_bias, n, mask_n, 1)
-        s -= negated_sum(a, to_soma, n, mask_n, N, D, 1)
         # From the first element of the tile on, 32 bits are enough.
         corner = image.to(tl.int64) * out_b + (top * WIDTH + left).to(tl.int64) * out_s
         corner += (group * GROUP + in_group).to(tl.int64) * out_n
@@ -136,7 +138,20 @@ def _conv_neuron_kernel(
         mask_p = (image + b < IMAGES) & (top + h < HEIGHT) & (left + w < WIDTH)
         at = (b * out_b + (h * WIDTH + w) * out_s)[:, None] + (in_block * out_n)[None, :]
         mask = mask_p[:, None] & mask_n[None, :]
-        tl.store(out + corner + at, s.to(out.dtype.element_ty), mask=mask)
+        if MODE == "neuron":
+            s = roles[0]
+            if HAS_SOMA_BIAS:
+                s += link(soma_bias, n, mask_n, 1)
+        else:
+            s = tl.load(soma + corner + at, mask=mask, other=0.0).to(tl.float32)
+        if MODE == "gradient":
+            share = out + block_p.to(tl.int64) * D * N + n
+            for d in tl.static_range(D):
+                # Rows past the end have an error of zero.
+                tl.store(share + d * N, tl.sum(s * a[d], axis=0), mask=mask_n)
+        else:
+            s -= negated_sum(a, to_soma, n, mask_n, N, D, 1)
+            tl.store(out + corner + at, s.to(out.dtype.element_ty), mask=mask)
         if KEEP:
             kept += corner
             for d in tl.static_range(D):
@@ -183,7 +198,7 @@ class Input:
 def fused_conv_neuron(
     given: Input,
     weights: Tensor,
-    soma_bias: Tensor | None,
+    soma: Tensor | None,
     bias: Tensor | None,
     to_soma: Tensor,
     to_dendrite: Tensor,
@@ -198,9 +213,10 @@ def fused_conv_neuron(
     Args:
         given: the input, not empty, whose channels, and those of a group, fill 16 bytes; float16,
             bfloat16, or float32 for TF32 products.
-        weights: W and V, `interleave`d, the dtype of the input.
-        soma_bias: b, `(N,)`, any float dtype, or None.
-        bias: c, `(D, N)`, likewise.
+        weights: W and V, `interleave`d, the dtype of the input; V alone where `soma` is given.
+        soma: b, `(N,)`, any float dtype, or None; or the soma's output, in shape, dtype and strides
+            as `out`.
+        bias: c, `(D, N)`, any float dtype, or None.
         to_soma: T, `(D, N)`, D from 1 to 7, any float dtype.
         to_dendrite: U, `(D, D, N)`, likewise.
         activation: f, one of `ACTIVATIONS`.
@@ -210,31 +226,120 @@ def fused_conv_neuron(
         kept: `(D, *out)`, each slice with the strides of `out`; written.
         blocks: the configuration, by default `conv_neuron_blocks`'.
     """
-    dendrites, neurons = to_soma.shape
-    geometry, (images, height, width) = given.geometry, sizes
-    group = neurons // geometry.groups
-    blocks = blocks or conv_neuron_blocks(
-        images * height * width,
-        group,
-        given.channels,
-        dendrites,
-        given.x.element_size(),
-        whole=geometry.groups == 1 and geometry.stride[1] == 1,
-    )
-    # Within a tile, the kernel counts elements in 32 bits.
-    near = out.shape[1:].numel() * blocks.positions < 2**31
-    box = box_of(blocks.positions, images if near else 1, height, width)
-    roles = roles_of(dendrites)
-    tiles = ceiling(images, box[0]) * ceiling(height, box[1]) * ceiling(width, box[2])
-    tiles *= ceiling(group, blocks.neurons) * geometry.groups
+    mode = "neuron" if soma is None or soma.dim() == 1 else "add"
+    tiling = Tiling.of(given, len(to_soma), out, sizes, mode == "neuron", blocks)
+    links = bias, to_soma, to_dendrite, activation
+    _launch(given, weights, soma, *links, tiling, out, kept, out, mode)
+
+
+def conv_dendrites_gradient(
+    given: Input,
+    weights: Tensor,
+    grad: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor,
+    activation: str,
+    sizes: tuple[int, int, int],
+    blocks: Blocks | None = None,
+) -> Tensor:
+    """Sum `dT_d = Σ_p g ⊙ a_d`, recomputing the activations.
+
+    Args:
+        given: as in `fused_conv_neuron`, and likewise the others.
+        weights: V, `interleave`d.
+        grad: g, `(B, N, H', W')`, contiguous or in channels_last, dtype of the input.
+        bias: c, `(D, N)`, or None.
+        to_dendrite: U, `(D, D, N)`.
+        activation: f, one of `ACTIVATIONS`.
+        sizes: of output positions.
+        blocks: the configuration, by default `conv_neuron_blocks`'.
+
+    Returns:
+        `(D, N)`, float32, the same bits in every run.
+    """
+    dendrites, neurons = to_dendrite.shape[1:]
+    tiling = Tiling.of(given, dendrites, grad, sizes, False, blocks)
+    partial = grad.new_empty((tiling.boxes, dendrites, neurons), dtype=torch.float32)
+    # Links to the soma are not read in this mode.
+    links = bias, to_dendrite, to_dendrite, activation
+    _launch(given, weights, grad, *links, tiling, partial, None, grad, "gradient")
+    return partial[0] if tiling.boxes == 1 else partial.sum(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How output positions and neurons are cut up: a configuration, a box, and how many there are.
+
+    Attributes:
+        blocks: the configuration.
+        sizes: images, rows and columns.
+        box: of one tile, likewise.
+    """
+
+    blocks: Blocks
+    sizes: tuple[int, int, int]
+    box: tuple[int, int, int]
+
+    @classmethod
+    def of(
+        cls,
+        given: Input,
+        dendrites: int,
+        out: Tensor,
+        sizes: tuple[int, int, int],
+        soma: bool,
+        blocks: Blocks | None,
+    ) -> Tiling:
+        """Choose what is not given."""
+        geometry, neurons = given.geometry, out.shape[1]
+        blocks = blocks or conv_neuron_blocks(
+            math.prod(sizes),
+            neurons // geometry.groups,
+            given.channels,
+            dendrites,
+            given.x.element_size(),
+            whole=geometry.groups == 1 and geometry.stride[1] == 1,
+            soma=soma,
+        )
+        # Within a tile, the kernel counts elements in 32 bits.
+        near = out.shape[1:].numel() * blocks.positions < 2**31
+        images, *places = sizes
+        return cls(blocks, sizes, box_of(blocks.positions, images if near else 1, *places))
+
+    @property
+    def boxes(self) -> int:
+        """Tiles of positions."""
+        return math.prod(ceiling(n, each) for n, each in zip(self.sizes, self.box, strict=True))
+
+
+def _launch(
+    given: Input,
+    weights: Tensor,
+    soma: Tensor | None,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    tiling: Tiling,
+    out: Tensor,
+    kept: Tensor | None,
+    like: Tensor,
+    mode: str,
+) -> None:
+    """Launch the kernel; `like` has the shape and the strides of the soma."""
+    dendrites, neurons = to_dendrite.shape[1:]
+    geometry, blocks, box = given.geometry, tiling.blocks, tiling.box
+    group, places = neurons // geometry.groups, like.shape[2] * like.shape[3]
+    roles = roles_of(dendrites, mode == "neuron")
+    tiles = tiling.boxes * ceiling(group, blocks.neurons) * geometry.groups
     programs = min(tiles, multiprocessors(out) * blocks.resident)
-    places = out.shape[2] * out.shape[3]
-    rows = out.stride(1) == 1
+    rows = like.stride(1) == 1
     with on_device(out):
         _conv_neuron_kernel[(programs,)](
             out,
             # A pointer has to be one, whether it is read or not.
             out if kept is None else kept,
+            out if soma is None else soma,
             given.described(box, blocks.inputs),
             TensorDescriptor(
                 weights,
@@ -242,13 +347,11 @@ def fused_conv_neuron(
                 list(weights.stride()),
                 [roles * blocks.neurons, blocks.inputs],
             ),
-            to_soma if soma_bias is None else soma_bias,
+            out if soma is None else soma,
             to_soma if bias is None else bias.contiguous(),
             to_soma.contiguous(),
             to_dendrite.contiguous(),
-            images,
-            height,
-            width,
+            *tiling.sizes,
             neurons,
             group,
             0 if kept is None else kept.stride(0),
@@ -266,10 +369,11 @@ def fused_conv_neuron(
             TAPS_W=given.kernel[1],
             D=dendrites,
             ROLES=roles,
+            MODE=mode,
             KEEP=kept is not None,
             ACTIVATION=activation,
-            FAST=fast_activations(out),
-            HAS_SOMA_BIAS=soma_bias is not None,
+            FAST=fast_activations(like),
+            HAS_SOMA_BIAS=mode == "neuron" and soma is not None,
             HAS_BIAS=bias is not None,
             PRECISION="tf32",
             BLOCK_B=box[0],

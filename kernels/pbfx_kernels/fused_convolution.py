@@ -8,11 +8,18 @@ An input in NCHW is copied to NHWC where it is walked, as the *packed* strategy 
 the output is written in the layout that is asked for.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from pbfx_kernels.fused_configs import Blocks
-from pbfx_kernels.fused_conv_neuron import POINTWISE, Input, fused_conv_neuron
+from pbfx_kernels.fused_conv_neuron import (
+    POINTWISE,
+    Input,
+    conv_dendrites_gradient,
+    fused_conv_neuron,
+)
 from pbfx_kernels.fused_neuron import can_describe, fused_neuron, interleave
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling
@@ -25,19 +32,26 @@ PATCHES_BYTES = 256 * 2**20
 _PATCH_BYTES = 32
 
 
-def laid_out(route: Route, weight: Tensor, dendrite_weight: Tensor) -> Tensor:
+def laid_out(
+    route: Route,
+    weight: Tensor | None,
+    dendrite_weight: Tensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Lay the weights of a convolution side by side, as `fused_convolution` reads them.
 
     Args:
         route: of the site.
-        weight: W, `(N, channels / groups, kH, kW)`.
+        weight: W, `(N, channels / groups, kH, kW)`; None where the soma is computed elsewhere.
         dendrite_weight: V, `(D, *W)`.
+        dtype: of the result, by default that of W, or else of V.
 
     Returns:
         As of `interleave`.
     """
-    aligned = _PATCH_BYTES // weight.element_size() if route is Route.PATCHES else 1
-    return interleave(weight, dendrite_weight, aligned)
+    kind = dtype or (dendrite_weight if weight is None else weight).dtype
+    aligned = _PATCH_BYTES // kind.itemsize if route is Route.PATCHES else 1
+    return interleave(weight, dendrite_weight, aligned, kind)
 
 
 def fused_convolution(
@@ -45,7 +59,7 @@ def fused_convolution(
     x: Tensor,
     weights: Tensor,
     kernel: tuple[int, int],
-    soma_bias: Tensor | None,
+    soma: Tensor | None,
     bias: Tensor | None,
     to_soma: Tensor,
     to_dendrite: Tensor,
@@ -60,10 +74,12 @@ def fused_convolution(
     Args:
         route: of `strategy.route`.
         x: `(B, channels, H, W)`, not empty; float16, bfloat16, or float32 for TF32 products.
-        weights: W and V, `laid_out` for the route, the dtype of `x`.
+        weights: W and V, `laid_out` for the route, the dtype of `x`; V alone where the output of
+            the soma is given.
         kernel: taps, `(kH, kW)`.
-        soma_bias: b, `(N,)`, any float dtype, or None.
-        bias: c, `(D, N)`, likewise.
+        soma: b, `(N,)`, any float dtype, or None; or the soma's output, shape and dtype of `out`,
+            any strides.
+        bias: c, `(D, N)`, any float dtype, or None.
         to_soma: T, `(D, N)`, D from 1 to 7, any float dtype.
         to_dendrite: U, `(D, D, N)`, likewise.
         activation: f, one of `ACTIVATIONS`.
@@ -72,40 +88,81 @@ def fused_convolution(
         kept: `(D, *out)`, each slice with the strides of `out`; written.
         blocks: the configuration, by default that of the kernel.
     """
-    links = soma_bias, bias, to_soma, to_dendrite, activation
-    if route is Route.PATCHES:
-        _over_patches(x, weights, kernel, *links, geometry, out, kept, blocks)
-        return
-    image = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    if image.data_ptr() % 16:
-        image = image.clone(memory_format=torch.contiguous_format)
-    if route is Route.POINTWISE and out.stride(1) == 1:
-        rows = image.reshape(-1, image.shape[3])
+    links = bias, to_soma, to_dendrite, activation
+    given = soma is not None and soma.dim() == 4
+    if soma is not None and given:
+        soma = soma.contiguous(memory_format=_format(out))
+    if route is Route.POINTWISE and out.stride(1) == 1 and not given:
+        rows = _nhwc(x).reshape(-1, x.shape[1])
         assert can_describe(rows), "a route for channels that fill 16 bytes"
         flat_out = out.permute(0, 2, 3, 1).reshape(-1, out.shape[1])
         flat_kept = None if kept is None else kept.permute(0, 1, 3, 4, 2).flatten(1, 3)
-        fused_neuron(rows, weights, *links, flat_out, flat_kept, blocks)
+        fused_neuron(rows, weights, soma, *links, flat_out, flat_kept, blocks)
         return
-    sizes = out.shape[0], out.shape[2], out.shape[3]
-    fused_conv_neuron(Input(image, geometry, kernel), weights, *links, sizes, out, kept, blocks)
+    for part, read, sizes in _parts(route, x, weights, kernel, geometry, out):
+        fused_conv_neuron(
+            read,
+            weights,
+            soma[part] if soma is not None and given else soma,
+            *links,
+            sizes,
+            out[part],
+            None if kept is None else kept[:, part],
+            blocks,
+        )
 
 
-def _over_patches(
+def fused_convolution_gradient(
+    route: Route,
+    grad: Tensor,
     x: Tensor,
     weights: Tensor,
     kernel: tuple[int, int],
-    soma_bias: Tensor | None,
     bias: Tensor | None,
-    to_soma: Tensor,
     to_dendrite: Tensor,
     activation: str,
     geometry: Geometry,
+    blocks: Blocks | None = None,
+) -> Tensor:
+    """Sum `dT_d = Σ_p g ⊙ a_d`, recomputing the activations.
+
+    Args:
+        route: as in `fused_convolution`, and likewise the others.
+        grad: g, `(B, N, H', W')`, dtype of `x`, any strides.
+        x: the soma's input.
+        weights: V, `laid_out` for the route, the dtype of `x`.
+        kernel: taps.
+        bias: c, `(D, N)`, or None.
+        to_dendrite: U, `(D, D, N)`.
+        activation: f, one of `ACTIVATIONS`.
+        geometry: the form of the soma.
+        blocks: the configuration, by default that of the kernel.
+
+    Returns:
+        `(D, N)`, float32, the same bits in every run.
+    """
+    grad = grad.contiguous(memory_format=_format(grad))
+    links = bias, to_dendrite, activation
+    sums = [
+        conv_dendrites_gradient(read, weights, grad[part], *links, sizes, blocks)
+        for part, read, sizes in _parts(route, x, weights, kernel, geometry, grad)
+    ]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def _parts(
+    route: Route,
+    x: Tensor,
+    weights: Tensor,
+    kernel: tuple[int, int],
+    geometry: Geometry,
     out: Tensor,
-    kept: Tensor | None,
-    blocks: Blocks | None,
-) -> None:
-    links = soma_bias, bias, to_soma, to_dendrite, activation
+) -> Iterator[tuple[slice, Input, tuple[int, int, int]]]:
+    """Yield images of `out`, what their positions are computed from, and how they are counted."""
     images, neurons, height, width = out.shape
+    if route is not Route.PATCHES:
+        yield slice(None), Input(_nhwc(x), geometry, kernel), (images, height, width)
+        return
     size = out.numel() // neurons * weights.shape[1] * x.element_size()
     each = ceiling(images, min(images, ceiling(size, PATCHES_BYTES)))
     for start in range(0, images, each):
@@ -113,12 +170,13 @@ def _over_patches(
         rows = patches(x[part], kernel, geometry, (height, width), weights.shape[1])
         # A row for all images where one stride walks them.
         flat = rows.flatten(0, 2)[None] if out.stride(1) == 1 else rows.flatten(1, 2)
-        fused_conv_neuron(
-            Input(flat[:, None], POINTWISE, (1, 1)),
-            weights,
-            *links,
-            (flat.shape[0], 1, flat.shape[1]),
-            out[part],
-            None if kept is None else kept[:, part],
-            blocks,
-        )
+        yield part, Input(flat[:, None], POINTWISE, (1, 1)), (flat.shape[0], 1, flat.shape[1])
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    image = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    return image.clone(memory_format=torch.contiguous_format) if image.data_ptr() % 16 else image
+
+
+def _format(out: Tensor) -> torch.memory_format:
+    return torch.channels_last if out.stride(1) == 1 else torch.contiguous_format

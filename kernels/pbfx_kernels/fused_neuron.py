@@ -18,6 +18,7 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,17 +43,20 @@ QUAD = 4
 @triton.jit
 def apart(product, ROLES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     """Take an interleaved product, `(BLOCK_P, ROLES * BLOCK_N)`, apart into a tile per role."""
-    # (block, high, neuron, low): role 2 high + low of neuron 4 block + neuron.
-    HIGH: tl.constexpr = ROLES // 2
-    product = tl.reshape(product, (BLOCK_P, BLOCK_N // 4, HIGH, 4, 2))
-    product = tl.reshape(tl.permute(product, (0, 1, 3, 2, 4)), (BLOCK_P, BLOCK_N, HIGH, 2))
-    even, odd = tl.split(product)
-    evens = columns(even, HIGH)
-    odds = columns(odd, HIGH)
-    roles = ()
-    for high in tl.static_range(HIGH):
-        roles = roles + (evens[high], odds[high])
-    return roles
+    if ROLES == 1:
+        return (product,)
+    else:
+        # (block, high, neuron, low): role 2 high + low of neuron 4 block + neuron.
+        HIGH: tl.constexpr = ROLES // 2
+        product = tl.reshape(product, (BLOCK_P, BLOCK_N // 4, HIGH, 4, 2))
+        product = tl.reshape(tl.permute(product, (0, 1, 3, 2, 4)), (BLOCK_P, BLOCK_N, HIGH, 2))
+        even, odd = tl.split(product)
+        evens = columns(even, HIGH)
+        odds = columns(odd, HIGH)
+        roles = ()
+        for high in tl.static_range(HIGH):
+            roles = roles + (evens[high], odds[high])
+        return roles
 
 
 @triton.jit
@@ -154,64 +158,78 @@ def _interleave_kernel(
     dendrite_t,
     D: tl.constexpr,
     ROLES: tl.constexpr,
+    SOMA: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     # Where each thread of a product holds the roles of one neuron: see `apart`.
-    n = row // (4 * ROLES) * 4 + row % 8 // 2
-    role = row % (4 * ROLES) // 8 * 2 + row % 2
+    if ROLES == 1:
+        n, role = row, row * 0
+    else:
+        n = row // (4 * ROLES) * 4 + row % 8 // 2
+        role = row % (4 * ROLES) // 8 * 2 + row % 2
     real = (n < N)[:, None] & (k < K)[None, :]
     channel, tap = (k % CHANNELS).to(tl.int64)[None, :], (k // CHANNELS).to(tl.int64)[None, :]
     wide = n.to(tl.int64)[:, None]
-    own = weight + wide * weight_n + channel * weight_c + tap * weight_t
-    theirs = dendrite_weight + (role - 1).to(tl.int64)[:, None] * dendrite_d
+    d = role - SOMA
+    theirs = dendrite_weight + d.to(tl.int64)[:, None] * dendrite_d
     theirs += wide * dendrite_n + channel * dendrite_c + tap * dendrite_t
-    value = tl.load(own, mask=real & (role == 0)[:, None], other=0.0)
-    dendrite = tl.load(
-        theirs, mask=real & (role > 0)[:, None] & (role <= D)[:, None], other=0.0
-    ).to(value.dtype)
-    value = tl.where((role == 0)[:, None], value, dendrite)
+    value = tl.load(theirs, mask=real & (d >= 0)[:, None] & (d < D)[:, None], other=0.0)
+    value = value.to(rows.dtype.element_ty)
+    if SOMA:
+        own = weight + wide * weight_n + channel * weight_c + tap * weight_t
+        soma = tl.load(own, mask=real & (d < 0)[:, None], other=0.0)
+        value = tl.where((d < 0)[:, None], soma, value)
     at = rows + row.to(tl.int64)[:, None] * ROW + k[None, :]
     tl.store(at, value, mask=(row < (N + 3) // 4 * 4 * ROLES)[:, None] & (k < ROW)[None, :])
 
 
-def interleave(weight: Tensor, dendrite_weight: Tensor, aligned: int = 1) -> Tensor:
+def interleave(
+    weight: Tensor | None,
+    dendrite_weight: Tensor,
+    aligned: int = 1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Lay the weights of each neuron side by side, as the kernels read them, in one launch.
 
     Args:
-        weight: W, `(N, K)` or `(N, channels / groups, *kernel)`, any strides.
+        weight: W, `(N, K)` or `(N, channels / groups, *kernel)`, any strides; None where the soma
+            is computed elsewhere.
         dendrite_weight: V, `(D, *W)`, D from 1 to 7, any float dtype and strides.
         aligned: what the length of a row is rounded up to a multiple of, with zeros.
+        dtype: of the result, by default that of W, or else of V.
 
     Returns:
-        `(R * M, K)` contiguous, the dtype of `weight`, taps before channels: R is 2, 4 or 8, the
-        first that exceeds D, and M is N, rounded up to a multiple of 4; roles and neurons that do
-        not exist are zeros.
+        `(R * M, K)` contiguous, taps before channels: R is the number of `roles_of`, and M is N,
+        rounded up to a multiple of 4; roles and neurons that do not exist are zeros.
     """
     dendrites, neurons, channels, *kernel = dendrite_weight.shape
-    inputs, roles = channels * math.prod(kernel), roles_of(dendrites)
+    own, soma = (dendrite_weight[0], False) if weight is None else (weight, True)
+    inputs, roles = channels * math.prod(kernel), roles_of(dendrites, soma)
     length = ceiling(inputs, aligned) * aligned
-    weight, tap = _walked(weight, 2)
+    own, tap = _walked(own, 2)
     dendrite_weight, dendrite_tap = _walked(dendrite_weight, 3)
-    rows = weight.new_empty((ceiling(neurons, QUAD) * QUAD * roles, length))
+    shape = ceiling(neurons, QUAD) * QUAD * roles, length
+    rows = own.new_empty(shape, dtype=dtype or own.dtype)
     block, deep = 32, min(128, power_of_two(length))
-    with on_device(weight):
+    with on_device(rows):
         _interleave_kernel[(ceiling(len(rows), block), ceiling(length, deep))](
             rows,
-            weight,
+            own,
             dendrite_weight,
             neurons,
             inputs,
             length,
             channels,
-            *weight.stride()[:2],
+            *own.stride()[:2],
             tap,
             *dendrite_weight.stride()[:3],
             dendrite_tap,
             D=dendrites,
             ROLES=roles,
+            SOMA=int(soma),
             BLOCK=block,
             BLOCK_K=deep,
         )
@@ -228,9 +246,9 @@ def _walked(weight: Tensor, before: int) -> tuple[Tensor, int]:
     return weight, tap
 
 
-def roles_of(dendrites: int) -> int:
-    """Return how many roles are interleaved for 1 to 7 dendrites: a power of two."""
-    return max(2, power_of_two(dendrites + 1))
+def roles_of(dendrites: int, soma: bool = True) -> int:
+    """Return how many roles 1 to 7 dendrites and a soma take up side by side: a power of two."""
+    return power_of_two(dendrites + soma)
 
 
 def can_describe(x: Tensor) -> bool:

@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_cases import Site, Tensors, make_dendrites, oracle_dendrites
-from tolerances import assert_close, assert_no_worse_than_eager, relative_error
+from tolerances import TOLERANCES, assert_close, assert_no_worse_than_eager, relative_error
 from torch import Tensor, nn
 
 import pbfx
 from pbfx.dendrites import Dendrites
 from pbfx_kernels import Geometry, perforated_conv2d, strategy
-from pbfx_kernels.strategy import Route, route_of
+from pbfx_kernels.dispatch import evaluate_dendrites, recompute_to_soma_gradient
+from pbfx_kernels.strategy import Route, Strategy, route_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -110,6 +111,34 @@ def test_matches_oracle(route: Route, site: Site, last: bool, dtype: torch.dtype
     assert_close(activations, torch.stack(wanted_activations))
     eager, _ = oracle_dendrites(site, {**args, "soma": expected}, "tanh")
     assert_no_worse_than_eager(out, eager, wanted)
+
+
+@pytest.mark.parametrize(
+    ("site", "last", "dtype", "d"),
+    [typed[1:] for typed in TYPED],
+    ids=[f"{s.name}-{'NHWC' if last else 'NCHW'}-{t}-{d}" for _, s, last, t, d in TYPED],
+)
+def test_dendrites_alone(site: Site, last: bool, dtype: torch.dtype, d: int) -> None:
+    """The split strategy is the same kernel, and so is the gradient that computes them again."""
+    args, *_ = _draw(site, d, dtype, last)
+    if last:
+        args["soma"] = args["soma"].contiguous(memory_format=torch.channels_last)
+    upcast: Tensors = {name: None if t is None else t.double() for name, t in args.items()}
+    upcast["to_soma"].requires_grad_()
+    wanted, wanted_activations = oracle_dendrites(site, upcast, "tanh")
+    names = ("soma", "x", "weight", "bias", "to_soma", "to_dendrite")
+    tensors = [args[name] for name in names]
+    out, activations = evaluate_dendrites(*tensors, "tanh", site.geometry, True, Strategy.SPLIT)
+    tolerance = TF32 if dtype is torch.float32 else TOLERANCES[dtype]
+    assert relative_error(out, wanted) <= tolerance
+    assert relative_error(activations, torch.stack(wanted_activations)) <= tolerance
+    grad = torch.randn_like(out)
+    wanted.backward(grad.double())
+    links = [args[name] for name in ("x", "weight", "bias", "to_dendrite")]
+    found = recompute_to_soma_gradient(grad, *links, "tanh", site.geometry, Strategy.SPLIT)
+    # Rounded activations in a sum that cancels: the scale is that of its terms.
+    terms = (grad.double() * torch.stack(wanted_activations)).abs().sum((1, 3, 4))
+    assert (found - upcast["to_soma"].grad).norm() <= tolerance * terms.norm()
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["NHWC", "NCHW"])

@@ -289,17 +289,47 @@ def test_fused_convolution(
     assert_close(kept, torch.stack(wanted_activations))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [1, 2, 3, 5])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(("route", "site"), CONVOLUTIONS, ids=lambda v: getattr(v, "name", None))
+def test_split_convolution(
+    route: Route, site: Site, channels_last: bool, d: int, dtype: torch.dtype
+) -> None:
+    """The same kernel, where the soma is computed elsewhere, and as a sum in the backward."""
+    args = make_dendrites(site, d, bias=d != 2).args(dtype)
+    given: Tensors = {name: None if t is None else t.detach() for name, t in args.items()}
+    if channels_last:
+        for name in ("x", "soma"):
+            given[name] = given[name].contiguous(memory_format=torch.channels_last)
+    upcast = {name: None if t is None else t.double() for name, t in given.items()}
+    upcast["to_soma"].requires_grad_()
+    wanted, wanted_activations = oracle_dendrites(site, upcast, "tanh")
+    out = torch.full_like(given["soma"], torch.nan)
+    kept = stack_like(out, d).fill_(torch.nan)
+    _convolve(route, given, None, given["soma"], site, out, kept)
+    assert_close(out, wanted)
+    assert_close(kept, torch.stack(wanted_activations))
+    grad = torch.randn_like(out)
+    wanted.backward(grad.double())
+    weights = fused_convolution.laid_out(route, None, given["weight"])
+    links = given["bias"], given["to_dendrite"], "tanh", site.geometry
+    call = fused_convolution.fused_convolution_gradient
+    found = call(route, grad, given["x"], weights, site.weight[2:], *links)
+    assert_close(found, upcast["to_soma"].grad, dtype)
+
+
 def _convolve(
     route: Route,
     given: Tensors,
-    soma: Tensor,
-    soma_bias: Tensor | None,
+    weight: Tensor | None,
+    soma: Tensor | None,
     site: Site,
     out: Tensor,
     kept: Tensor | None,
 ) -> None:
-    weights = fused_convolution.laid_out(route, soma, given["weight"])
-    links = soma_bias, given["bias"], given["to_soma"], given["to_dendrite"], "tanh"
+    weights = fused_convolution.laid_out(route, weight, given["weight"])
+    links = soma, given["bias"], given["to_soma"], given["to_dendrite"], "tanh"
     call = fused_convolution.fused_convolution
     call(route, given["x"], weights, site.weight[2:], *links, site.geometry, out, kept)
 

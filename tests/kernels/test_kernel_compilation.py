@@ -58,11 +58,11 @@ def neuron_configurations() -> list[Configuration]:
     )
 
 
-def conv_neuron_configurations() -> list[Configuration]:
+def conv_neuron_configurations(soma: bool = True) -> list[Configuration]:
     """Return what `conv_neuron_blocks` can choose, likewise."""
     shapes = [(64, 128), (65536, 16), (65536, 128)]
     return _distinct(
-        (d, conv_neuron_blocks(p, 512, channels, d, size), dtype)
+        (d, conv_neuron_blocks(p, 512, channels, d, size, soma=soma), dtype)
         for p, channels in shapes
         for d in (1, 3, 5)
         for dtype, size in DTYPES.items()
@@ -219,6 +219,17 @@ def test_fused_neuron(d: int, blocks: Blocks, dtype: str) -> None:
 @pytest.mark.parametrize(("d", "blocks", "dtype"), conv_neuron_configurations(), ids=str)
 def test_fused_convolution(d: int, blocks: Blocks, dtype: str, layout: str) -> None:
     """Likewise."""
+    _convolution(d, blocks, dtype, layout, "neuron")
+
+
+@pytest.mark.parametrize(("mode", "layout"), [("add", "NCHW"), ("gradient", "NHWC")])
+@pytest.mark.parametrize(("d", "blocks", "dtype"), conv_neuron_configurations(False), ids=str)
+def test_split_convolution(d: int, blocks: Blocks, dtype: str, mode: str, layout: str) -> None:
+    """Likewise."""
+    _convolution(d, blocks, dtype, layout, mode)
+
+
+def _convolution(d: int, blocks: Blocks, dtype: str, layout: str, mode: str) -> None:
     from pbfx_kernels.fused_conv_neuron import _conv_neuron_kernel
 
     box = box_of(blocks.positions, 64, 56, 56)
@@ -231,21 +242,23 @@ def test_fused_convolution(d: int, blocks: Blocks, dtype: str, layout: str) -> N
         **dict(zip(("BLOCK_B", "BLOCK_H", "BLOCK_W"), box, strict=True)),
         "BLOCK_N": blocks.neurons,
         "BLOCK_K": blocks.inputs,
-        **_roles(d, blocks, dtype),
+        "MODE": mode,
+        **_roles(d, blocks, dtype, mode == "neuron"),
+        "KEEP": mode != "gradient",
     }
     _fused(_conv_neuron_kernel, constants, [*box[:2], 1, box[2], blocks.inputs], blocks, dtype)
 
 
-def _roles(d: int, blocks: Blocks, dtype: str) -> dict[str, object]:
+def _roles(d: int, blocks: Blocks, dtype: str, soma: bool = True) -> dict[str, object]:
     from pbfx_kernels.fused_neuron import roles_of
 
     return {
         "D": d,
-        "ROLES": roles_of(d),
+        "ROLES": roles_of(d, soma),
         "KEEP": True,
         "ACTIVATION": "tanh",
         "FAST": dtype == "bf16",
-        "HAS_SOMA_BIAS": True,
+        "HAS_SOMA_BIAS": soma,
         "HAS_BIAS": True,
         "PRECISION": "tf32",
         "GROUP_P": 8,
@@ -260,6 +273,7 @@ def _fused(
     rows = constants["ROLES"] * blocks.neurons
     types = {
         **dict.fromkeys(("out", "kept"), f"*{dtype}"),
+        **({"soma": f"*{dtype}"} if "soma" in kernel.arg_names else {}),
         "x": f"tensordesc<{dtype}{x}>",
         "weights": f"tensordesc<{dtype}{[rows, blocks.inputs]}>",
         **dict.fromkeys(("soma_bias", "bias", "to_soma", "to_dendrite"), "*fp32"),
@@ -272,7 +286,7 @@ def _fused(
     assert "wgmma" in compiled.ptx
     assert "cp.async.bulk" in compiled.ptx
     # Taking an interleaved product apart moves nothing between threads.
-    assert compiled.ptx.count("shfl") <= 1
+    assert constants.get("MODE") == "gradient" or compiled.ptx.count("shfl") <= 1
 
 
 @capabilities
