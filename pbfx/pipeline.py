@@ -28,6 +28,7 @@ from pbfx.passes import (
     pack_dendrites,
     unfold_layers,
 )
+from pbfx.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def run_passes(
         if again:
             raise PassError(
                 f"pass {name} is not idempotent on {type(gm).__name__}: a second run made "
-                f"{again} rewrites"
+                f"{counted(again, 'rewrite')}"
             )
         after = _ops(gm)
         record = PassRecord(

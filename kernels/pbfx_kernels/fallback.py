@@ -36,8 +36,8 @@ def or_reference(problem: Problem, kernel: Callable[[], T], plain: Callable[[], 
             raise
         _refused.add(like)
         warnings.warn(
-            f"pbfx: a kernel for a site of {problem.neurons} neurons, {problem.inputs} inputs and "
-            f"{problem.dendrites} dendrites in {problem.dtype} cannot be launched "
+            f"pbfx: a kernel for a site with N={problem.neurons}, K={problem.inputs}, "
+            f"D={problem.dendrites} in {problem.dtype} cannot be launched "
             f"({type(error).__name__}: {error}); such sites run the reference, in plain torch",
             RuntimeWarning,
             stacklevel=3,

@@ -17,7 +17,7 @@ learns and measures in turn as the step itself would.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,17 +31,13 @@ from pbfx.learning.cohort import Cohort
 from pbfx.learning.evidence import Evidence, collect, weigh
 from pbfx.learning.moments import Statistics, statistics
 from pbfx.learning.scaling import resume_scaling, scale_candidates, scaling_batches
+from pbfx.wording import counted
 from pbfx_kernels import Moment
-from pbfx_kernels.turns import (
-    Memory,
-    Rules,
-    Tables,
-    Verdict,
-    addresses_of,
-    is_capturing,
-    places,
-    take_turns,
-)
+from pbfx_kernels.booking import Memory, Rules, Tables, Verdict, is_capturing
+from pbfx_kernels.turns import addresses_of, places, take_turns
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class SiteLearner:
@@ -70,6 +66,8 @@ class SiteLearner:
         self._prepare()
         self._line: tuple[tuple[int, ...], Tensor | None] = (), None
         self._handle: RemovableHandle | None = None
+        # Of the processes that train the model together, if there are several.
+        self.group: ProcessGroup | None = None
 
     @property
     def batches(self) -> int:
@@ -133,10 +131,10 @@ class SiteLearner:
             due = scaling_batches(self.config, self.candidates.dendrites)
             raise RestructureError(
                 "the dendrite phase cannot be captured in a CUDA graph yet: candidates that join "
-                f"after a norm are scaled after {due} batches, and this is batch "
-                f"{spread.batches + 1}; run {due} training steps first"
+                f"after a norm are scaled after {counted(due, 'batch', 'batches')}, and this is "
+                f"batch {spread.batches + 1}; run {counted(due, 'training step')} first"
             )
-        scale_candidates(self.candidates, self.config)
+        scale_candidates(self.candidates, self.config, self.group)
 
     def _step(self, verdict: Verdict) -> None:
         """Do a step of Adam with gradients divided by `share`, or none at all, on the device."""

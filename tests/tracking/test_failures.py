@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import pbfx
-from learning.loops import Mlp, identical, regression
+from learning.loops import Mlp, equal, identical, regression
 from pbfx import Action, Decision, RestructureError, pipeline
 from pbfx.candidates import Candidates
 from pbfx.dendrites import Dendrites
@@ -135,16 +135,6 @@ class Run:
 
 
 CHECKED = ("last_epoch", "_step_count", "_last_lr", "base_lrs", "_milestones", "factor", "gamma")
-
-
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return identical(a, b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return type(a) is type(b) and a == b
 
 
 @contextmanager
