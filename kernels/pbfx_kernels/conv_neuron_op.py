@@ -20,9 +20,10 @@ import pbfx_kernels.ops  # noqa: F401  registers the ops that a backward runs
 from pbfx_kernels.candidate_autograd import no_autocast
 from pbfx_kernels.dispatch import evaluate_dendrites
 from pbfx_kernels.errors import ArgumentError
+from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like
-from pbfx_kernels.strategy import route_of
+from pbfx_kernels.strategy import conv2d_problem, route
 from pbfx_kernels.validation import check_dendrites
 
 
@@ -71,29 +72,38 @@ def perforated_conv2d_op(
     links = dendrite_bias, to_soma, to_dendrite, activation
     out = _empty(x, weight, geometry)
     check_dendrites(out, x, dendrite_weight, *links, geometry)
-    with no_autocast(x):
-        route = route_of(x, weight, dendrite_weight, geometry) if out.numel() else None
-        if route is not None:
-            from pbfx_kernels.fused_convolution import fused_convolution, laid_out
 
-            activations = stack_like(out, len(to_soma) if keep else 0)
-            fused_convolution(
-                route,
-                x,
-                laid_out(route, weight, dendrite_weight),
-                (weight.shape[2], weight.shape[3]),
-                bias,
-                *links,
-                geometry,
-                out,
-                activations if keep else None,
-            )
-            return out, activations
+    def kernel() -> tuple[Tensor, Tensor]:
+        from pbfx_kernels.fused_convolution import fused_convolution, laid_out
+
+        assert read is not None
+        activations = stack_like(out, len(to_soma) if keep else 0)
+        fused_convolution(
+            read,
+            x,
+            laid_out(read, weight, dendrite_weight),
+            (weight.shape[2], weight.shape[3]),
+            bias,
+            *links,
+            geometry,
+            out,
+            activations if keep else None,
+        )
+        return out, activations
+
+    def library() -> tuple[Tensor, Tensor]:
         soma = F.conv2d(
             x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups
         )
         found, activations = evaluate_dendrites(soma, x, dendrite_weight, *links, geometry, keep)
-    return out.copy_(found), stack_like(out, len(activations)).copy_(activations)
+        return out.copy_(found), stack_like(out, len(activations)).copy_(activations)
+
+    with no_autocast(x):
+        problem = conv2d_problem(x, weight, dendrite_weight, geometry)
+        read = None if problem is None else route(problem, x.shape)
+        if problem is None or read is None or not out.numel():
+            return library()
+        return or_reference(problem, kernel, library)
 
 
 def _empty(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
