@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 
 from torch import nn
 
 from pbfx.figures import SiteFigures
-from pbfx.learning import SiteLearner
+from pbfx.learning import SiteLearner, figures_of, measure_all, reached
 from pbfx.parts import parts_of
 
 
@@ -27,19 +28,19 @@ def measure(
     """
     if not learners:
         return None, ()
-    if not any(learner.batches for learner in learners.values()):
+    heard = reached(learners)
+    if not heard:
         warnings.warn(
             "pbfx: no error has reached any candidate since the dendrite phase began; the "
             "training loop must call loss.backward() on the model's output in this phase too",
             stacklevel=3,
         )
-    measured = {name: learner.measure() for name, learner in learners.items()}
+    measured = measure_all(learners)
     known = [score for score in measured.values() if score is not None]
     figures = tuple(
         # As `torch.compile` leaves them in peace, paths do not show that it was there.
-        learner.figures(name.replace("_orig_mod.", ""), measured[name])
-        for name, learner in learners.items()
-        if learner.batches
+        dataclasses.replace(found, site=found.site.replace("_orig_mod.", ""))
+        for found in figures_of(heard, measured)
     )
     show_figures(model, figures)
     return sum(known) / len(known) if known else None, figures

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -13,12 +13,12 @@ from pbfx.candidates import Candidates, bend_of
 from pbfx.capture import CONSTANT
 from pbfx.compiled import drop_compiled_code
 from pbfx.dendrites import Dendrites
-from pbfx.draws import draw_weights
+from pbfx.draws import Draw, draw_weights
 from pbfx.errors import CheckpointError, ConfigError, PassError
 from pbfx.followers import imitate, is_averaging
 from pbfx.kinds import GRAPH_MODULE_STATE, clash, mixed_with, own_state
 from pbfx.passes.context import PassContext
-from pbfx.paths import join
+from pbfx.paths import join, module_at, modules_in
 from pbfx.perforation import Perforation
 from pbfx.phase import Phase
 from pbfx.pipeline import run_passes
@@ -108,10 +108,10 @@ class PerforatedModule(fx.GraphModule):
         """Return the dendrites module of `site`, made empty on `channels` if there is none yet."""
         module = self._lookup(site.dendrites)
         if module is None:
-            like = self.get_parameter(site.home)
+            like = self._soma_weight(site)
             module = Dendrites(on_channels(site, channels), self.perforation.config, like)
             owner, _, name = site.dendrites.rpartition(".")
-            self.get_submodule(owner).add_module(name, module)
+            module_at(self, owner).add_module(name, module)
         return module
 
     def drop_dendrites(self, site: Site) -> None:
@@ -122,25 +122,37 @@ class PerforatedModule(fx.GraphModule):
             dendrites.resize(0)
             return
         owner, _, name = site.dendrites.rpartition(".")
-        self.get_submodule(owner)._modules.pop(name, None)
+        module_at(self, owner)._modules.pop(name, None)
 
-    def new_candidates(self, site: Site, count: int) -> Candidates:
-        """Draw a fresh pool of `count` candidates per neuron for `site`."""
-        dendrites = self.ensure_dendrites(site)
-        site = on_channels(site, dendrites.site.channels)
-        weight, bias = self.draw(site, count)
-        if bias is not None:
-            bias += bend_of(self.perforation.config)
-        return self._give_candidates(dendrites, site, weight, bias)
+    def new_candidates(self, pools: Sequence[tuple[Site, int]]) -> None:
+        """Draw a fresh pool of so many candidates per neuron for each of these sites."""
+        bend = bend_of(self.perforation.config)
+        owners = [self.ensure_dendrites(site) for site, _ in pools]
+        places = [
+            on_channels(site, dendrites.site.channels)
+            for (site, _), dendrites in zip(pools, owners, strict=True)
+        ]
+        drawn = self.draw([(site, count) for site, (_, count) in zip(places, pools, strict=True)])
+        for site, dendrites, (weight, bias) in zip(places, owners, drawn, strict=True):
+            if bias is not None and bend:
+                bias += bend
+            self._give_candidates(dendrites, site, weight, bias)
 
-    def draw(self, site: Site, count: int) -> tuple[Any, Any]:
-        """Draw weights (count, *W) and biases (count, N) for `site` from the private generator."""
+    def draw(self, sets: Sequence[tuple[Site, int]]) -> list[tuple[Tensor, Tensor | None]]:
+        """Draw from the private generator, for each site and count weights (count, *W) and biases
+        (count, N) or None."""
         perforation = self.perforation
-        perforation.draws += 1
-        like = self.get_parameter(site.home).detach()
-        name = join(perforation.path, site.name)
-        seed = f"{perforation.config.seed}/{name}/{perforation.draws}"
-        return draw_weights(site, like, count, seed)
+        draws = []
+        for site, count in sets:
+            perforation.draws += 1
+            name = join(perforation.path, site.name)
+            seed = f"{perforation.config.seed}/{name}/{perforation.draws}"
+            draws.append(Draw(site, self._soma_weight(site), count, seed))
+        return draw_weights(draws)
+
+    def _soma_weight(self, site: Site) -> Tensor:
+        owner, _, name = site.home.rpartition(".")
+        return getattr(module_at(self, owner), name).detach()
 
     def structure(self) -> Structure:
         """Return how many dendrites and candidates each site has."""
@@ -152,13 +164,11 @@ class PerforatedModule(fx.GraphModule):
 
     def _give_candidates(
         self, dendrites: Dendrites, site: Site, weight: Tensor, bias: Tensor | None
-    ) -> Candidates:
-        """Let the candidates of `dendrites` be a pool with these weights, and return it."""
+    ) -> None:
+        """Let the candidates of `dendrites` be a pool with these weights."""
         config = self.perforation.config
         slots = dendrites.slots if config.reserve else 0
-        pool = Candidates(site, config, weight, bias, dendrites.count, slots)
-        dendrites.candidates = pool
-        return pool
+        dendrites.candidates = Candidates(site, config, weight, bias, dendrites.count, slots)
 
     def adopt(self, structure: Structure) -> None:
         """Take on `structure`: the first D dendrites of each site survive, new ones are zero.
@@ -188,7 +198,7 @@ class PerforatedModule(fx.GraphModule):
             dendrites.resize(counts.dendrites)
             dendrites.candidates = None
             if counts.candidates:
-                like = self.get_parameter(site.home).detach()
+                like = self._soma_weight(site)
                 weight = like.new_zeros(counts.candidates, *site.shape)
                 bias = like.new_zeros(counts.candidates, site.neurons) if site.biased else None
                 self._give_candidates(dendrites, site, weight, bias)
@@ -222,7 +232,7 @@ class PerforatedModule(fx.GraphModule):
 
     def _lookup(self, path: str) -> Dendrites | None:
         owner, _, name = path.rpartition(".")
-        module = self.get_submodule(owner)._modules.get(name)
+        module = module_at(self, owner)._modules.get(name)
         assert module is None or isinstance(module, Dendrites)
         return module
 
@@ -344,6 +354,6 @@ def perforated_parts(model: nn.Module) -> dict[str, PerforatedModule]:
     """Return the perforated modules inside `model`, by path, `""` being the model itself."""
     return {
         path: module
-        for path, module in model.named_modules()
+        for path, module in modules_in(model).items()
         if isinstance(module, PerforatedModule)
     }

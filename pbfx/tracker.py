@@ -332,9 +332,10 @@ class Tracker:
                     elif not over:
                         frozen, learners = self._grow()
                 if not over:
-                    if at(self.reset_learning_rate, self.dendrites):
+                    dendrites = self.dendrites
+                    if at(self.reset_learning_rate, dendrites):
                         self._schedule.reset()
-                    if at(self.reset_optimizer_state, self.dendrites):
+                    if at(self.reset_optimizer_state, dendrites):
                         self.optimizer.state.clear()
             if start is not None:
                 start.restore(*parts)

@@ -20,7 +20,8 @@ KERNELS = ROOT / "kernels" / "pbfx_kernels"
 # or a folder directly under pbfx/.
 LAYERS: list[tuple[str, str]] = [
     (
-        "errors config settings figures phase files encoding paths artefacts machine wording",
+        "errors config settings figures phase files encoding paths copies artefacts machine "
+        "wording",
         "say what is wrong, wanted, stored; know no graph",
     ),
     (

@@ -7,6 +7,8 @@ perforated          the published way
 perforated-last     of these modes, with dendrites at some sites only (a study names its choices)
 wider2              a plain net with as many parameters as perforated has with 2 dendrites
 deeper2             the same for a deeper plain net
+perforated[tuning=full,finish=True]
+                    an arm with dendrites under settings of its own
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from benchmarks.errors import UsageError
 from pbfx.errors import nearest
 
 MODES = ("perforated", "sham", "gradient")
-_MODE = re.compile(rf"({'|'.join(MODES)})(?:-(\w+))?")
+_MODE = re.compile(rf"({'|'.join(MODES)})(?:-(\w+))?(?:\[(.+)\])?")
+# Commas within brackets stand between an arm's settings.
+_COMMA = re.compile(r",(?![^\[]*\])")
 _RIVAL = re.compile(r"(wider|deeper)([1-9])")
 _POLICIES: dict[str, type] = {
     name.lower(): value
@@ -31,6 +35,11 @@ _POLICIES: dict[str, type] = {
     if dataclasses.is_dataclass(value) and isinstance(value, type) and hasattr(value, "decide")
 }
 _CONFIG = {field.name for field in dataclasses.fields(pbfx.Config)}
+# What a sham shares with the arm that it is the control of.
+_SHAM = {"finish", "spare", "max_dendrites", "policy", "reset_learning_rate"}
+_SHAM |= {"reset_optimizer_state", "learning_rates"}
+# Of the study's own loop.
+_LOOP = {"spare"}
 _TRACKER = set(inspect.signature(pbfx.Tracker).parameters) - {"model", "optimizer", "scheduler"}
 
 
@@ -44,7 +53,7 @@ class Arm:
         selection: a study's name for the sites that grow, or None for all.
         rival: which other net a plain arm trains, or None for the study's own.
         match: the number of dendrites whose parameter count the rival has.
-        settings: for `pbfx.Config`, `pbfx.Tracker` and `policy.*`.
+        settings: for `pbfx.Config`, `pbfx.Tracker` and `policy.*`; and `spare`, see `folds`.
     """
 
     name: str
@@ -59,6 +68,21 @@ class Arm:
         own = {key: value for key, value in self.settings if key in _CONFIG}
         common: dict[str, Any] = {"include": include, "learning": self.mode, "seed": seed}
         return pbfx.Config(**(common | dict(base) | own))
+
+    @property
+    def folds(self) -> int:
+        """Return into how many parts the training rows are split, 1 for none.
+
+        With `spare=0.2` candidates learn from a fifth of the rows, another one in each dendrite
+        phase, and the neuron phase before has not seen it; the last one sees all.
+
+        Raises:
+            UsageError: if `spare` is no share of the rows.
+        """
+        spare = dict(self.settings).get("spare", 1)
+        if not isinstance(spare, (int, float)) or not 0 < spare <= 1:
+            raise UsageError(f"spare must be a number above 0 and at most 1, got {spare!r}")
+        return round(1 / spare)
 
     def tracker_settings(self, neuron_epochs: int, dendrite_epochs: int) -> dict[str, Any]:
         """Return the keywords for `pbfx.Tracker`, the policy among them."""
@@ -88,8 +112,8 @@ def arm_named(
     Args:
         name: see the top of this file.
         selections: the study's names for sites.
-        settings: from `--set`; they become part of the name of an arm with dendrites, and a plain
-            one has none.
+        settings: from `--set`; they become part of the name of an arm with dendrites, after the
+            settings that it has there already, and a plain one has none.
 
     Raises:
         UsageError: if there is no such arm.
@@ -109,9 +133,22 @@ def arm_named(
             f"{nearest(mode[2], selections) if selections else 'it names none'}"
         )
     learning: Any = mode[1]
-    chosen = tuple(sorted((settings or {}).items()))
+    own = dict(setting(text) for text in mode[3].split(",")) if mode[3] else {}
+    chosen = tuple(sorted((own | dict(settings or {})).items()))
+    name = name.partition("[")[0]
     brackets = ",".join(f"{key}={_shown(value)}" for key, value in chosen)
     return Arm(f"{name}[{brackets}]" if brackets else name, learning, mode[2], settings=chosen)
+
+
+def arm_names(text: str) -> list[str]:
+    """Return the names of arms in a list with commas between them."""
+    return [name.strip() for name in _COMMA.split(text)]
+
+
+def sham_of(arm: Arm) -> str:
+    """Return the name of the sham of an arm: the same phases, rates and rows."""
+    kept = {k: v for k, v in arm.settings if k in _SHAM or k.startswith("policy.")}
+    return arm_named("sham", {}, kept).name
 
 
 def _shown(value: Any) -> str:
@@ -127,7 +164,7 @@ def setting(text: str) -> tuple[str, Any]:
     key, equals, written = text.partition("=")
     if not equals:
         raise UsageError(f"--set {text}: must be KEY=VALUE")
-    known = sorted(_CONFIG | _TRACKER)
+    known = sorted(_CONFIG | _TRACKER | _LOOP)
     if key not in known and not key.startswith("policy."):
         raise UsageError(
             f"--set {text}: neither pbfx.Config nor pbfx.Tracker has a setting {key!r}; "

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.errors import UsageError
 from benchmarks.learning import rows
-from benchmarks.learning.arms import arm_named, setting
+from benchmarks.learning.arms import arm_named, arm_names, setting
 from benchmarks.learning.mps import multi_process_service
 from benchmarks.learning.nets import parameters_at
 from benchmarks.learning.studies import STUDIES, Study
@@ -63,7 +63,11 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=count, default=5, help="paired runs of each arm (default 5)")
     add("--first-seed", type=natural, default=0)
     add("--widths", help="such as 1.0,0.25; by default the study's")
-    add("--arms", help="such as plain,sham,perforated-last,wider2; by default the study's")
+    add(
+        "--arms",
+        help="such as plain,sham,perforated-last,perforated[tuning=full],wider2; by default the "
+        "study's",
+    )
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     add(
         "--ablate",
@@ -79,6 +83,11 @@ def parser() -> argparse.ArgumentParser:
     add("--jobs", type=count, default=1, help="processes for each device (default 1)")
     add("--lanes", type=count, default=1, help="runs at a time in each process (default 1)")
     add("--steps-per-graph", type=natural, default=8, help="0: no CUDA graphs (default 8)")
+    add(
+        "--torch-optimizers",
+        action="store_true",
+        help="step by torch's own optimizers instead of benchmarks.learning.adadelta",
+    )
     add("--mps", action="store_true", help="run NVIDIA's Multi-Process Service for the study")
     add("--budget", type=positive, metavar="SECONDS", help="then stop; the rest can be resumed")
     add("--dry-run", action="store_true", help="say what would be done")
@@ -101,8 +110,8 @@ def _run(args: argparse.Namespace) -> int:
     done = {rows.key_of(row.cells)[1:] for path in files.values() for row in rows.read(path)}
     left = sorted((task for task in tasks if task.key[1:] not in done), key=_cost, reverse=True)
     if args.budget is not None:
-        # What can be done of all is to be whole pairs.
-        left.sort(key=lambda task: task.seed)
+        # What can be done is to be of the studies named first, and whole pairs.
+        left.sort(key=lambda task: (args.study.index(task.study), task.seed))
     epochs = sum(task.epochs for task in left)
     print(f"{len(tasks)} runs, {len(tasks) - len(left)} done; {len(left)} to do, {epochs} epochs")
     if args.dry_run:
@@ -158,7 +167,7 @@ def tasks_of(name: str, args: argparse.Namespace) -> list[Task]:
         raise UsageError(f"no study {name!r}; there are {', '.join(STUDIES)}")
     study = STUDIES[name]
     variants = _variants(args)
-    names = args.arms.split(",") if args.arms else list(study.arms)
+    names = arm_names(args.arms) if args.arms else list(study.arms)
     arms = {
         arm.name: arm
         for settings in variants
@@ -181,6 +190,7 @@ def tasks_of(name: str, args: argparse.Namespace) -> list[Task]:
             # A wrong value is to be found now, and not by every run.
             task.arm.config(task.include, study.config, task.seed)
             task.arm.tracker_settings(task.phase_epochs, task.dendrite_epochs)
+            assert task.arm.folds
     return tasks
 
 
@@ -221,7 +231,13 @@ def _placement(args: argparse.Namespace) -> Placement:
                 "devices"
             )
     return Placement(
-        devices, args.jobs, args.lanes, args.steps_per_graph, args.data_dir, args.revision
+        devices,
+        args.jobs,
+        args.lanes,
+        args.steps_per_graph,
+        args.data_dir,
+        args.revision,
+        not args.torch_optimizers,
     )
 
 

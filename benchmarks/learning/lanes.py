@@ -1,7 +1,7 @@
 """Do several runs at a time in one process: on a GPU each has a stream, and the host goes round.
 
 A small net leaves most of a GPU idle, and a replayed graph needs the host for microseconds. So one
-process launches an epoch of each of its runs, and tends to whichever is done.
+process launches some steps of each of its runs, and tends to whichever is done.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from benchmarks.learning.lane import Lane
-from benchmarks.learning.run import Outcome, Ready
+from benchmarks.learning.run import Outcome
 from benchmarks.learning.task import Task
+from benchmarks.learning.trainer import Ready
 
 # Between two rounds in which no run was ready: short beside an epoch, long beside a round.
 _PAUSE = 5e-4

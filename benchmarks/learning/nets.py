@@ -111,13 +111,27 @@ class CharNet(nn.Module):
         return self.head(self.norm(self.blocks(self.letters(codes) + self.places)))
 
 
+def without_dropout(net: Net) -> Net:
+    """Return `net` with every dropout's probability zero."""
+
+    def bare(width: float) -> nn.Module:
+        built = net(width)
+        for module in built.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        return built
+
+    return bare
+
+
 NETS: dict[str, tuple[Net, Net]] = {
     "digits": (DigitsNet, DeepDigitsNet),
     "mnist": (MnistNet, DeepMnistNet),
+    "bare": (without_dropout(MnistNet), without_dropout(DeepMnistNet)),
     "adult": (AdultNet, lambda width: AdultNet(width, deep=True)),
     "tiny_shakespeare": (CharNet, lambda width: CharNet(width, blocks=3)),
 }
-"""By data set: the net, and one that is deeper."""
+"""By data set, or by a study's own name for its nets: the net, and one that is deeper."""
 
 
 def parameters_at(net: Net, width: float) -> int:

@@ -84,6 +84,11 @@ def encode(
     }
 
 
+def gpu_seconds(cells: Mapping[str, str], beside: float) -> dict[str, str]:
+    """Return the cell of a row that says what the run took of a device with so many runs."""
+    return {"gpu_seconds": _number(float(cells["seconds"]) / beside)}
+
+
 def append(path: Path, cells: Mapping[str, str]) -> None:
     """Append a row in one write, and wait until it is on the disk.
 

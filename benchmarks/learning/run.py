@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -16,12 +16,10 @@ from torch.optim.lr_scheduler import StepLR
 import pbfx
 from benchmarks.learning.problem import Problem
 from benchmarks.learning.task import Task
-from benchmarks.learning.trainer import Trainer, evaluate
+from benchmarks.learning.trainer import Ready, Trainer, evaluate, ready
 from pbfx.demo.arms import PlainTracker
 from pbfx.learning.scaling import scaling_batches
 from pbfx.parts import parameter_count
-
-Ready = Callable[[], bool]
 
 # Steps after a change that are not captured: they load kernels, and make the optimizer's state.
 _EAGER = 3
@@ -90,7 +88,11 @@ class _Figures:
 
 
 def start(
-    task: Task, problem: Problem, steps_per_graph: int = 8, pool: Any = None
+    task: Task,
+    problem: Problem,
+    steps_per_graph: int = 8,
+    pool: Any = None,
+    own_kernels: bool = True,
 ) -> Generator[Ready, None, Outcome]:
     """Train and test; yield whenever there is something to wait for.
 
@@ -101,9 +103,10 @@ def start(
         problem: its data, on the device where to compute.
         steps_per_graph: see `Trainer`.
         pool: likewise.
+        own_kernels: see `Study.make_optimizer`.
     """
     begun, device = time.perf_counter(), problem.train.targets.device
-    model, optimizer, tracker, eager_steps = _begin(task, device)
+    model, optimizer, tracker, eager_steps = _begin(task, device, own_kernels)
     trainer = Trainer(
         model,
         optimizer,
@@ -120,9 +123,9 @@ def start(
     stages: list[Stage] = []
     begun_at, growth = 0, None
     while not tracker.complete:
-        train_loss = trainer.epoch()
+        train_loss = yield from trainer.epoch(_rows_now(task, tracker, problem))
         seen = torch.cat([train_loss[None], evaluate(model, problem.validation)])
-        yield _ready(device)
+        yield ready(device)
         figures.append(_Figures(*seen.tolist()))
         step: Any = tracker.step(figures[-1].score(task.of.score))
         epoch = tracker.history[-1]
@@ -138,7 +141,7 @@ def start(
             # The tracker has gone back to this phase's best network, or before the last phase and
             # at the end to the best of all.
             tested = evaluate(model, problem.test)
-            yield _ready(device)
+            yield ready(device)
             error, loss = tested.tolist()
             phases[-1].test = error, loss
             accepted = max(phases, key=lambda phase: _rank(figures, phase.best, task))
@@ -151,6 +154,25 @@ def start(
             growth = None
         begun_at = len(figures)
     return Outcome(tuple(stages), tuple(f.error for f in figures), time.perf_counter() - begun)
+
+
+def _rows_now(
+    task: Task, tracker: pbfx.Tracker | PlainTracker, problem: Problem
+) -> torch.Tensor | None:
+    """Return the training rows of the next epoch, None for all of them; see `Arm.folds`."""
+    folds = task.arm.folds
+    if folds == 1 or not isinstance(tracker, pbfx.Tracker):
+        return None
+    learns = tracker.phase is pbfx.Phase.DENDRITE
+    if not learns and tracker.dendrites >= tracker.max_dendrites:
+        return None
+    spare, device = tracker.dendrites % folds, problem.train.targets.device
+    parts = [
+        torch.arange(fold, len(problem.train), folds, device=device)
+        for fold in range(folds)
+        if (fold == spare) == learns
+    ]
+    return torch.cat(parts)
 
 
 @dataclasses.dataclass
@@ -193,19 +215,19 @@ def _stage(
 
 
 def _begin(
-    task: Task, device: torch.device
+    task: Task, device: torch.device, own_kernels: bool
 ) -> tuple[nn.Module, Optimizer, pbfx.Tracker | PlainTracker, int]:
     """Return model, optimizer, tracker, and how many steps of a phase cannot be captured."""
     study, arm = task.of, task.arm
     net = task.build().to(device)
     if arm.mode is None:
-        optimizer = study.make_optimizer(net.parameters(), device)
+        optimizer = study.make_optimizer(net.parameters(), device, own_kernels)
         gamma = study.gamma ** (task.neuron_epochs / task.epochs)
         scheduler = StepLR(optimizer, 1, gamma)
         return net, optimizer, PlainTracker(net, optimizer, scheduler, epochs=task.epochs), _EAGER
     config = arm.config(task.include, study.config, task.seed)
     model = pbfx.transform(net, config)
-    optimizer = study.make_optimizer(model.parameters(), device)
+    optimizer = study.make_optimizer(model.parameters(), device, own_kernels)
     # The rate falls by as much in every arm's neuron phase, however long that is.
     gamma = study.gamma ** (task.neuron_epochs / task.phase_epochs)
     settings: dict[str, Any] = {"max_dendrites": task.dendrites}
@@ -214,12 +236,3 @@ def _begin(
     # Candidates behind a norm are scaled once, by steps that no graph can hold.
     scaling = max(scaling_batches(config, grown) for grown in range(max(task.dendrites, 1)))
     return model, optimizer, tracker, _EAGER + scaling
-
-
-def _ready(device: torch.device) -> Ready:
-    """Return whether what has been launched so far is done, as a function to ask."""
-    if device.type != "cuda":
-        return lambda: True
-    event = torch.cuda.Event()
-    event.record()
-    return event.query

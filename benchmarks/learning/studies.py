@@ -19,7 +19,8 @@ class Study:
 
     Attributes:
         name: what a user types, and the file's name.
-        data: a name in `benchmarks.learning.data.DATA`, and of the net in `NETS`.
+        data: a name in `benchmarks.learning.data.DATA`.
+        nets: a name in `NETS`; that of the data where it is empty.
         arms, widths: by default.
         optimizer: `adadelta` or `adamw`.
         rate: the first learning rate.
@@ -44,6 +45,7 @@ class Study:
     neuron_epochs: int
     dendrite_epochs: int
     dendrites: int
+    nets: str = ""
     steps: int | None = None
     score: Literal["error", "loss"] = "error"
     selections: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -52,19 +54,32 @@ class Study:
     @property
     def net(self) -> Net:
         """Return the study's net."""
-        return NETS[self.data][0]
+        return NETS[self.nets or self.data][0]
 
     @property
     def deeper(self) -> Net:
         """Return the deeper rival."""
-        return NETS[self.data][1]
+        return NETS[self.nets or self.data][1]
 
-    def make_optimizer(self, parameters: Iterable[nn.Parameter], device: torch.device) -> Optimizer:
-        """Return the optimizer; on CUDA one that a graph can hold, with its rate on the device."""
+    def make_optimizer(
+        self, parameters: Iterable[nn.Parameter], device: torch.device, own_kernels: bool = True
+    ) -> Optimizer:
+        """Return the optimizer; on CUDA one that a graph can hold, with its rate on the device.
+
+        Args:
+            parameters: what it steps.
+            device: where they lie.
+            own_kernels: on CUDA, whether to step Adadelta by `FusedAdadelta`.
+        """
         captured = device.type == "cuda"
         # A rate that is a number would be part of the graph, and no schedule could change it.
         rate: Any = torch.tensor(self.rate, device=device) if captured else self.rate
         if self.optimizer == "adadelta":
+            if captured and own_kernels:
+                # Triton is there wherever torch has CUDA, and may be absent elsewhere.
+                from benchmarks.learning.adadelta import FusedAdadelta
+
+                return FusedAdadelta(parameters, lr=rate, capturable=True)
             return Adadelta(parameters, lr=rate, capturable=captured)
         return AdamW(parameters, lr=rate, weight_decay=0.01, capturable=captured, fused=captured)
 
@@ -72,24 +87,62 @@ class Study:
 _CONTROLLED = ("plain", "sham", "perforated", "gradient", "perforated-last")
 _MNIST_SITES = {"last": ("fc2",), "cheap": ("conv1", "conv2", "fc2"), "linear": ("fc1", "fc2")}
 
+_ABLATIONS = (
+    *("sham", "perforated"),
+    *(f"perforated[tuning={tuning}]" for tuning in ("newest", "all", "full")),
+    *("perforated[finish=True]", "perforated[finish=True,tuning=full]", "sham[finish=True]"),
+    *("perforated[reset_learning_rate=False]", "sham[reset_learning_rate=False]"),
+    *("perforated[spare=0.2]", "sham[spare=0.2]"),
+    *("perforated[candidates=1]", "perforated[candidates=8]"),
+    *("perforated[objective=correlation]", "perforated[initial_link=0.1]"),
+    *("perforated[policy.dendrite_epochs=2]", "perforated[policy.dendrite_epochs=8]"),
+    *("perforated[max_dendrites=5]", "sham[max_dendrites=5]"),
+)
+
 STUDIES = {
     study.name: study
     for study in (
         Study(
             "mnist",
             data="mnist",
-            arms=(
-                *_CONTROLLED,
-                *("perforated-cheap", "wider1", "wider2", "deeper1"),
-            ),
+            arms=(*_CONTROLLED, "wider2", "deeper2"),
             widths=(1.0, 0.61, 0.25, 0.1, 0.05),
             optimizer="adadelta",
             rate=1.0,
             gamma=0.7,
             batch_size=64,
-            neuron_epochs=10,
+            neuron_epochs=8,
             dendrite_epochs=4,
-            dendrites=3,
+            dendrites=2,
+            selections=_MNIST_SITES,
+        ),
+        Study(
+            "bare",
+            data="mnist",
+            nets="bare",
+            arms=("plain", "sham", "perforated", "perforated[tuning=full]", "gradient", "wider2"),
+            widths=(0.25, 0.1, 0.05),
+            optimizer="adadelta",
+            rate=1.0,
+            gamma=0.7,
+            batch_size=64,
+            neuron_epochs=8,
+            dendrite_epochs=4,
+            dendrites=2,
+            selections=_MNIST_SITES,
+        ),
+        Study(
+            "ablations",
+            data="mnist",
+            arms=_ABLATIONS,
+            widths=(1.0, 0.25, 0.1),
+            optimizer="adadelta",
+            rate=1.0,
+            gamma=0.7,
+            batch_size=64,
+            neuron_epochs=8,
+            dendrite_epochs=4,
+            dendrites=2,
             selections=_MNIST_SITES,
         ),
         Study(
@@ -101,9 +154,9 @@ STUDIES = {
             rate=1.0,
             gamma=0.7,
             batch_size=64,
-            neuron_epochs=10,
+            neuron_epochs=8,
             dendrite_epochs=4,
-            dendrites=3,
+            dendrites=2,
             selections=_MNIST_SITES,
         ),
         Study(
@@ -123,7 +176,7 @@ STUDIES = {
             rate=2e-3,
             gamma=0.75,
             batch_size=128,
-            neuron_epochs=10,
+            neuron_epochs=8,
             dendrite_epochs=4,
             dendrites=2,
             selections={"last": ("fc3",), "hidden": ("fc1", "fc2")},
@@ -146,7 +199,7 @@ STUDIES = {
             gamma=0.75,
             batch_size=64,
             steps=400,
-            neuron_epochs=10,
+            neuron_epochs=8,
             dendrite_epochs=4,
             dendrites=2,
             score="loss",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from benchmarks.learning.arms import arm_named, sham_of
 from benchmarks.learning.rows import Row
 from benchmarks.learning.run import Stage
 from benchmarks.learning.studies import STUDIES
@@ -118,7 +119,7 @@ def rows_of(name: str, rows: Sequence[Row]) -> list[Row]:
     shared = [
         row
         for row in rows
-        if STUDIES[row.study].data == study.data
+        if STUDIES[row.study].net is study.net
         and row.arm in study.arms
         and row.width in study.widths
         and (row.arm, row.width, row.seed, row.settings) not in seen
@@ -157,7 +158,8 @@ def markdown(table: Table) -> str:
     """Return the table of a study: a block of lines for each width."""
     loss = STUDIES[table.study].score == "loss"
     head = ("arm", "D", "parameters", "test loss, nats" if loss else "test error, %")
-    head += ("against plain", "against sham", "against wider", "GPU-s", "seeds")
+    head += ("against first phase", "against plain", "against sham", "against wider")
+    head += ("GPU-s", "seeds")
     written = [f"_{table.title}._", ""]
     for width in dict.fromkeys(line.width for line in table.lines):
         written += [f"**width {width:g}**", "", _row(head), _row(["---"] * len(head))]
@@ -170,6 +172,30 @@ def markdown(table: Table) -> str:
     return "\n".join(written).rstrip()
 
 
+def ablations_markdown(table: Table) -> str:
+    """Return how each arm ends, against the arm without settings and against its own sham."""
+    head = ("arm", "parameters", "test error, %", "against perforated", "against its sham")
+    head += ("GPU-s", "seeds")
+    written = [f"_{table.title}._", ""]
+    for width in dict.fromkeys(line.width for line in table.lines):
+        written += [f"**width {width:g}**", "", _row(head), _row(["---"] * len(head))]
+        last = {line.arm: line for line in table.lines if line.width == width}
+        for line in last.values():
+            rivals = last.get("perforated"), last.get(_sham(table, line))
+            told = ["" if r is None or r is line else difference(line.against(r)) for r in rivals]
+            name, parameters, error = line.arm, f"{line.parameters:,.0f}", with_interval(line.score)
+            seconds = f"{_mean(line.gpu_seconds.values()):.1f}"
+            cells = (name, parameters, error, *told, seconds, str(len(line.stages)))
+            written.append(_row(cells))
+        written.append("")
+    return "\n".join(written).rstrip()
+
+
+def _sham(table: Table, line: Line) -> str:
+    """Return the name of the sham of an arm, whether or not there is one."""
+    return sham_of(arm_named(line.arm, STUDIES[table.study].selections))
+
+
 def _grows(table: Table, line: Line) -> bool:
     return any(
         other.arm == line.arm and other.width == line.width and other.dendrites
@@ -180,9 +206,11 @@ def _grows(table: Table, line: Line) -> bool:
 def _cells(table: Table, line: Line) -> list[str]:
     grows = _grows(table, line)
     rivals = {
+        # What the net was before it grew, at a fraction of the epochs: what was published.
+        "first": (line.arm, 0),
         "plain": ("plain", 0),
         # One serves all arms: whatever sites it has, their dendrites change nothing.
-        "sham": ("sham", line.dendrites),
+        "sham": (_sham(table, line), line.dendrites),
         "wider": (f"wider{line.dendrites}", 0),
     }
     told = []
@@ -290,5 +318,6 @@ def _mean(values: Iterable[float]) -> float:
 REPORTS: dict[str, Callable[[Table], str]] = {
     **dict.fromkeys(STUDIES, markdown),
     "compression": front_markdown,
+    "ablations": ablations_markdown,
 }
 """How each study is reported."""

@@ -81,6 +81,8 @@ class Task:
             name: getattr(study, name)
             for name in ("data", "optimizer", "rate", "gamma", "batch_size", "steps", "score")
         }
+        if study.nets:
+            shared["nets"] = study.nets
         lengths = {
             name: getattr(self, name) for name in ("neuron_epochs", "dendrite_epochs", "dendrites")
         }

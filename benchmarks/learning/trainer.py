@@ -10,6 +10,7 @@ which runs nothing, and replayed. Without CUDA every step runs eagerly.
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.learning.problem import Split, judge, loss_of
+
+Ready = Callable[[], bool]
+
+# Replays between two questions whether the device keeps up: a launch that finds the device's queue
+# full waits for it, and with it every other run of the process.
+_REPLAYS = 8
 
 EVALUATION_BATCH = 1_000
 """Rows of a forward pass without gradients."""
@@ -75,11 +82,24 @@ class Trainer:
         self.optimizer.step()
         self._loss.add_(loss.detach())
 
-    def epoch(self) -> Tensor:
-        """Launch an epoch; return its mean loss `()`, which may not have been computed yet."""
+    def epoch(self, rows: Tensor | None = None) -> Generator[Ready, None, Tensor]:
+        """Launch an epoch; return its mean loss `()`, which may not have been computed yet.
+
+        It yields where the device has enough to do: what is yielded says when to go on.
+
+        Args:
+            rows: indices of those to learn from, again and again until there are enough for as many
+                steps as ever; None for all of the split.
+        """
         self.model.train()
-        rows = torch.randperm(len(self.split), generator=self._generator, device=self._order.device)
-        self._order.copy_(rows[: self._order.numel()].view_as(self._order))
+        number = len(self.split) if rows is None else len(rows)
+        wanted, orders = self._order.numel(), []
+        for _ in range(-(-wanted // number)):
+            orders.append(
+                torch.randperm(number, generator=self._generator, device=self._order.device)
+            )
+        order = torch.cat(orders)[:wanted]
+        self._order.copy_((order if rows is None else rows[order]).view_as(self._order))
         self._turn.zero_()
         self._loss.zero_()
         left = self.steps
@@ -90,9 +110,15 @@ class Trainer:
             left -= eager
             if left:
                 self._capture()
+        before, launched = ready(self._order.device), 0
         for size, graph in self._graphs.items():
             for _ in range(left // size):
                 graph.replay()
+                launched += 1
+                if launched % _REPLAYS == 0:
+                    # As much again is on its way, so the device does not run dry.
+                    yield before
+                    before = ready(self._order.device)
             left %= size
         return self._loss / self.steps
 
@@ -121,6 +147,15 @@ class Trainer:
                 self._graphs[size] = graph
         finally:
             gc.enable()
+
+
+def ready(device: torch.device) -> Ready:
+    """Return whether what has been launched so far is done, as a function to ask."""
+    if device.type != "cuda":
+        return lambda: True
+    event = torch.cuda.Event()
+    event.record()
+    return event.query
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ costs the runs that it was doing; they are done again when the study is.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import multiprocessing
@@ -27,9 +28,9 @@ from benchmarks.learning.problem import Problem
 from benchmarks.learning.run import start
 from benchmarks.learning.task import Task
 
+# Seconds for a process to end by itself.
+_PATIENCE = 2.0
 _PRELOAD = ("pbfx", "benchmarks.learning.workers")
-# One core per process; and as many queues to the GPU as there are lanes, where 8 is usual.
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Placement:
         steps_per_graph: see `Trainer`.
         data_directory: the folder with the data sets.
         revision: to record, see `environment`.
+        own_kernels: see `Study.make_optimizer`.
     """
 
     devices: tuple[str, ...]
@@ -51,6 +53,7 @@ class Placement:
     steps_per_graph: int = 8
     data_directory: Path | None = None
     revision: str | None = None
+    own_kernels: bool = True
 
     @property
     def beside(self) -> int:
@@ -76,6 +79,7 @@ def work_off(
         tasks: what to do.
         placement: where.
         budget: seconds after which what still runs is given up, without a report; None for none.
+            A run is not begun where those before it took longer than what is left.
     """
     if placement.devices == ("cpu",) and placement.jobs == 1:
         yield from _here(tasks, placement, budget)
@@ -83,9 +87,13 @@ def work_off(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOAD))
     waiting = list(tasks)
-    with _environment(), contextlib.ExitStack() as stack:
+    with _environment(placement.lanes), contextlib.ExitStack() as stack:
         count = min(placement.jobs * len(placement.devices), len(tasks))
+        # Each lane asks as soon as it can: with few tasks, some processes would have them all.
+        lanes = min(placement.lanes, -(-len(tasks) // max(count, 1)))
+        placement = dataclasses.replace(placement, lanes=lanes)
         connections: dict[Connection, Any] = {}
+        doing: dict[Connection, list[Task]] = collections.defaultdict(list)
         for number in range(count):
             device = placement.devices[number % len(placement.devices)]
             ours, theirs = context.Pipe()
@@ -95,22 +103,48 @@ def work_off(
             stack.callback(_end, process, ours)
             connections[ours] = process
         end = None if budget is None else time.monotonic() + budget
+        took: collections.deque[float] = collections.deque(maxlen=count)
         while connections and (end is None or time.monotonic() < end):
             for connection in wait(list(connections), 0.5):
                 assert isinstance(connection, Connection)
                 try:
                     report = connection.recv()
                     if report is None:
-                        connection.send(waiting.pop(0) if waiting else None)
+                        usual = sum(took) / len(took) if took else 0.0
+                        late = end is not None and time.monotonic() + usual > end
+                        task = waiting.pop(0) if waiting and not late else None
+                        connection.send(task)
+                        if task is not None:
+                            doing[connection].append(task)
                 except (EOFError, OSError):
                     process = connections.pop(connection)
-                    process.join()
-                    if process.exitcode:
-                        fault = f"a worker process died with exit code {process.exitcode}"
+                    code = _ended(process)
+                    if code:
+                        names = "; ".join(" ".join(task.key[:4]) for task in doing[connection])
+                        fault = f"a worker process died with exit code {code}, doing {names}"
                         yield Report(None, None, fault)
                     continue
                 if report is not None:
-                    yield report
+                    if report.task is not None:
+                        doing[connection].remove(report.task)
+                    if report.cells is not None:
+                        took.append(float(report.cells["seconds"]))
+                    alive = lanes * len(connections) / len(placement.devices)
+                    yield report if report.cells is None else _shared(report, report.cells, alive)
+
+
+def _shared(report: Report, cells: dict[str, str], beside: float) -> Report:
+    """Count the run's time as shared by the runs beside it that are really there."""
+    return dataclasses.replace(report, cells=cells | rows.gpu_seconds(cells, beside))
+
+
+def _ended(process: Any) -> int:
+    """Return the exit code of a process that has hung up."""
+    process.join(_PATIENCE)
+    # After a fault of the GPU the driver may take minutes to let it go.
+    process.kill()
+    process.join()
+    return process.exitcode
 
 
 def _end(process: Any, connection: Connection) -> None:
@@ -120,10 +154,15 @@ def _end(process: Any, connection: Connection) -> None:
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """Let processes that are started in the body inherit `_ENVIRONMENT`."""
+def _environment(lanes: int) -> Iterator[None]:
+    """Let processes that are started in the body have one core each, and few queues to the GPU.
+
+    The Multi-Process Service turns processes away once all have some hundred queues together: with
+    32 for each, the fourth on an H200.
+    """
     outside = dict(os.environ)
-    os.environ |= _ENVIRONMENT
+    # The lanes' streams, and the default one.
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": str(min(32, lanes + 1))}
     try:
         yield
     finally:
@@ -181,7 +220,8 @@ def _reports(next_task: Any, device: torch.device, placement: Placement) -> Iter
             if device.type == "cuda":
                 # Lanes read it on streams of their own.
                 torch.cuda.synchronize(device)
-        return start(task, problems[name], placement.steps_per_graph, pool)
+        how = placement.steps_per_graph, pool, placement.own_kernels
+        return start(task, problems[name], *how)
 
     where = environment("learning", device, "tf32", 0, placement.revision)
     for ended in run_all(next_task, begin, placement.lanes, device):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import pbfx_kernels.conv_neuron_op
 import pbfx_kernels.neuron_op  # noqa: F401  registers its op and those of `pbfx_kernels.ops`
-from pbfx_kernels import candidate_autograd
+from pbfx_kernels import candidate_autograd, dendrite_autograd
 from pbfx_kernels.geometry import LINEAR, Geometry
 from pbfx_kernels.strategy import Problem, conv2d_problem, fuses, linear_problem, recomputes, route
 
@@ -56,13 +56,12 @@ def dendrites(
 
     Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
     """
+    keep = keep or _backward_wants_activations(soma, weight, to_soma, geometry)
+    tensors = soma, x, weight, bias, to_soma, to_dendrite
+    if candidate_autograd.runs_eagerly(*tensors):
+        return dendrite_autograd.apply(*tensors, activation, geometry, keep)
     return torch.ops.pbfx.dendrites.default(
-        soma,
-        x,
-        weight,
-        bias,
-        to_soma,
-        to_dendrite,
+        *tensors,
         activation,
         geometry.stride,
         geometry.padding,
@@ -70,7 +69,7 @@ def dendrites(
         geometry.groups,
         geometry.transposed,
         geometry.output_padding,
-        keep or _backward_wants_activations(soma, weight, to_soma, geometry),
+        keep,
     )
 
 

@@ -36,6 +36,10 @@ _LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO = 4096, 4
 _MOST_FUSED_INPUTS = 2304
 # Dendrites up to which it was measured; more share a product of eight roles.
 _MOST_FUSED_MEASURED = 3
+# Inputs, by D, up to which it is faster if the weights lie so already, whatever the number of
+# positions: 7 % less at 128x4096x1024, where few tiles leave multiprocessors idle, is the most that
+# it was seen to lose. With two dendrites a quarter of what it multiplies is zeros.
+_MOST_FROZEN_INPUTS = {1: 768, 2: 512, 3: 1024}
 # Neurons per group of a convolution: a narrower tile is mostly empty.
 _LEAST_GROUP, _LEAST_FUSED_GROUP = 10, 16
 # Bytes of channels that a step of the fused main loop reads at least.
@@ -317,6 +321,15 @@ def fuses(problem: Problem) -> bool:
         return _knows_fused(problem) and read and enough and problem.inputs <= _MOST_FUSED_INPUTS
     least = max(_LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO * problem.inputs)
     return _knows_fused(problem) and problem.positions >= least
+
+
+def fuses_frozen(problem: Problem) -> bool:
+    """Return whether *fused* is the fastest where the weights lie side by side for good.
+
+    However many rows: what they cost is paid once.
+    """
+    most = _MOST_FROZEN_INPUTS.get(problem.dendrites, 0)
+    return _knows_fused(problem) and problem.inputs <= most
 
 
 def _knows_fused(problem: Problem) -> bool:

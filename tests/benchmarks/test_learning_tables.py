@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.errors import UsageError
 from benchmarks.learning import publish, rows, summary
-from benchmarks.learning.arms import arm_named
+from benchmarks.learning.arms import arm_named, sham_of
 from benchmarks.learning.command import main
 from benchmarks.learning.plots import draw_all, growths
 from benchmarks.learning.run import Outcome, Stage
@@ -132,8 +132,54 @@ def test_studies_share_the_runs_that_they_have_in_common(folder: Path, capsys) -
     assert len(summary.rows_of("compression", found)) == 10
     assert "| **perforated** | 0.25 | 1 | 180 |" in publish.block_of("compression", found)
     command = ["compression", "--seeds", "1", "--widths", "0.25", "--arms", "perforated"]
+    command += ["--neuron-epochs", "10", "--dendrites", "3"]
     assert main([*command, "--dry-run", "--out", str(folder)]) == 0
     assert "1 runs, 1 done" in capsys.readouterr().out
+
+
+def test_ablations_have_their_default_and_their_sham_beside_them(folder: Path) -> None:
+    for seed, luck in enumerate((-0.02, 0.0, 0.02)):
+        for arm, error in (
+            ("perforated[tuning=full]", 0.6),
+            ("perforated[finish=True,tuning=full]", 0.5),
+            ("sham[finish=True]", 0.8),
+        ):
+            written(folder, "ablations", arm, seed, [stage(2, error + luck, 300)])
+    found = publish.all_rows(folder)
+    lines = {
+        cells[1].strip(): cells
+        for line in publish.block_of("ablations", found).splitlines()
+        if len(cells := line.split("|")) > 7
+    }
+    assert list(lines)[2:] == [
+        "sham",
+        "perforated",
+        "perforated[tuning=full]",
+        "perforated[finish=True,tuning=full]",
+        "sham[finish=True]",
+    ]
+    # Those of the study above end at 0.7 and 0.9.
+    assert "-0.100" in lines["perforated[tuning=full]"][4]
+    assert "-0.300" in lines["perforated[tuning=full]"][5]
+    assert "-0.300" in lines["perforated[finish=True,tuning=full]"][5]
+    assert lines["perforated"][4].strip() == lines["sham"][5].strip() == ""
+    assert {path.name for path in draw_all(found, folder)} >= {"ablations.svg"}
+
+
+@pytest.mark.parametrize(
+    ("arm", "sham"),
+    [
+        ("perforated", "sham"),
+        ("perforated[candidates=8,tuning=full]", "sham"),
+        ("gradient[finish=True]", "sham[finish=True]"),
+        (
+            "perforated[objective=correlation,policy.dendrite_epochs=2,spare=0.2]",
+            "sham[policy.dendrite_epochs=2,spare=0.2]",
+        ),
+    ],
+)
+def test_a_sham_has_what_is_not_about_dendrites(arm: str, sham: str) -> None:
+    assert sham_of(arm_named(arm, {})) == sham
 
 
 def test_calibration_pairs_growths_with_the_sham(folder: Path) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.optim import Adadelta
 
 from benchmarks.learning import lanes, studies
+from benchmarks.learning.adadelta import FusedAdadelta
 from benchmarks.learning.arms import arm_named
 from benchmarks.learning.lane import Lane
 from benchmarks.learning.nets import LETTERS
@@ -107,11 +109,13 @@ class Noisy(torch.nn.Module):
         return self.fc(self.dropout(images.flatten(1)))
 
 
-def noisy_trainer(per_graph: int, seed: int, lane: Lane) -> tuple[Trainer, torch.Tensor]:
+def noisy_trainer(
+    per_graph: int, seed: int, lane: Lane, kind: type[Adadelta] = Adadelta
+) -> tuple[Trainer, torch.Tensor]:
     torch.manual_seed(0)
     model = Noisy().to(CUDA)
     rate = torch.tensor(0.1, device=CUDA)
-    optimizer = torch.optim.Adadelta(model.parameters(), lr=rate, capturable=True)
+    optimizer = kind(model.parameters(), lr=rate, capturable=True)
     lane.seed(seed)
     split = problem("mnist").train
     trainer = Trainer(
@@ -129,20 +133,28 @@ def noisy_trainer(per_graph: int, seed: int, lane: Lane) -> tuple[Trainer, torch
 
 def test_weights_dropout_and_rates_are_the_eager_ones() -> None:
     weights = {}
-    for name, per_graph, seed in (("eager", 0, 5), ("graph", 8, 5), ("other", 8, 6)):
+    runs = (
+        ("eager", 0, 5, Adadelta),
+        ("graph", 8, 5, Adadelta),
+        ("own kernel, eager", 0, 5, FusedAdadelta),
+        ("own kernel, graph", 8, 5, FusedAdadelta),
+        ("other", 8, 6, Adadelta),
+    )
+    for name, per_graph, seed, kind in runs:
         lane = Lane(CUDA)
         with torch.cuda.stream(lane.stream):
-            trainer, rate = noisy_trainer(per_graph, seed, lane)
+            trainer, rate = noisy_trainer(per_graph, seed, lane, kind)
         with lane.active():
-            trainer.epoch()
+            list(trainer.epoch())
             # A schedule writes the rate in place; the graph must read it.
             rate.fill_(0.01)
-            trainer.epoch()
+            list(trainer.epoch())
             trainer.forget()
-            trainer.epoch()
+            list(trainer.epoch())
         torch.cuda.synchronize()
         weights[name] = trainer.model.get_parameter("fc.weight").detach().clone()
-    torch.testing.assert_close(weights["graph"], weights["eager"], rtol=1e-4, atol=1e-6)
+    for name in ("graph", "own kernel, eager", "own kernel, graph"):
+        torch.testing.assert_close(weights[name], weights["eager"], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(weights["other"], weights["eager"], rtol=1e-2)
 
 
