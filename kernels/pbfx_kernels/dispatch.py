@@ -13,7 +13,7 @@ from pbfx_kernels import reference
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like, writable
-from pbfx_kernels.strategy import Problem, Strategy, choose, problem_of
+from pbfx_kernels.strategy import Problem, Route, Strategy, choose, problem_of, route
 from pbfx_kernels.walking import REMEMBERED
 from pbfx_kernels.ways import Way, fastest_way, ways_of
 
@@ -111,6 +111,15 @@ def _launch(
         from pbfx_kernels.fused_linear import fused_linear
 
         fused_linear(soma, x, *links, out, kept, way.blocks)
+    elif (read := _route(soma, x, weight, geometry, way)) is not None:
+        from pbfx_kernels.fused_convolution import fused_convolution, laid_out
+
+        weights, kernel = (
+            laid_out(read, None, weight, soma.dtype),
+            (weight.shape[3], weight.shape[4]),
+        )
+        form = *links[1:], geometry
+        fused_convolution(read, x.to(soma.dtype), weights, kernel, soma, *form, out, kept)
     else:
         from pbfx_kernels.fused_conv2d import fused_conv2d
 
@@ -217,6 +226,16 @@ def _launch_gradient(
         from pbfx_kernels.fused_linear import fused_linear_gradient
 
         return fused_linear_gradient(*dendrites, way.blocks)
+    read = _route(grad, x, weight, geometry, way) if way.strategy is Strategy.SPLIT else None
+    if read is not None:
+        from pbfx_kernels.fused_convolution import fused_convolution_gradient, laid_out
+
+        weights, kernel = (
+            laid_out(read, None, weight, grad.dtype),
+            (weight.shape[3], weight.shape[4]),
+        )
+        links = bias, to_dendrite, activation, geometry
+        return fused_convolution_gradient(read, grad, x.to(grad.dtype), weights, kernel, *links)
     if way.strategy is Strategy.SPLIT:
         from pbfx_kernels.fused_conv2d import fused_conv2d_gradient
 
@@ -224,3 +243,12 @@ def _launch_gradient(
     from pbfx_kernels.packed import packed_to_soma_gradient
 
     return packed_to_soma_gradient(*dendrites, geometry)
+
+
+def _route(soma: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, way: Way) -> Route | None:
+    """Return how the *fused* kernel reads the input of dendrites alone, if it is to compute them.
+
+    A way with blocks of its own asks for the kernel that has such blocks.
+    """
+    batched = way.blocks is None and geometry.spatial == 2 and x.dim() == 4
+    return route(problem_of(soma, weight, geometry), x.shape) if batched else None

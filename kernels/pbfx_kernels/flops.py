@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 # They register their ops and those of `pbfx_kernels.ops`.
+import pbfx_kernels.conv_neuron_op
 import pbfx_kernels.depthwise_op
 import pbfx_kernels.frozen
 import pbfx_kernels.neuron_op  # noqa: F401
@@ -87,6 +88,20 @@ def perforated_linear_flops(
     return 2 * math.prod(x) * weight[0] * (1 + dendrite_weight[0])
 
 
+@register_flop_formula(torch.ops.pbfx.perforated_conv2d)
+def perforated_conv2d_flops(
+    x: Sequence[int],
+    weight: Sequence[int],
+    bias: Sequence[int] | None,
+    dendrite_weight: Sequence[int],
+    *rest: Any,
+    **_: Any,
+) -> int:
+    """Count `pbfx::perforated_conv2d`: its soma and its dendrites."""
+    # dendrite_bias, to_soma, to_dendrite, activation, stride, padding, dilation, groups, keep
+    return _convolution_flops(x, weight, dendrite_weight, *rest[4:7], rest[7])
+
+
 @register_flop_formula(torch.ops.pbfx.perforated_depthwise)
 def perforated_depthwise_flops(
     x: Sequence[int],
@@ -98,9 +113,20 @@ def perforated_depthwise_flops(
 ) -> int:
     """Count `pbfx::perforated_depthwise`: its soma and its dendrites; its backward is ops."""
     # dendrite_bias, to_soma, to_dendrite, activation, stride, padding, dilation
-    stride, padding, dilation = (tuple(each) for each in rest[4:7])
-    out = Geometry(stride, padding, dilation, weight[0]).output_shape(x, weight)
-    return stacked_flops(out, x, (1 + dendrite_weight[0], *weight))
+    return _convolution_flops(x, weight, dendrite_weight, *rest[4:7], weight[0])
+
+
+def _convolution_flops(
+    x: Sequence[int],
+    weight: Sequence[int],
+    dendrite_weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> int:
+    form = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    return stacked_flops(form.output_shape(x, weight), x, (1 + dendrite_weight[0], *weight))
 
 
 @register_flop_formula(torch.ops.pbfx.frozen_neurons)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import pbfx_kernels.conv_neuron_op
 import pbfx_kernels.neuron_op  # noqa: F401  registers its op and those of `pbfx_kernels.ops`
 from pbfx_kernels import candidate_autograd, dendrite_autograd
 from pbfx_kernels.depthwise_op import computes_depthwise
 from pbfx_kernels.geometry import LINEAR, Geometry
-from pbfx_kernels.strategy import fuses, linear_problem, recomputes
+from pbfx_kernels.strategy import Problem, conv2d_problem, fuses, linear_problem, recomputes, route
 
 
 def dendrites(
@@ -180,7 +181,7 @@ def perforated_linear(
 
     Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
     """
-    if _fuses(x, weight, dendrite_weight):
+    if _may_fuse(x) and _wins(linear_problem(x, weight, dendrite_weight)):
         keep = torch.is_grad_enabled() and to_soma.requires_grad
         op = torch.ops.pbfx.perforated_linear.default
         links = dendrite_bias, to_soma, to_dendrite
@@ -230,30 +231,33 @@ def perforated_conv2d(
     Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
     """
     geometry = Geometry.convolution(2, stride, padding, dilation, groups)
+    form = geometry.stride, geometry.padding, geometry.dilation
+    links = dendrite_bias, to_soma, to_dendrite, activation
     if computes_depthwise(x, weight, dendrite_weight, geometry):
-        learns = torch.is_grad_enabled() and to_soma.requires_grad
-        form = geometry.stride, geometry.padding, geometry.dilation
-        keep = learns and not recomputes(x, dendrite_weight, geometry)
+        keep = _backward_wants_activations(x, dendrite_weight, to_soma, geometry)
         op = torch.ops.pbfx.perforated_depthwise.default
-        links = dendrite_bias, to_soma, to_dendrite, activation
         return op(x, weight, bias, dendrite_weight, *links, *form, keep)[0]
-    soma = F.conv2d(
-        x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-    )
+    if _may_fuse(x) and _wins(conv2d_problem(x, weight, dendrite_weight, geometry), x.shape):
+        keep = _backward_wants_activations(x, dendrite_weight, to_soma, geometry)
+        op = torch.ops.pbfx.perforated_conv2d.default
+        return op(x, weight, bias, dendrite_weight, *links, *form, geometry.groups, keep)[0]
+    soma = F.conv2d(x, weight, bias, *form, geometry.groups)
     return dendrites(
         soma, x, dendrite_weight, dendrite_bias, to_soma, to_dendrite, activation, geometry, False
     )[0]
 
 
-def _fuses(x: Tensor, weight: Tensor, dendrite_weight: Tensor) -> bool:
-    """Return whether soma and dendrites had better be one kernel, here and now.
+def _may_fuse(x: Tensor) -> bool:
+    """Return whether it may be decided here that a soma is computed with its dendrites.
 
     A compiler decides for itself, with what follows in view, and autocast casts at the soma.
     """
-    if not x.is_cuda or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
-        return False
-    problem = linear_problem(x, weight, dendrite_weight)
-    return problem is not None and fuses(problem)
+    return x.is_cuda and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"))
+
+
+def _wins(problem: Problem | None, shape: Sequence[int] = ()) -> bool:
+    """Return whether soma and dendrites had better be one kernel, for a convolution of `shape`."""
+    return problem is not None and fuses(problem) and (not shape or bool(route(problem, shape)))
 
 
 def _backward_wants_activations(

@@ -5,6 +5,7 @@ of accumulator columns, D * BLOCK_N, is what a configuration is chosen by. `COMM
 one that can be chosen; the ahead-of-time tests compile them all.
 """
 
+import math
 from dataclasses import dataclass
 
 from pbfx_kernels.launching import ceiling, power_of_two
@@ -76,22 +77,109 @@ def conv2d_blocks(
     return Blocks(128, wide, deep, 8 if wide > 16 else 4, 3)
 
 
-def neuron_blocks(positions: int, neurons: int, inputs: int, dendrites: int) -> Blocks:
-    """Choose the configuration of `fused_neuron`, whose operands have two bytes per element.
+def neuron_blocks(
+    positions: int, neurons: int, inputs: int, dendrites: int, element_size: int = 2
+) -> Blocks:
+    """Choose the configuration of `fused_neuron`.
 
     Args:
         positions: P.
         neurons: N.
         inputs: K.
-        dendrites: D, 1 to 3.
+        dendrites: D, 1 to 7.
+        element_size: bytes per element of the operands, 2 or 4.
     """
-    roles = 2 if dendrites == 1 else 4
-    deep = max(16, min(64, power_of_two(inputs)))
+    roles = power_of_two(dendrites + 1)
+    deep = max(32 // element_size, min(128 // element_size, power_of_two(inputs)))
     wide = max(64 // roles, min(256 // roles, power_of_two(neurons)))
     if ceiling(positions, 128) * ceiling(neurons, wide) < _FULL:
-        return Blocks(64, min(wide, 32), deep, 4, 4)
+        return Blocks(64, min(wide, 32, 128 // roles), deep, 4, 4)
+    if element_size == 4:
+        return _wide_elements(wide, roles, deep)
     if inputs <= 4 * deep:
         # Short products: two programs per multiprocessor, so that one computes activations while
         # the other multiplies.
         return Blocks(128, min(wide, 128 // roles), deep, 4, 3, 2)
     return Blocks(128, wide, deep, 8, 4)
+
+
+# A step of the main loop may be so much deeper than the channels that are left for it.
+_MOST_PADDED = 1.125
+# Boxes of positions may cover so much more than the best ones do.
+_MOST_WASTED = 1.05
+
+
+def conv_neuron_blocks(
+    positions: int,
+    group: int,
+    channels: int,
+    dendrites: int,
+    element_size: int,
+    whole: bool = True,
+    soma: bool = True,
+) -> Blocks:
+    """Choose the configuration of `fused_conv_neuron`.
+
+    Two programs share a multiprocessor: one computes activations while the other multiplies. Wider
+    tiles, one for each, were up to 40 % slower, and never faster, in ResNet-50's convolutions.
+
+    Args:
+        positions: P.
+        group: neurons per group.
+        channels: of one group.
+        dendrites: D, 1 to 7.
+        element_size: bytes per element of the operands, 2 or 4.
+        whole: whether nothing but zeros comes after the channels; else steps divide them.
+        soma: whether it computes the soma too.
+    """
+    roles = power_of_two(dendrites + soma)
+    deep = _depth(channels, element_size, whole)
+    wide = max(64 // roles, min(128 // roles, power_of_two(group)))
+    if ceiling(positions, 128) * ceiling(group, wide) < _FULL:
+        return Blocks(64, wide, deep, 4, 4)
+    if element_size == 4:
+        return _wide_elements(wide, roles, deep)
+    if roles == 1:
+        # Beside the accumulators of one role, the tile of a soma takes registers.
+        return Blocks(128, min(wide, 64), deep, 4, 3, 3)
+    return Blocks(128, wide, deep, 4, 3, 2)
+
+
+def _wide_elements(wide: int, roles: int, deep: int) -> Blocks:
+    """Choose for float32, whose activations take more registers than those of bfloat16."""
+    return Blocks(128, min(wide, 128 // roles), deep, 8, 4)
+
+
+def _depth(channels: int, element_size: int, whole: bool) -> int:
+    """Choose BLOCK_K: 128 bytes, or less where much of that would be zeros or not be zeros."""
+    depths = [size // element_size for size in (128, 64, 32)]
+    for deep in depths:
+        padded = ceiling(channels, deep) * deep
+        if padded == channels or (whole and padded <= _MOST_PADDED * channels):
+            return deep
+    return depths[-1]
+
+
+def box_of(positions: int, images: int, height: int, width: int) -> tuple[int, int, int]:
+    """Cut output positions into boxes of images, rows and columns that waste the least.
+
+    Args:
+        positions: of a box, a power of two.
+        images: B.
+        height: H'.
+        width: W'.
+
+    Returns:
+        Powers of two whose product is `positions`: of those that waste next to nothing, the widest,
+        then the highest, whose taps share most of what they read.
+    """
+    powers = [2**i for i in range(positions.bit_length())]
+    boxes = [(positions // (h * w), h, w) for w in powers for h in powers if h * w <= positions]
+
+    def covered(box: tuple[int, int, int]) -> int:
+        pairs = zip((images, height, width), box, strict=True)
+        return math.prod(ceiling(size, each) * each for size, each in pairs)
+
+    least = min(map(covered, boxes))
+    lean = [box for box in boxes if covered(box) <= _MOST_WASTED * least]
+    return max(lean, key=lambda box: (box[2], box[1]))

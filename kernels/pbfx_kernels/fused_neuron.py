@@ -16,6 +16,9 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 # The type checker does not know what Triton adds to Python: launch options, static_range.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
+import math
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,34 +33,46 @@ from pbfx_kernels.launching import (
     power_of_two,
 )
 from pbfx_kernels.triton_math import cascade, link, negated_sum
+from pbfx_kernels.walking import merged_stride
 
 # Neurons whose weights are interleaved together: what a thread holds of a product's row is pairs of
 # neighbours, eight columns apart.
 QUAD = 4
-# Roles, soma and dendrites, that fit side by side.
-MOST_ROLES = 4
 
 
 @triton.jit
 def apart(product, ROLES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     """Take an interleaved product, `(BLOCK_P, ROLES * BLOCK_N)`, apart into a tile per role."""
-    if ROLES == 2:
-        first, second = tl.split(tl.reshape(product, (BLOCK_P, BLOCK_N, 2)))
+    if ROLES == 1:
+        return (product,)
+    else:
+        # (block, high, neuron, low): role 2 high + low of neuron 4 block + neuron.
+        HIGH: tl.constexpr = ROLES // 2
+        product = tl.reshape(product, (BLOCK_P, BLOCK_N // 4, HIGH, 4, 2))
+        product = tl.reshape(tl.permute(product, (0, 1, 3, 2, 4)), (BLOCK_P, BLOCK_N, HIGH, 2))
+        even, odd = tl.split(product)
+        evens = columns(even, HIGH)
+        odds = columns(odd, HIGH)
+        roles = ()
+        for high in tl.static_range(HIGH):
+            roles = roles + (evens[high], odds[high])
+        return roles
+
+
+@triton.jit
+def columns(tiles, COUNT: tl.constexpr):
+    """Take `(BLOCK_P, BLOCK_N, COUNT)` apart along its last axis, for a COUNT of 1, 2 or 4."""
+    if COUNT == 1:
+        return (tl.reshape(tiles, (tiles.shape[0], tiles.shape[1])),)
+    elif COUNT == 2:
+        first, second = tl.split(tiles)
         return first, second
     else:
-        tl.static_assert(ROLES == 4, "roles come in twos and fours")
-        # (block, high, neuron, low): role 2 high + low of neuron 4 block + neuron.
-        product = tl.reshape(product, (BLOCK_P, BLOCK_N // 4, 2, 4, 2))
-        product = tl.permute(product, (0, 1, 3, 2, 4))
-        even, odd = tl.split(product)
+        tl.static_assert(COUNT == 4, "roles come in twos, fours and eights")
+        even, odd = tl.split(tl.reshape(tiles, (tiles.shape[0], tiles.shape[1], 2, 2)))
         first, third = tl.split(even)
         second, fourth = tl.split(odd)
-        return (
-            tl.reshape(first, (BLOCK_P, BLOCK_N)),
-            tl.reshape(second, (BLOCK_P, BLOCK_N)),
-            tl.reshape(third, (BLOCK_P, BLOCK_N)),
-            tl.reshape(fourth, (BLOCK_P, BLOCK_N)),
-        )
+        return first, second, third, fourth
 
 
 @triton.jit
@@ -105,7 +120,7 @@ def _neuron_kernel(
                 input_precision=PRECISION,
             )
         roles = apart(product, ROLES, BLOCK_P, BLOCK_N)
-        p = block_p.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+        p = block_p * BLOCK_P + tl.arange(0, BLOCK_P)
         n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = n < N
         z = ()
@@ -116,12 +131,13 @@ def _neuron_kernel(
         if HAS_SOMA_BIAS:
             s += link(soma_bias, n, mask_n, 1)
         s -= negated_sum(a, to_soma, n, mask_n, N, D, 1)
-        at = p[:, None] * N + n[None, :]
-        mask = (p < P)[:, None] & mask_n[None, :]
-        tl.store(out + at, s.to(out.dtype.element_ty), mask=mask)
+        row, mask = (p.to(tl.int64) * N)[:, None], (p < P)[:, None] & mask_n[None, :]
+        # Rows first: columns then take registers of 32 bits, or none.
+        tl.store(out + row + n[None, :], s.to(out.dtype.element_ty), mask=mask)
         if KEEP:
             for d in tl.static_range(D):
-                tl.store(kept + d * kept_d + at, a[d].to(kept.dtype.element_ty), mask=mask)
+                at = kept + d * kept_d + row + n[None, :]
+                tl.store(at, a[d].to(kept.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -131,63 +147,108 @@ def _interleave_kernel(
     dendrite_weight,
     N,
     K,
+    ROW,
+    CHANNELS,
+    weight_n,
+    weight_c,
+    weight_t,
+    dendrite_d,
+    dendrite_n,
+    dendrite_c,
+    dendrite_t,
     D: tl.constexpr,
     ROLES: tl.constexpr,
+    SOMA: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    if ROLES == 2:
-        n, role = row // 2, row % 2
+    # Where each thread of a product holds the roles of one neuron: see `apart`.
+    if ROLES == 1:
+        n, role = row, row * 0
     else:
-        n, role = row // 16 * 4 + row % 8 // 2, row % 16 // 8 * 2 + row % 2
-    inside = (k < K)[None, :]
-    real = (n < N)[:, None] & inside
-    own = weight + n.to(tl.int64)[:, None] * K + k[None, :]
-    theirs = dendrite_weight + ((role - 1).to(tl.int64) * N + n)[:, None] * K + k[None, :]
-    value = tl.load(own, mask=real & (role == 0)[:, None], other=0.0)
-    dendrite = tl.load(
-        theirs, mask=real & (role > 0)[:, None] & (role <= D)[:, None], other=0.0
-    ).to(value.dtype)
-    value = tl.where((role == 0)[:, None], value, dendrite)
-    at = rows + row.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(at, value, mask=(row < (N + 3) // 4 * 4 * ROLES)[:, None] & inside)
+        n = row // (4 * ROLES) * 4 + row % 8 // 2
+        role = row % (4 * ROLES) // 8 * 2 + row % 2
+    real = (n < N)[:, None] & (k < K)[None, :]
+    channel, tap = (k % CHANNELS).to(tl.int64)[None, :], (k // CHANNELS).to(tl.int64)[None, :]
+    wide = n.to(tl.int64)[:, None]
+    d = role - SOMA
+    theirs = dendrite_weight + d.to(tl.int64)[:, None] * dendrite_d
+    theirs += wide * dendrite_n + channel * dendrite_c + tap * dendrite_t
+    value = tl.load(theirs, mask=real & (d >= 0)[:, None] & (d < D)[:, None], other=0.0)
+    value = value.to(rows.dtype.element_ty)
+    if SOMA:
+        own = weight + wide * weight_n + channel * weight_c + tap * weight_t
+        soma = tl.load(own, mask=real & (d < 0)[:, None], other=0.0)
+        value = tl.where((d < 0)[:, None], soma, value)
+    at = rows + row.to(tl.int64)[:, None] * ROW + k[None, :]
+    tl.store(at, value, mask=(row < (N + 3) // 4 * 4 * ROLES)[:, None] & (k < ROW)[None, :])
 
 
-def interleave(weight: Tensor, dendrite_weight: Tensor) -> Tensor:
-    """Lay the weights of each neuron side by side, as the kernel reads them, in one launch.
+def interleave(
+    weight: Tensor | None,
+    dendrite_weight: Tensor,
+    aligned: int = 1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Lay the weights of each neuron side by side, as the kernels read them, in one launch.
 
     Args:
-        weight: W, `(N, K)`, any strides.
-        dendrite_weight: V, `(D, N, K)`, D from 1 to 3, any float dtype and strides.
+        weight: W, `(N, K)` or `(N, channels / groups, *kernel)`, any strides; None where the soma
+            is computed elsewhere.
+        dendrite_weight: V, `(D, *W)`, D from 1 to 7, any float dtype and strides.
+        aligned: what the length of a row is rounded up to a multiple of, with zeros.
+        dtype: of the result, by default that of W, or else of V.
 
     Returns:
-        `(R * M, K)` contiguous, the dtype of `weight`: R is 2 for one dendrite, else 4, and M is N,
+        `(R * M, K)` contiguous, taps before channels: R is the number of `roles_of`, and M is N,
         rounded up to a multiple of 4; roles and neurons that do not exist are zeros.
     """
-    dendrites, neurons, inputs = dendrite_weight.shape
-    roles = roles_of(dendrites)
-    rows = weight.new_empty((ceiling(neurons, QUAD) * QUAD * roles, inputs))
-    block, deep = 32, min(128, power_of_two(inputs))
-    with on_device(weight):
-        _interleave_kernel[(ceiling(len(rows), block), ceiling(inputs, deep))](
+    dendrites, neurons, channels, *kernel = dendrite_weight.shape
+    own, soma = (dendrite_weight[0], False) if weight is None else (weight, True)
+    inputs, roles = channels * math.prod(kernel), roles_of(dendrites, soma)
+    length = ceiling(inputs, aligned) * aligned
+    own, tap = _walked(own, 2)
+    dendrite_weight, dendrite_tap = _walked(dendrite_weight, 3)
+    shape = ceiling(neurons, QUAD) * QUAD * roles, length
+    rows = own.new_empty(shape, dtype=dtype or own.dtype)
+    block, deep = 32, min(128, power_of_two(length))
+    with on_device(rows):
+        _interleave_kernel[(ceiling(len(rows), block), ceiling(length, deep))](
             rows,
-            weight.contiguous(),
-            dendrite_weight.contiguous(),
+            own,
+            dendrite_weight,
             neurons,
             inputs,
+            length,
+            channels,
+            *own.stride()[:2],
+            tap,
+            *dendrite_weight.stride()[:3],
+            dendrite_tap,
             D=dendrites,
             ROLES=roles,
+            SOMA=int(soma),
             BLOCK=block,
             BLOCK_K=deep,
         )
     return rows
 
 
-def roles_of(dendrites: int) -> int:
-    """Return how many roles are interleaved for 1 to 3 dendrites: a power of two."""
-    return 2 if dendrites == 1 else MOST_ROLES
+def _walked(weight: Tensor, before: int) -> tuple[Tensor, int]:
+    """Return weights whose taps, the axes after the first `before`, have one stride, and that."""
+    kernel, strides = tuple(weight.shape[before:]), tuple(weight.stride()[before:])
+    tap = merged_stride(kernel, strides)
+    if tap is None:
+        weight = weight.contiguous()
+        tap = 1
+    return weight, tap
+
+
+def roles_of(dendrites: int, soma: bool = True) -> int:
+    """Return how many roles 1 to 7 dendrites and a soma take up side by side: a power of two."""
+    return power_of_two(dendrites + soma)
 
 
 def can_describe(x: Tensor) -> bool:
@@ -211,11 +272,11 @@ def fused_neuron(
     """Write the neuron's output, and the activations if `kept` is given.
 
     Args:
-        x: `(P, K)`, not empty, `can_describe`; float16 or bfloat16.
+        x: `(P, K)`, not empty, `can_describe`; float16, bfloat16, or float32 for TF32 products.
         weights: W and V, `interleave`d, the dtype of `x`.
         soma_bias: b, `(N,)`, any float dtype, or None.
         bias: c, `(D, N)`, likewise.
-        to_soma: T, `(D, N)`, D from 1 to 3, any float dtype.
+        to_soma: T, `(D, N)`, D from 1 to 7, any float dtype.
         to_dendrite: U, `(D, D, N)`, likewise.
         activation: f, one of `ACTIVATIONS`.
         out: `(P, N)`, contiguous; written.
@@ -224,7 +285,7 @@ def fused_neuron(
     """
     dendrites, neurons = to_soma.shape
     positions, inputs = x.shape
-    blocks = blocks or neuron_blocks(positions, neurons, inputs, dendrites)
+    blocks = blocks or neuron_blocks(positions, neurons, inputs, dendrites, x.element_size())
     roles = roles_of(dendrites)
     tiles = ceiling(positions, blocks.positions) * ceiling(neurons, blocks.neurons)
     programs = min(tiles, multiprocessors(x) * blocks.resident)

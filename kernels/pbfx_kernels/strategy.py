@@ -13,13 +13,14 @@ import functools
 import importlib.util
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-from pbfx_kernels.geometry import Geometry
+from pbfx_kernels.geometry import LINEAR, Geometry
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,18 +29,28 @@ _LEAST_CAPABILITY = (8, 0)
 # Where the thresholds below were measured: Hopper.
 _MEASURED_CAPABILITY = 9
 # Unrolled cascades; beyond, their code and registers grow out of hand.
-_MOST_PACKED, _MOST_SPLIT, _MOST_FUSED = 8, 5, 3
+_MOST_PACKED, _MOST_SPLIT, _MOST_FUSED = 8, 5, 7
 # Rows of a matrix that a descriptor loads from start at multiples of so many bytes.
 _DESCRIBED_BYTES = 16
 # Positions, and positions for each input, from which laying weights side by side costs less than
 # the kernel gains: 3 % more than *packed* at 8192x4096x4096, where it would be 4 % less without.
 _LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO = 4096, 4
+# Inputs of a convolution up to which one kernel is faster than cuDNN for soma and dendrites.
+_MOST_FUSED_INPUTS = 2304
+# Dendrites up to which it was measured; more share a product of eight roles.
+_MOST_FUSED_MEASURED = 3
 # Inputs, by D, up to which it is faster if the weights lie so already, whatever the number of
 # positions: 7 % less at 128x4096x1024, where few tiles leave multiprocessors idle, is the most that
 # it was seen to lose. With two dendrites a quarter of what it multiplies is zeros.
 _MOST_FROZEN_INPUTS = {1: 768, 2: 512, 3: 1024}
 # Neurons per group of a convolution: a narrower tile is mostly empty.
-_LEAST_GROUP = 10
+_LEAST_GROUP, _LEAST_FUSED_GROUP = 10, 16
+# Bytes of channels that a step of the fused main loop reads at least.
+_STEP_BYTES = 32
+# Positions of an image that a tile of neurons can step over in 32 bits.
+_MOST_PLACES = 2**24
+# Inputs per neuron of a convolution whose patches may be laid out as a matrix.
+_MOST_PATCHED = 256
 # Where one kernel beats a library GEMM and an epilogue: where the preactivations would be most of
 # the traffic, and where there is so little to do that a second launch is.
 _SPLIT_INPUTS = 128
@@ -62,6 +73,14 @@ class Strategy(Enum):
     PACKED = "packed"
     SPLIT = "split"
     DEPTHWISE = "depthwise"
+
+
+class Route(Enum):
+    """How the *fused* strategy reads the input of a convolution."""
+
+    POINTWISE = "pointwise"
+    WALKED = "walked"
+    PATCHES = "patches"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,16 +216,21 @@ def _split_wins(problem: Problem) -> bool:
     return small and gathered and problem.channels_last and problem.channels > 32
 
 
-def can_fuse(x: Tensor, weight: Tensor, dendrite_weight: Tensor) -> bool:
-    """Return whether the *fused* kernel knows a linear site: on Hopper, in 16 bits, D up to 3.
+def can_fuse(
+    x: Tensor, weight: Tensor, dendrite_weight: Tensor, geometry: Geometry = LINEAR
+) -> bool:
+    """Return whether a *fused* kernel knows a site: on Hopper, in 16 bits or TF32, D up to 7.
 
     Args:
-        x: `(..., K)`, for device and dtype.
-        weight: W, `(N, K)`, of the dtype of `x`.
-        dendrite_weight: V, `(D, N, K)`.
+        x: `(..., K)` or `(B, channels, H, W)`.
+        weight: W, `(N, K)` or `(N, channels / groups, kH, kW)`, of the dtype of `x`.
+        dendrite_weight: V, `(D, *W)`.
+        geometry: linear, or a convolution over two dimensions.
     """
+    if geometry.spatial:
+        return route_of(x, weight, dendrite_weight, geometry) is not None
     problem = linear_problem(x, weight, dendrite_weight)
-    return problem is not None and _knows_fused(problem)
+    return problem is not None and _launches(problem)
 
 
 def linear_problem(x: Tensor, weight: Tensor, dendrite_weight: Tensor) -> Problem | None:
@@ -223,7 +247,7 @@ def linear_problem(x: Tensor, weight: Tensor, dendrite_weight: Tensor) -> Proble
         _capability(x),
         x.dtype,
         torch.get_float32_matmul_precision() != "highest",
-        Geometry(),
+        LINEAR,
         _hint(x.numel()) // inputs if inputs else 0,
         neurons,
         inputs,
@@ -232,18 +256,85 @@ def linear_problem(x: Tensor, weight: Tensor, dendrite_weight: Tensor) -> Proble
     )
 
 
+def conv2d_problem(
+    x: Tensor, weight: Tensor, dendrite_weight: Tensor, geometry: Geometry
+) -> Problem | None:
+    """Describe a convolution whose soma has not been computed; arguments as of `can_fuse`.
+
+    Returns:
+        None where the tensors do not fit: not of one dtype, no batch, no stack of weights.
+    """
+    if weight.dtype != x.dtype or x.dim() != 4 or dendrite_weight.dim() != 5:
+        return None
+    dendrites, neurons, channels, *taps = dendrite_weight.shape
+    images, _, *sizes = geometry.output_shape(x.shape, weight.shape)
+    return Problem(
+        x.device.type,
+        _capability(x),
+        x.dtype,
+        torch.backends.cudnn.allow_tf32,
+        geometry,
+        math.prod(_hint(size) for size in (images, *sizes)),
+        neurons,
+        channels,
+        math.prod(taps),
+        dendrites,
+        x.stride(1) == 1,
+    )
+
+
+def route_of(
+    x: Tensor, weight: Tensor, dendrite_weight: Tensor, geometry: Geometry
+) -> Route | None:
+    """Choose how a *fused* kernel reads a convolution's input, or None where none knows it.
+
+    Args:
+        x: `(B, channels, H, W)`.
+        weight: W, `(N, channels / groups, kH, kW)`, of the dtype of `x`.
+        dendrite_weight: V, `(D, *W)`.
+        geometry: over two dimensions.
+    """
+    problem = conv2d_problem(x, weight, dendrite_weight, geometry)
+    return None if problem is None else route(problem, x.shape)
+
+
+def route(problem: Problem, shape: Sequence[int]) -> Route | None:
+    """Choose how a *fused* kernel reads a convolution's input, or None where none knows it.
+
+    Args:
+        problem: a convolution over two dimensions.
+        shape: of its input, `(B, channels, H, W)`.
+    """
+    geometry, sizes = problem.geometry, [_hint(size) for size in shape]
+    # Kernels count the elements of one image in 32 bits.
+    near = problem.positions < _MOST_PLACES * sizes[0] and math.prod(sizes[1:]) < 2**31
+    if not near or not _launches(problem):
+        return None
+    if not _walks(problem):
+        return Route.PATCHES
+    if problem.taps == 1 and geometry.stride == (1, 1) and geometry.padding == (0, 0):
+        return Route.POINTWISE if geometry.groups == 1 else Route.WALKED
+    if all(size % step == 0 for size, step in zip(sizes[2:], geometry.stride, strict=True)):
+        return Route.WALKED
+    return Route.PATCHES if _patched(problem) else None
+
+
 def _capability(tensor: Tensor) -> tuple[int, int] | None:
     cuda = tensor.device.type == "cuda" and torch.version.hip is None
     return torch.cuda.get_device_capability(tensor.device) if cuda and _has_triton() else None
 
 
 def fuses(problem: Problem) -> bool:
-    """Return whether *fused* is the fastest way to compute a linear site, its soma included.
+    """Return whether *fused* is the fastest way to compute a site, its soma included.
 
     The weights are laid side by side at every call, which few rows do not pay for; and what is
     gained over a library's product, the traffic of the preactivations, is the less the longer the
     rows are.
     """
+    if problem.geometry.spatial:
+        read = _walks(problem) or problem.channels <= _IMAGE_CHANNELS
+        enough = problem.positions >= _LEAST_FUSED_POSITIONS
+        return _knows_fused(problem) and read and enough and problem.inputs <= _MOST_FUSED_INPUTS
     least = max(_LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO * problem.inputs)
     return _knows_fused(problem) and problem.positions >= least
 
@@ -258,18 +349,44 @@ def fuses_frozen(problem: Problem) -> bool:
 
 
 def _knows_fused(problem: Problem) -> bool:
-    # Where it was measured; elsewhere it may spill.
+    """Return whether a *fused* kernel was measured for problems like this one."""
+    few = problem.dendrites <= _MOST_FUSED_MEASURED
+    return few and problem.dtype.itemsize == 2 and _launches(problem)
+
+
+def _launches(problem: Problem) -> bool:
+    """Return whether a *fused* kernel can compute a site; for convolutions see `route` too."""
+    # Elsewhere it may spill.
     hopper = problem.capability is not None and problem.capability[0] == 9
-    aligned = problem.inputs * problem.dtype.itemsize % _DESCRIBED_BYTES == 0
-    return (
-        hopper
-        and problem.device == "cuda"
-        and problem.geometry.spatial == 0
-        and problem.dtype in (torch.float16, torch.bfloat16)
-        and aligned
-        and problem.inputs > 0
-        and 1 <= problem.dendrites <= _MOST_FUSED
-    )
+    geometry, size = problem.geometry, problem.dtype.itemsize
+    if (
+        not hopper
+        or problem.device != "cuda"
+        or not (size == 2 or (problem.dtype == torch.float32 and problem.tf32))
+        or not 1 <= problem.dendrites <= _MOST_FUSED
+        or not 0 < problem.positions < 2**31
+        or not problem.inputs
+        or geometry.transposed
+    ):
+        return False
+    if geometry.spatial == 0:
+        return problem.inputs * size % _DESCRIBED_BYTES == 0
+    return geometry.spatial == 2 and (_walks(problem) or _patched(problem))
+
+
+def _walks(problem: Problem) -> bool:
+    """Return whether descriptors can load a convolution's input, if its strides divide it."""
+    geometry, bytes_ = problem.geometry, problem.channels * problem.dtype.itemsize
+    if geometry.groups == 1 and geometry.stride[1] == 1:
+        return bytes_ % _DESCRIBED_BYTES == 0
+    # What comes after the channels of a group, or of a step, is no zeros.
+    group = problem.neurons // geometry.groups
+    fits = geometry.groups == 1 or (group >= _LEAST_FUSED_GROUP and group % 4 == 0)
+    return fits and bytes_ % _STEP_BYTES == 0
+
+
+def _patched(problem: Problem) -> bool:
+    return problem.geometry.groups == 1 and problem.inputs <= _MOST_PATCHED
 
 
 def recomputes(soma: Tensor, weight: Tensor, geometry: Geometry) -> bool:

@@ -129,7 +129,8 @@ def _other_blocks(problem: Problem) -> Iterator[Blocks]:
 def neuron_ways(problem: Problem) -> Iterator[tuple[str, Blocks | None]]:
     """Yield configurations of the *fused* kernel for a linear site, by name; None is the usual."""
     yield "usual", None
-    usual = neuron_blocks(problem.positions, problem.neurons, problem.inputs, problem.dendrites)
+    shape = problem.positions, problem.neurons, problem.inputs, problem.dendrites
+    usual = neuron_blocks(*shape, problem.dtype.itemsize)
     change = dataclasses.replace
     others = (
         change(usual, positions=192 - usual.positions),

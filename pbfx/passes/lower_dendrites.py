@@ -30,11 +30,13 @@ from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
 from torch.nn import functional as F
 
-import pbfx_kernels.neuron_op  # noqa: F401  registers `pbfx::perforated_linear`
+# They register `pbfx::perforated_linear` and `pbfx::perforated_conv2d`.
+import pbfx_kernels.conv_neuron_op
+import pbfx_kernels.neuron_op  # noqa: F401
 from pbfx.passes.context import copy_provenance, part
 from pbfx_kernels import Geometry
 from pbfx_kernels.forms import Form, choose_form, dendrites_in_graph, stacked_activations
-from pbfx_kernels.strategy import problem_of
+from pbfx_kernels.strategy import problem_of, recomputes, route
 
 logger = logging.getLogger(__name__)
 
@@ -157,17 +159,18 @@ def _leaves(value: Any) -> Iterable[Any]:
 
 
 def _choose(call: _Call, node: fx.Node, ctx: LoweringContext) -> tuple[Form, str]:
-    with_soma = _linear_soma(node, call)
+    with_soma = _fusible_soma(node, call)
     if ctx.strategy == Form.FUSED.value and not with_soma:
-        return Form.PACKED, "its soma is not a linear op that nothing else reads"
+        return Form.PACKED, "its soma is not a linear op or conv2d that nothing else reads"
     if ctx.strategy != "auto":
         return Form(ctx.strategy), "asked for"
     if ctx.products is not None:
         return Form.PACKED, "its products have a dtype of their own"
     absorbed = _absorbed(node)
-    form = choose_form(
-        problem_of(call.soma, call.weight, call.geometry), ctx.training, bool(absorbed), with_soma
-    )
+    problem = problem_of(call.soma, call.weight, call.geometry)
+    if with_soma and call.geometry.spatial:
+        with_soma = route(problem, value_of(call.tensors[1]).shape) is not None
+    form = choose_form(problem, ctx.training, bool(absorbed), with_soma)
     if form is Form.FUSED:
         return form, "soma and dendrites in one kernel of ours are measured to be faster here"
     if form is Form.KERNEL:
@@ -175,13 +178,16 @@ def _choose(call: _Call, node: fx.Node, ctx: LoweringContext) -> tuple[Form, str
     return form, f"fused with {', '.join(absorbed)}" if absorbed else "fused by the compiler"
 
 
-def _linear_soma(node: fx.Node, call: _Call) -> bool:
-    """Return whether the soma is `F.linear(x, W, b)` of what the dendrites read, for them alone."""
+def _fusible_soma(node: fx.Node, call: _Call) -> bool:
+    """Return whether the soma is `F.linear(x, W, b)`, or `F.conv2d(x, W, b, ...)` of a batch.
+
+    It is of what the dendrites read, and for them alone.
+    """
     soma, x = call.tensors[:2]
     return (
         soma is not None
         and soma.op == "call_function"
-        and soma.target is F.linear
+        and (soma.target is F.linear or (soma.target is F.conv2d and call.soma.dim() == 4))
         and not soma.kwargs
         and soma.args[0] is x
         and list(soma.users) == [node]
@@ -192,18 +198,23 @@ def _fuse(graph: fx.Graph, node: fx.Node, call: _Call, ctx: LoweringContext) -> 
     """Put one op in the place of the soma and of the op; autocast would have cast both alike."""
     soma, x, *links = call.tensors
     assert soma is not None
+    form, geometry = (), call.geometry
+    op: Any = torch.ops.pbfx.perforated_linear.default
     learns = isinstance(value := value_of(links[2]), Tensor) and value.requires_grad
+    if geometry.spatial:
+        op = torch.ops.pbfx.perforated_conv2d.default
+        form = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+        learns = learns and not recomputes(call.soma, call.weight, geometry)
     keep = part(node, 1) is not None or (ctx.training and learns)
     last = node.prev
     with graph.inserting_before(node):
         cast: list[Any] = []
-        for tensor in (x, *soma.args[1:], *[None] * (3 - len(soma.args))):
+        for tensor in (x, *soma.args[1:3], *[None] * (3 - len(soma.args))):
             value = value_of(tensor)
             if isinstance(value, Tensor) and value.dtype is not call.soma.dtype:
                 tensor = graph.call_method("to", (tensor, call.soma.dtype))
             cast.append(tensor)
-        op = torch.ops.pbfx.perforated_linear.default
-        fused = graph.call_function(op, (*cast, *links, call.activation, keep))
+        fused = graph.call_function(op, (*cast, *links, call.activation, *form, keep))
     _describe(last, node)
     node.replace_all_uses_with(fused)
     graph.erase_node(node)

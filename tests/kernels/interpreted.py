@@ -5,6 +5,8 @@ variable once, when it is first imported, so the suite runs this file in a proce
 `test_kernel_interpreter.py`.
 """
 
+import functools
+
 import pytest
 import torch
 from kernel_cases import (
@@ -20,7 +22,16 @@ from kernel_cases import (
 from tolerances import assert_close, relative_error
 from torch import Tensor
 
-from pbfx_kernels import ACTIVATIONS, Geometry, frozen, neurons, packed, reference
+from pbfx_kernels import (
+    ACTIVATIONS,
+    Geometry,
+    frozen,
+    fused_convolution,
+    neurons,
+    packed,
+    reference,
+)
+from pbfx_kernels.conv_neuron_op import _empty
 from pbfx_kernels.depthwise_configs import Strips
 from pbfx_kernels.dispatch import evaluate_dendrites, recompute_to_soma_gradient
 from pbfx_kernels.fused_depthwise import (
@@ -29,7 +40,8 @@ from pbfx_kernels.fused_depthwise import (
     fused_depthwise_gradient,
 )
 from pbfx_kernels.fused_neuron import fused_neuron, interleave
-from pbfx_kernels.strategy import Strategy
+from pbfx_kernels.layout import stack_like
+from pbfx_kernels.strategy import Route, Strategy
 from pbfx_kernels.to_soma_gradient import to_soma_gradient
 
 # exp(-z) of a very negative z is infinite, and 0 * inf is NaN, which numpy reports.
@@ -55,7 +67,8 @@ LOW = [
 low = pytest.mark.parametrize(
     ("strategy", "site", "dtype"), LOW, ids=[f"{s.value}-{site.name}-{t}" for s, site, t in LOW]
 )
-_CONV = Geometry.convolution(2, padding=1)
+_form = functools.partial(Geometry.convolution, 2)
+_CONV = _form(padding=1)
 ORDER = ("soma", "x", "weight", "bias", "to_soma", "to_dendrite")
 
 
@@ -230,7 +243,7 @@ def test_padding_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("d", [1, 2, 3, 5])
 @pytest.mark.parametrize("form", [(64, 64, 64), (130, 37, 48), (3, 10, 128), (257, 66, 40)])
 def test_fused_neuron(form: tuple[int, int, int], d: int, dtype: torch.dtype) -> None:
     positions, neurons, inputs = form
@@ -289,6 +302,117 @@ def test_strips_do_not_show() -> None:
         given = [args[name].detach() for name in ("x", "weight", "bias", "to_dendrite")]
         found = fused_depthwise_gradient(grad, *given, "tanh", site.geometry, strips)
         assert relative_error(found, wanted_sum) < 1e-5
+
+
+WALKED, POINTWISE, PATCHES = Route.WALKED, Route.POINTWISE, Route.PATCHES
+CONVOLUTIONS = (
+    (WALKED, Site("same", (2, 16, 7, 6), (20, 16, 3, 3), _CONV)),
+    (WALKED, Site("strided", (2, 32, 8, 6), (18, 32, 3, 3), _form(stride=2, padding=1))),
+    (WALKED, Site("form", (3, 24, 9, 10), (33, 24, 3, 2), _form(1, (1, 3), (2, 1)))),
+    (WALKED, Site("steps", (1, 16, 12, 9), (16, 16, 3, 5), _form((2, 3), (2, 1), (1, 2)))),
+    (WALKED, Site("groups", (2, 64, 5, 5), (40, 32, 3, 3), _form(padding=1, groups=2))),
+    (WALKED, Site("downsampled", (2, 32, 6, 6), (24, 32, 1, 1), _form(2))),
+    (POINTWISE, Site("pointwise", (2, 24, 5, 7), (40, 24, 1, 1), _form())),
+    (PATCHES, Site("image", (2, 3, 11, 9), (20, 3, 5, 3), _form(2, (2, 1)))),
+    (PATCHES, Site("digit", (3, 1, 8, 8), (32, 1, 3, 3), _form(dilation=(1, 2)))),
+    (PATCHES, Site("odd", (2, 20, 5, 7), (9, 20, 3, 3), _form(2, 1))),
+)
+
+
+@pytest.mark.parametrize(
+    ("d", "dtype"),
+    [(1, torch.float32), (2, torch.float16), (3, torch.float32), (5, torch.float16)],
+    ids=str,
+)
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(("route", "site"), CONVOLUTIONS, ids=lambda v: getattr(v, "name", None))
+def test_fused_convolution(
+    route: Route, site: Site, channels_last: bool, d: int, dtype: torch.dtype
+) -> None:
+    args = make_dendrites(site, d, bias=d != 2).args(dtype)
+    given: Tensors = {name: None if t is None else t.detach() for name, t in args.items()}
+    generator = torch.Generator().manual_seed(0)
+    soma = torch.randn(site.weight, generator=generator).to(dtype) / given["weight"][0, 0].numel()
+    soma_bias = torch.randn(site.weight[0], generator=generator).to(dtype) if d != 2 else None
+    if channels_last:
+        given["x"] = given["x"].contiguous(memory_format=torch.channels_last)
+    out = _empty(given["x"], soma, site.geometry).fill_(torch.nan)
+    assert (out.stride(1) == 1) is (channels_last and given["x"].stride(1) == 1)
+    kept = stack_like(out, d).fill_(torch.nan)
+    lean = torch.full_like(out, torch.nan)
+    _convolve(route, given, soma, soma_bias, site, out, kept)
+    _convolve(route, given, soma, soma_bias, site, lean, None)
+    assert torch.equal(lean, out)
+    upcast = {name: None if t is None else t.double() for name, t in given.items()}
+    upcast["soma"] = site.soma(
+        upcast["x"], soma.double(), None if soma_bias is None else soma_bias.double()
+    )
+    wanted, wanted_activations = oracle_dendrites(site, upcast, "tanh")
+    assert_close(out, wanted)
+    assert_close(kept, torch.stack(wanted_activations))
+
+
+@pytest.mark.parametrize(("d", "dtype"), [(1, torch.float16), (3, torch.float32)], ids=str)
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(("route", "site"), CONVOLUTIONS, ids=lambda v: getattr(v, "name", None))
+def test_split_convolution(
+    route: Route, site: Site, channels_last: bool, d: int, dtype: torch.dtype
+) -> None:
+    """The same kernel, where the soma is computed elsewhere, and as a sum in the backward."""
+    args = make_dendrites(site, d, bias=d != 2).args(dtype)
+    given: Tensors = {name: None if t is None else t.detach() for name, t in args.items()}
+    if channels_last:
+        for name in ("x", "soma"):
+            given[name] = given[name].contiguous(memory_format=torch.channels_last)
+    upcast = {name: None if t is None else t.double() for name, t in given.items()}
+    upcast["to_soma"].requires_grad_()
+    wanted, wanted_activations = oracle_dendrites(site, upcast, "tanh")
+    out = torch.full_like(given["soma"], torch.nan)
+    kept = stack_like(out, d).fill_(torch.nan)
+    _convolve(route, given, None, given["soma"], site, out, kept)
+    assert_close(out, wanted)
+    assert_close(kept, torch.stack(wanted_activations))
+    grad = torch.randn_like(out)
+    wanted.backward(grad.double())
+    weights = fused_convolution.laid_out(route, None, given["weight"])
+    links = given["bias"], given["to_dendrite"], "tanh", site.geometry
+    call = fused_convolution.fused_convolution_gradient
+    found = call(route, grad, given["x"], weights, site.weight[2:], *links)
+    assert_close(found, upcast["to_soma"].grad, dtype)
+
+
+def _convolve(
+    route: Route,
+    given: Tensors,
+    weight: Tensor | None,
+    soma: Tensor | None,
+    site: Site,
+    out: Tensor,
+    kept: Tensor | None,
+) -> None:
+    weights = fused_convolution.laid_out(route, weight, given["weight"])
+    links = soma, given["bias"], given["to_soma"], given["to_dendrite"], "tanh"
+    call = fused_convolution.fused_convolution
+    call(route, given["x"], weights, site.weight[2:], *links, site.geometry, out, kept)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_patches_in_chunks(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site("image", (5, 3, 9, 9), (20, 3, 3, 3), _CONV)
+    args = make_dendrites(site, 2).args(torch.float32)
+    given = {name: t.detach() for name, t in args.items()}
+    if channels_last:
+        given["x"] = given["x"].contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(site.weight)
+    found = []
+    for size in (2**20, 2 * 81 * 32 * 4):
+        monkeypatch.setattr(fused_convolution, "PATCHES_BYTES", size)
+        out = _empty(given["x"], weight, site.geometry).fill_(torch.nan)
+        kept = stack_like(out, 2).fill_(torch.nan)
+        _convolve(PATCHES, given, weight, None, site, out, kept)
+        found.append((out, kept))
+    for whole, parts in zip(*found, strict=True):
+        assert relative_error(parts, whole) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -4,13 +4,21 @@ Spilled registers show up as a stack frame. Nothing may spill more than `MOST_ST
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from ahead_of_time import CAPABILITIES, compile_for_dtype, compile_kernel
 
 from pbfx_kernels import ACTIVATIONS
 from pbfx_kernels.depthwise_configs import Strips, depthwise_strips
-from pbfx_kernels.fused_configs import Blocks, conv2d_blocks, linear_blocks, neuron_blocks
+from pbfx_kernels.fused_configs import (
+    Blocks,
+    box_of,
+    conv2d_blocks,
+    conv_neuron_blocks,
+    linear_blocks,
+    neuron_blocks,
+)
 
 # A sixteenth of a thread's registers.
 MOST_STACK = 64
@@ -43,8 +51,23 @@ def conv2d_configurations() -> list[Configuration]:
 
 def neuron_configurations() -> list[Configuration]:
     """Return what `neuron_blocks` can choose, likewise."""
-    shapes = [(64, 1024), (65536, 64), (65536, 1024)]
-    return _distinct((d, neuron_blocks(p, 1024, k, d), "bf16") for p, k in shapes for d in (1, 3))
+    shapes = [(p, k, d) for p, k in ((64, 1024), (65536, 64), (65536, 1024)) for d in (1, 3, 5)]
+    return _distinct(
+        (d, neuron_blocks(p, 1024, k, d, size), dtype)
+        for p, k, d in shapes
+        for dtype, size in DTYPES.items()
+    )
+
+
+def conv_neuron_configurations(soma: bool = True) -> list[Configuration]:
+    """Return what `conv_neuron_blocks` can choose, likewise."""
+    shapes = [(64, 128), (65536, 16), (65536, 128)]
+    return _distinct(
+        (d, conv_neuron_blocks(p, 512, channels, d, size, soma=soma), dtype)
+        for p, channels in shapes
+        for d in (1, 3, 5)
+        for dtype, size in DTYPES.items()
+    )
 
 
 def depthwise_configurations() -> list[tuple[int, Strips, int, int, bool]]:
@@ -241,38 +264,107 @@ def test_fused_depthwise(
 @pytest.mark.parametrize(("d", "blocks", "dtype"), neuron_configurations(), ids=str)
 def test_fused_neuron(d: int, blocks: Blocks, dtype: str) -> None:
     """`strategy.can_fuse` lets it run on Hopper alone."""
-    from pbfx_kernels.fused_neuron import _neuron_kernel, roles_of
+    from pbfx_kernels.fused_neuron import _neuron_kernel
 
-    roles = roles_of(d)
+    constants = {**_roles(d, blocks, dtype), **_tile(blocks)}
+    _fused(_neuron_kernel, constants, [blocks.positions, blocks.inputs], blocks, dtype)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize(("d", "blocks", "dtype"), conv_neuron_configurations(), ids=str)
+def test_fused_convolution(d: int, blocks: Blocks, dtype: str, layout: str) -> None:
+    """Likewise."""
+    _convolution(d, blocks, dtype, layout, "neuron")
+
+
+@pytest.mark.parametrize(("mode", "layout"), [("add", "NCHW"), ("gradient", "NHWC")])
+@pytest.mark.parametrize(("d", "blocks", "dtype"), conv_neuron_configurations(False), ids=str)
+def test_split_convolution(d: int, blocks: Blocks, dtype: str, mode: str, layout: str) -> None:
+    """Likewise."""
+    _convolution(d, blocks, dtype, layout, mode)
+
+
+def _convolution(d: int, blocks: Blocks, dtype: str, layout: str, mode: str) -> None:
+    from pbfx_kernels.fused_conv_neuron import _conv_neuron_kernel
+
+    box = box_of(blocks.positions, 64, 56, 56)
     constants = {
+        "CHANNELS": 4 * blocks.inputs,
+        **dict.fromkeys(("STRIDE_H", "STRIDE_W"), 2 if layout == "NHWC" else 1),
+        **dict.fromkeys(("PAD_H", "PAD_W", "DILATION_H", "DILATION_W"), 1),
+        **dict.fromkeys(("TAPS_H", "TAPS_W"), 3),
+        **({"out_n": 1} if layout == "NHWC" else {"out_s": 1}),
+        **dict(zip(("BLOCK_B", "BLOCK_H", "BLOCK_W"), box, strict=True)),
+        "BLOCK_N": blocks.neurons,
+        "BLOCK_K": blocks.inputs,
+        "MODE": mode,
+        **_roles(d, blocks, dtype, mode == "neuron"),
+        "KEEP": mode != "gradient",
+    }
+    _fused(_conv_neuron_kernel, constants, [*box[:2], 1, box[2], blocks.inputs], blocks, dtype)
+
+
+def _roles(d: int, blocks: Blocks, dtype: str, soma: bool = True) -> dict[str, object]:
+    from pbfx_kernels.fused_neuron import roles_of
+
+    return {
         "D": d,
-        "ROLES": roles,
+        "ROLES": roles_of(d, soma),
         "KEEP": True,
         "ACTIVATION": "tanh",
-        "FAST": True,
-        "HAS_SOMA_BIAS": True,
+        "FAST": dtype == "bf16",
+        "HAS_SOMA_BIAS": soma,
         "HAS_BIAS": True,
         "PRECISION": "tf32",
         "GROUP_P": 8,
         "PROGRAMS": 132 * blocks.resident,
-        **_tile(blocks),
     }
+
+
+def _fused(
+    kernel: Any, constants: dict[str, Any], x: list[int], blocks: Blocks, dtype: str
+) -> None:
+    """Compile a fused kernel whose input is loaded in tiles of shape `x`."""
+    rows = constants["ROLES"] * blocks.neurons
     types = {
         **dict.fromkeys(("out", "kept"), f"*{dtype}"),
-        "x": f"tensordesc<{dtype}[{blocks.positions}, {blocks.inputs}]>",
-        "weights": f"tensordesc<{dtype}[{roles * blocks.neurons}, {blocks.inputs}]>",
+        **({"soma": f"*{dtype}"} if "soma" in kernel.arg_names else {}),
+        "x": f"tensordesc<{dtype}{x}>",
+        "weights": f"tensordesc<{dtype}{[rows, blocks.inputs]}>",
         **dict.fromkeys(("soma_bias", "bias", "to_soma", "to_dendrite"), "*fp32"),
-        **dict.fromkeys(("P", "N", "K", "kept_d"), "i32"),
     }
-    compiled = compile_kernel(
-        _neuron_kernel, types, constants, 90, types, blocks.warps, blocks.stages
-    )
+    numbers = [name for name in kernel.arg_names if name not in types.keys() | constants.keys()]
+    types |= dict.fromkeys(numbers, "i32")
+    compiled = compile_kernel(kernel, types, constants, 90, types, blocks.warps, blocks.stages)
     assert compiled.stack <= MOST_STACK
     assert compiled.shared * blocks.resident <= MOST_SHARED[90]
     assert "wgmma" in compiled.ptx
     assert "cp.async.bulk" in compiled.ptx
     # Taking an interleaved product apart moves nothing between threads.
-    assert compiled.ptx.count("shfl") <= 1
+    assert constants.get("MODE") == "gradient" or compiled.ptx.count("shfl") <= 1
+
+
+@capabilities
+@pytest.mark.parametrize(("channels", "taps", "dtype"), [(3, 7, "bf16"), (1, 3, "fp32")])
+def test_patches(capability: int, channels: int, taps: int, dtype: str) -> None:
+    from pbfx_kernels.patches import _patches_kernel, depth_of
+
+    length = -(-channels * taps**2 // 16) * 16
+    constants = {
+        "K": channels * taps**2,
+        "ROW": length,
+        "CHANNELS": channels,
+        **dict.fromkeys(("STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W"), 2),
+        **dict.fromkeys(("DILATION_H", "DILATION_W"), 1),
+        "TAPS_W": taps,
+        **{"BLOCK_B": 1, "BLOCK_H": 8, "BLOCK_W": 16},
+        "BLOCK_K": depth_of(length),
+    }
+    types = {name: "i32" for name in _patches_kernel.arg_names if name not in constants}
+    types |= dict.fromkeys(("rows", "x"), f"*{dtype}")
+    compiled = compile_kernel(_patches_kernel, types, constants, capability, types)
+    assert compiled.stack == 0
+    assert "st.global.v4" in compiled.ptx, "stores are not 16 bytes wide"
 
 
 def _tile(blocks: Blocks) -> dict[str, int]:
