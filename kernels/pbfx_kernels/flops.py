@@ -99,7 +99,8 @@ def perforated_conv2d_flops(
 ) -> int:
     """Count `pbfx::perforated_conv2d`: its soma and its dendrites."""
     # dendrite_bias, to_soma, to_dendrite, activation, stride, padding, dilation, groups, keep
-    return _convolution_flops(x, weight, dendrite_weight, *rest[4:7], rest[7])
+    stride, padding, dilation, groups = rest[4:8]
+    return _convolution_flops(x, weight, dendrite_weight, stride, padding, dilation, groups)
 
 
 @register_flop_formula(torch.ops.pbfx.perforated_depthwise)
@@ -113,7 +114,8 @@ def perforated_depthwise_flops(
 ) -> int:
     """Count `pbfx::perforated_depthwise`: its soma and its dendrites; its backward is ops."""
     # dendrite_bias, to_soma, to_dendrite, activation, stride, padding, dilation
-    return _convolution_flops(x, weight, dendrite_weight, *rest[4:7], weight[0])
+    stride, padding, dilation = rest[4:7]
+    return _convolution_flops(x, weight, dendrite_weight, stride, padding, dilation, weight[0])
 
 
 def _convolution_flops(
