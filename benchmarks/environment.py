@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,6 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.errors import UsageError
+from pbfx import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("benchmark", "utc", "revision", "torch", "triton", "device", "dtype", "seed")
@@ -30,7 +29,7 @@ def environment(
         "revision": revision or git_revision(),
         "torch": str(torch.__version__),
         "triton": _version("triton"),
-        "device": device_name(device),
+        "device": machine.device_name(device),
         "dtype": dtype,
         "seed": seed,
     }
@@ -38,17 +37,7 @@ def environment(
 
 def git_revision(root: Path = ROOT) -> str:
     """Return the commit, with `-dirty` where the tree differs from it; "unknown" outside git."""
-    commit = _git(root, "rev-parse", "--short=12", "HEAD")
-    if commit is None:
-        return "unknown"
-    return f"{commit}-dirty" if _git(root, "status", "--porcelain") else commit
-
-
-def device_name(device: torch.device) -> str:
-    """Return the GPU's name, or the CPU's with the number of threads that torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()} ({torch.get_num_threads()} threads)"
+    return machine.git_revision(root / "pyproject.toml") or "unknown"
 
 
 def choose_device(name: str, dtype: str) -> torch.device:
@@ -88,22 +77,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=30
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

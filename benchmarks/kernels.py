@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks import incumbent, neurons
+from benchmarks import full_neurons, incumbent, neurons
 from benchmarks.benchmark import Benchmark, Case
 from benchmarks.gate import gradient_fault, output_fault, require
 from benchmarks.neurons import LAYERS, Layer, Neuron, Tensors
@@ -26,7 +26,7 @@ from benchmarks.table import milliseconds, multiple
 from benchmarks.timing import Quantiles, interleave, ratios, sample, synchronize
 from pbfx_kernels.strategy import can_fuse, choose, problem_of
 
-MODES = ("forward", "step")
+MODES = ("forward", "step", "full")
 COLUMNS = (
     *("layer", "positions", "neurons", "inputs", "dendrites", "mode", "provider", "strategy"),
     *("us_p20", "us_p50", "us_p80", "x_plain", "x_best_rival", "tflops", "roofline_us"),
@@ -90,6 +90,8 @@ def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
 
 def _providers(args: argparse.Namespace, tensors: Tensors, mode: str) -> dict[str, Neuron]:
     layer = tensors.layer
+    if mode == "full":
+        return full_neurons.providers(layer, args.compile)
     found: dict[str, Neuron] = {"plain": neurons.plain(layer), "pbfx": neurons.chosen(layer)}
     if mode == "forward":
         for strategy in neurons.strategies(tensors):
@@ -130,7 +132,7 @@ def _call(neuron: Neuron, tensors: Tensors, mode: str) -> Callable[[int], object
             return neuron(*_arguments(tensors, turn))
 
     leaves = tensors.dendrites
-    if isinstance(neuron, neurons.Full) and mode == "step":
+    if mode == "full" or (isinstance(neuron, neurons.Full) and mode == "step"):
         leaves = tuple(t.detach().requires_grad_() for t in leaves)
 
     def step(turn: int) -> dict[str, Tensor]:
@@ -161,6 +163,9 @@ def check(tensors: Tensors, providers: dict[str, Neuron], mode: str, dtype: str)
         else:
             found = _call(providers[name], tensors, mode)(0)
             assert isinstance(found, dict)
+            if name == "plain" and mode == "full":
+                # Alone in that its input hears nothing from dendrites.
+                del found["x"]
             grads[name] = found
             fault = gradient_fault(found, _reference(grads, name), dtype)
         if fault:
@@ -240,6 +245,7 @@ def _case(
 ) -> Case:
     layer = tensors.layer
     strategy = choose(problem_of(tensors.grad, tensors.dendrites[0], layer.geometry)).value
+    strategy = full_neurons.strategy(tensors) if mode == "full" else strategy
     floor = roofline.seconds(layer, dendrites, tensors.weight.element_size())
     middle = {name: Quantiles.of(values).p50 for name, values in times.items()}
     rival = min((name for name in times if name in _RIVALS), key=lambda name: middle[name])

@@ -1,4 +1,4 @@
-"""How much of a GPU a training step needs at most, its model and optimizer included."""
+"""How much of a GPU a step needs at most, its model and optimizer, if any, included."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.timing import synchronize
 
 
 def peak_mib(
-    step: Callable[[], object], model: nn.Module, optimizer: Optimizer, device: torch.device
+    step: Callable[[], object], model: nn.Module, optimizer: Optimizer | None, device: torch.device
 ) -> float | None:
     """Run `step` once and return its peak in MiB; None, without running it, where there is no GPU.
 
@@ -29,10 +29,10 @@ def peak_mib(
     return (added + _resident(model, optimizer)) / 2**20
 
 
-def _resident(model: nn.Module, optimizer: Optimizer) -> int:
+def _resident(model: nn.Module, optimizer: Optimizer | None) -> int:
     """Return the bytes of a model's weights, buffers, gradients and optimizer state."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [p.grad for p in model.parameters() if p.grad is not None]
-    for state in optimizer.state.values():
+    for state in () if optimizer is None else optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)

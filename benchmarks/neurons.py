@@ -200,7 +200,7 @@ def loop(layer: Layer, frozen: bool = True) -> Neuron:
     return neuron
 
 
-def packed(layer: Layer) -> Neuron:
+def packed(layer: Layer, frozen: bool = True) -> Neuron:
     """Return the better rival: one GEMM or convolution over all weights, then the epilogue."""
     groups, axis = layer.geometry.groups, layer.geometry.channel_axis
     tail = (1,) * layer.geometry.spatial
@@ -211,7 +211,8 @@ def packed(layer: Layer) -> Neuron:
         count, neurons = to_soma.shape
         if not count:
             return out
-        z = library(x.detach(), stacked_weight(v, groups), layer.geometry)
+        seen = x.detach() if frozen else x
+        z = library(seen, stacked_weight(v, groups), layer.geometry)
         z = z.unflatten(axis, (groups, count, neurons // groups))
         activations: list[Tensor] = []
         for d in range(count):

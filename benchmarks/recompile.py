@@ -1,11 +1,13 @@
 """What a restructure costs a compiled model: the call after it, compilations, and steps before it.
 
-    restructure    pbfx.grow, eager: the new graph, nothing compiled
-    first call     the training step after it, which compiles what has changed
-    fresh          the first training step of a model that was grown before it was compiled
+    eager                   what the tracker and `pbfx.grow` do by themselves, nothing compiled
+    fresh compile           the first training step of the compiled model
+    restructure             pbfx.grow, one more dendrite at every site
+    first call after it     the training step that follows, which compiles what has changed
 
 *packed + Inductor* stands for the rival: it cannot grow, so its first call is that of a new model.
-Caches on disk are off.
+Caches on disk are there, as they are for a user, and empty when a way begins: what the first call
+after a restructure finds in them this process has compiled for the model before it grew.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
 import pbfx
+from benchmarks import restructure
 from benchmarks.benchmark import Benchmark, Case
 from benchmarks.compiling import counting
 from benchmarks.gate import output_fault, require
@@ -42,6 +46,10 @@ COLUMNS = (
 PACKED = "packed + inductor"
 RESTRUCTURE, FIRST, FRESH = "restructure", "first call after it", "fresh compile"
 BEFORE, AFTER = "steady step before", "steady step after"
+# In words for the command line; the backend's are named with it in the table.
+WAYS = ("eager", "inductor", "pbfx", "regional", "reserve", "packed")
+# Of eager restructures, which vary more than compilations do.
+_ROUNDS = 3
 # A deep model adds up the roundings of its layers.
 _DEPTH = 20.0
 
@@ -89,11 +97,11 @@ def ways(mode: str, compiler: str, reserve: int) -> list[Way]:
         # What plain `torch.compile(model)` does with our op.
         Way("inductor", backend(strategy="kernel")),
         Way("pbfx", backend()),
+        Way("pbfx, regional", backend(regional=True)),
         Way("pbfx, reserve", backend(), dataclasses.replace(CONFIG, reserve=reserve)),
     ]
-    if mode != "reduce-overhead":
-        found.insert(2, Way("pbfx, regional", backend(regional=True)))
-    return found
+    # CUDA graphs go with whole models only.
+    return [way for way in found if "regional" not in way.name or mode != "reduce-overhead"]
 
 
 def run(args: argparse.Namespace) -> Iterator[Case]:
@@ -103,6 +111,7 @@ def run(args: argparse.Namespace) -> Iterator[Case]:
         GateError: if the compiled model's output after a growth is not the eager one's.
     """
     device = torch.device(args.device)
+    _warm_up(args, device)
     for name in args.models:
         model = MODELS[name]
         plain = fresh(name, args.width, device, args.seed)
@@ -112,20 +121,52 @@ def run(args: argparse.Namespace) -> Iterator[Case]:
             yield _case(args, setting, mode)
 
 
+@contextmanager
+def _compiling(
+    backend: Callable[..., Callable],
+) -> Iterator[tuple[Callable[..., Callable], Callable[[], int]]]:
+    """Give the body what `counting` does, and caches on disk that are empty."""
+    import torch._inductor.config
+    from torch._inductor.utils import fresh_inductor_cache
+
+    forget_regions()
+    with (
+        fresh_inductor_cache(),
+        counting(backend) as found,
+        torch._inductor.config.patch(force_disable_caches=False),
+    ):
+        yield found
+
+
+def _warm_up(args: argparse.Namespace, device: torch.device) -> None:
+    """Compile something small: the first compilation of a process also starts the compilers."""
+    backend = functools.partial(compile_graph, options={"compiler": args.compiler})
+    with _compiling(backend) as (compile_, _):
+        compile_(nn.Linear(4, 4, device=device))(torch.ones(2, 4, device=device)).sum().backward()
+
+
+def _eager(args: argparse.Namespace, setting: Setting) -> dict[str, _Event]:
+    """Time the restructures by themselves; the first round is for the allocator."""
+    alone = restructure.Setting(
+        setting.name, setting.plain, [setting.batch], setting.loss, setting.device
+    )
+    events: dict[str, _Event] = {}
+    for again in range(_ROUNDS + 1):
+        for event, seconds in restructure.events_of(alone):
+            if again:
+                events.setdefault(event, _Event([])).seconds.append(seconds)
+    return events
+
+
 def _follow(args: argparse.Namespace, setting: Setting, way: Way) -> dict[str, _Event]:
     """Compile, grow, and compile again; return what was timed."""
-    device, d = setting.device, setting.dendrites
+    device = setting.device
     events: dict[str, _Event] = {}
-    forget_regions()
-    with counting(way.backend) as (compile_, compiled):
-        model = setting.grown(way.config, d + 1)
+    with _compiling(way.backend) as (compile_, compiled):
+        model = setting.grown(way.config, setting.dendrites)
         optimizer, call = sgd(model), compile_(model)
         seconds = wall(lambda: setting.step(call, optimizer), device)
         events[FRESH] = _Event([seconds], compiled())
-    forget_regions()
-    with counting(way.backend) as (compile_, compiled):
-        model = setting.grown(way.config, d)
-        optimizer, call = sgd(model), compile_(model)
         events[BEFORE] = _steady(args, setting, call, optimizer)
         events[RESTRUCTURE] = _Event([wall(lambda: pbfx.grow(model), device)])
         optimizer, before = sgd(model), compiled()
@@ -143,7 +184,7 @@ def _follow(args: argparse.Namespace, setting: Setting, way: Way) -> dict[str, _
 def _packed(args: argparse.Namespace, setting: Setting, mode: str) -> dict[str, _Event]:
     """Time the rival with as many dendrites as the others have after they have grown."""
     backend = functools.partial(compile_graph, options={"compiler": args.compiler, "mode": mode})
-    with counting(backend) as (compile_, compiled):
+    with _compiling(backend) as (compile_, compiled):
         model = packed_of(copy.deepcopy(setting.plain), setting.dendrites + 1).train()
         optimizer, call = sgd(model), compile_(model)
         seconds = wall(lambda: setting.step(call, optimizer), setting.device)
@@ -172,13 +213,17 @@ def _steady(
 
 
 def _case(args: argparse.Namespace, setting: Setting, mode: str) -> Case:
-    found = {
-        way.name: _follow(args, setting, way)
-        for way in ways(mode, args.compiler, setting.dendrites + 1)
-    }
-    found[PACKED] = _packed(args, setting, mode)
-    # Every way is judged by the fresh compilation of the whole model.
-    whole = found["pbfx"][FRESH].seconds[0]
+    found: dict[str, dict[str, _Event]] = {}
+    if "eager" in args.ways:
+        found["eager"] = _eager(args, setting)
+    for way in ways(mode, args.compiler, setting.dendrites + 1):
+        if way.name.removeprefix("pbfx, ") in args.ways:
+            found[way.name] = _follow(args, setting, way)
+    if "packed" in args.ways:
+        found[PACKED] = _packed(args, setting, mode)
+    # Every way is judged by a fresh compilation of the whole model; with a reserve that is one too.
+    fresh_ones = [found[name][FRESH] for name in ("pbfx", "pbfx, reserve") if name in found]
+    whole = fresh_ones[0].seconds[0] if fresh_ones else None
     parameters = sum(p.numel() for p in setting.plain.parameters())
     sites = len(pbfx.explain(pbfx.transform(setting.plain)).sites)
     cells, rows = [], []
@@ -186,8 +231,9 @@ def _case(args: argparse.Namespace, setting: Setting, mode: str) -> Case:
         for event, measured in events.items():
             taken = Quantiles.of(measured.seconds)
             compilations = "-" if measured.compilations is None else str(measured.compilations)
-            share = taken.p50 / whole
-            cells.append((provider, event, milliseconds(taken.p50), f"{share:.2f}", compilations))
+            share = None if whole is None else taken.p50 / whole
+            shown = "-" if share is None else f"{share:.2f}"
+            cells.append((provider, event, milliseconds(taken.p50), shown, compilations))
             rows.append(
                 {
                     "model": setting.name,
@@ -212,7 +258,13 @@ def _case(args: argparse.Namespace, setting: Setting, mode: str) -> Case:
         f"D = {setting.dendrites} to {setting.dendrites + 1} at {sites} sites"
     )
     headings = ("", "event", "ms", "x fresh", "compilations")
-    return Case(title, headings, cells, ["x fresh: of pbfx's fresh compile"], rows)
+    return Case(
+        title,
+        headings,
+        cells,
+        ["x fresh: of the fresh compile by pbfx, or by pbfx with a reserve"],
+        rows,
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -222,6 +274,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=count, default=8, help="(default 8)")
     parser.add_argument("--dendrites", type=natural, default=2, help="before it grows (default 2)")
     parser.add_argument("--repeats", type=count, default=10, help="of steady steps (default 10)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["default"])
     parser.add_argument(
         "--compiler", choices=("inductor", "aot_eager", "eager"), default="inductor"

@@ -6,6 +6,7 @@ from benchmarks import (
     comparison,
     dendrite_step,
     kernels,
+    lower,
     recompile,
     restructure,
     selection,
@@ -22,6 +23,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     for benchmark in (
         step.BENCHMARK,
         whole.BENCHMARK,
+        lower.BENCHMARK,
         kernels.BENCHMARK,
         tune.BENCHMARK,
         dendrite_step.BENCHMARK,

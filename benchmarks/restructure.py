@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> Iterator[Case]:
     for setting in settings:
         events: dict[str, Measured] = {}
         for _ in range(args.repeats):
-            for event, seconds in _round(setting):
+            for event, seconds in events_of(setting):
                 events.setdefault(event, Measured()).seconds.append(seconds)
         if args.compile:
             events |= _compiled(setting, args.backend)
@@ -113,7 +113,7 @@ def check(setting: Setting) -> list[str]:
     ]
 
 
-def _round(setting: Setting) -> Iterator[tuple[str, float]]:
+def events_of(setting: Setting) -> Iterator[tuple[str, float]]:
     """Time every event once, each on a fresh model."""
     device = setting.device
     plain = copy.deepcopy(setting.plain).train()

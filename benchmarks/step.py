@@ -18,7 +18,13 @@ from torch.optim import Optimizer
 from benchmarks import incumbent
 from benchmarks.benchmark import Benchmark, Case
 from benchmarks.compiling import compiler
-from benchmarks.gate import gradient_fault, output_fault, require, same_bits
+from benchmarks.gate import (
+    gradient_errors,
+    gradient_fault,
+    output_fault,
+    require,
+    same_bits,
+)
 from benchmarks.memory import peak_mib
 from benchmarks.models import MODELS, Batch, Model, fresh
 from benchmarks.options import count, natural, positive
@@ -36,6 +42,8 @@ from benchmarks.timing import Quantiles, interleave, ratios
 
 NAMES = ("mnist", "mlp")
 MODES = ("train", "infer")
+# Batches from which the gate learns how far rounding leads astray.
+_JUDGED = 6
 COLUMNS = (
     *("model", "width", "batch_size", "dendrites", "compiled", "provider", "mode"),
     *("ms_p20", "ms_p50", "ms_p80", "x_plain_p20", "x_plain_p50", "x_plain_p80"),
@@ -131,15 +139,17 @@ def built(
         yield Runner(provider, compile_(model) if compile_ else model, model, optimizer)
 
 
-def judge(setting: Setting, runners: Iterable[Runner], exact: bool = True) -> list[str]:
+def judge(setting: Setting, runners: Iterable[Runner], exact_bits: bool = True) -> list[str]:
     """Return what `runners` compute wrongly, a line each. They come in the order of `built`.
 
-    Outputs are compared with the loop's, at D = 0 with the plain model's, bit for bit if `exact`;
-    gradients with those of the loop that learns the same way. All run in eval mode: dropout draws
-    differ.
+    Outputs are compared with the loop's, at D = 0 with the plain model's, bit for bit if
+    `exact_bits`;
+    gradients with those in float64 of the loop that learns the same way, as far as that loop itself
+    keeps to them in this dtype. All run in eval mode: dropout draws differ.
     """
     outputs: dict[str, Tensor] = {}
-    grads: dict[str, dict[str, Tensor]] = {CANDIDATES: {}}
+    exact = _exact_gradients(setting, 0)
+    lost: dict[str, dict[str, float]] = {}
     faults = []
     for runner in runners:
         provider, name = runner.provider, runner.provider.name
@@ -149,19 +159,56 @@ def judge(setting: Setting, runners: Iterable[Runner], exact: bool = True) -> li
         to_plain = name == "plain" or not setting.dendrites
         reference = outputs["plain"] if to_plain else outputs[LOOP_FROZEN]
         fault = output_fault(out, reference, setting.dtype)
-        bitwise = exact and not setting.dendrites and name != incumbent.NAME
+        bitwise = exact_bits and not setting.dendrites and name != incumbent.NAME
         if bitwise and not same_bits(out, reference):
             fault = "output at D = 0 is not the plain model's, bit for bit"
         if fault is None and provider.gradients is not None:
             found = provider.gradients(runner.model)
             if name in (LOOP, LOOP_FROZEN):
-                grads[name] = found
-            # A rival that failed itself is a fault already, and no reference.
-            elif (wanted := grads.get(provider.rival or name)) is not None:
-                fault = gradient_fault(found, wanted, setting.dtype)
+                lost[name] = gradient_errors(found, exact[name])
+                _add_batches(setting, provider, lost[name])
+            like = provider.rival or name
+            # A loop that failed itself is a fault already, and no yardstick.
+            fault = gradient_fault(found, exact[like], setting.dtype, lost.get(like))
         if fault:
             faults.append(f"  {setting.name}, D = {setting.dendrites}, {name}: {fault}")
     return faults
+
+
+def _exact_gradients(setting: Setting, batch: int) -> dict[str, dict[str, Tensor]]:
+    """Return what each loop's gradients are in float64; candidates leave none in the network."""
+    return {CANDIDATES: {}} | {
+        provider.name: _loop_gradients(setting, provider, batch, torch.float64)
+        for provider in PROVIDERS
+        if provider.name in (LOOP, LOOP_FROZEN)
+    }
+
+
+def _loop_gradients(
+    setting: Setting, provider: Provider, batch: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the gradients of a loop, run eagerly; in float64 autocast has no say."""
+    assert provider.gradients is not None, "a loop says what its gradients are"
+    model = setting.build(provider)[0].to(dtype).eval()
+    x, y = setting.batches[batch]
+    device = setting.device.type
+    here = torch.is_autocast_enabled(device) and dtype is not torch.float64
+    with torch.autocast(device, enabled=here):
+        setting.model.loss(model(x.to(dtype)), y).backward()
+    return provider.gradients(model)
+
+
+def _add_batches(setting: Setting, provider: Provider, lost: dict[str, float]) -> None:
+    """Raise what a loop loses to the worst of a few batches: where one has luck, another has not.
+
+    A unit that falls on the other side of a relu's zero changes a gradient by a piece, and how many
+    do is chance.
+    """
+    for batch in range(1, min(_JUDGED, len(setting.batches))):
+        exact = _loop_gradients(setting, provider, batch, torch.float64)
+        eager = _loop_gradients(setting, provider, batch, torch.float32)
+        for name, error in gradient_errors(eager, exact).items():
+            lost[name] = max(lost[name], error)
 
 
 def _references_first(provider: Provider) -> int:
@@ -189,7 +236,7 @@ def _measure(args: argparse.Namespace, setting: Setting, providers: list[Provide
         found = {r.provider.name: r for r in built(setting, providers, compile_)}
         if compile_ is not None:
             # Inductor may round in another order: compiled outputs are compared by tolerance.
-            require(judge(setting, found.values(), exact=False))
+            require(judge(setting, found.values(), exact_bits=False))
         runners = {p.name: found[p.name] for p in providers if p.name in found}
         for runner in runners.values():
             _warm(setting, runner)

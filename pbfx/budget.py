@@ -14,6 +14,7 @@ from pbfx.parts import Survey, growth_parameters, parts_of
 from pbfx.phase import Phase
 from pbfx.policy import Action, Decision, Situation
 from pbfx.structure import Counts, Structure
+from pbfx.wording import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Budget:
         if self.max_epochs is not None and spent + growth_epochs > self.max_epochs:
             left = self.max_epochs - spent
             return (
-                f"a growth takes {growth_epochs} epochs at least, and {left} are left of "
+                f"a growth takes at least {counted(growth_epochs, 'epoch')}, and "
+                f"{counted(left, 'is', 'are')} left of "
                 f"max_epochs={self.max_epochs}"
             )
         if self.max_flops is not None:
@@ -94,7 +96,7 @@ class Budget:
         if not late or decision.action is Action.COMPLETE:
             return decision
         keep = situation.phase is Phase.DENDRITE or situation.helped
-        reason = f"{decision.reason}; all of max_epochs={self.max_epochs} are over"
+        reason = f"{decision.reason}; max_epochs={self.max_epochs} is reached"
         return Decision(Action.COMPLETE, reason, keep)
 
 

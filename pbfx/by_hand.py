@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -13,7 +14,7 @@ from pbfx.paths import join
 from pbfx.perforated import PerforatedModule
 from pbfx.phase import Phase
 from pbfx.restructure import restructuring
-from pbfx.sites import Site, on_channels, why_no_subset
+from pbfx.sites import Site, why_no_subset
 
 
 def grow(
@@ -133,17 +134,18 @@ def grow_part(
         channels: for the name of each site to grow its channels, None for all. They matter where
             the site has no dendrites yet.
     """
+    grown, growing = part.grown(), []
     for site in part.perforation.sites:
         if site.name in channels:
-            known = part.grown().get(site.name)
+            known = grown.get(site.name)
             # The channels of a site are settled by its first dendrites.
             settled = known is None or known.count or known.site.channels == channels[site.name]
             if not settled:
                 part.drop_dendrites(site)
-            for _ in range(n):
-                dendrites = part.ensure_dendrites(site, channels[site.name])
-                subset = on_channels(site, dendrites.site.channels)
-                weight, bias = part.draw(subset, 1)
-                links = weight.new_zeros(dendrites.count, subset.neurons)
-                dendrites.append(weight[0], None if bias is None else bias[0], links)
+            growing.append(part.ensure_dendrites(site, channels[site.name]))
+    drawn = iter(part.draw([(d.site, 1) for d in growing for _ in range(n)]))
+    for dendrites in growing:
+        for weight, bias in itertools.islice(drawn, n):
+            links = weight.new_zeros(dendrites.count, dendrites.site.neurons)
+            dendrites.append(weight[0], None if bias is None else bias[0], links)
     part.rebuild()

@@ -24,6 +24,9 @@ from pbfx.sites import Site
 from pbfx.spread import Spread
 from pbfx_kernels import Moment
 
+# It has no public name.
+_foreach_zero_: Any = torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
+
 # What candidates hold for each older dendrite.
 _LINKS = ("to_dendrite", "best_to_dendrite")
 # The candidates' buffers that are kept as their weights are.
@@ -79,14 +82,17 @@ class Candidates(Sited):
         count, neurons = weight.shape[0], site.neurons
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias)
-        self.to_dendrite = nn.Parameter(weight.new_zeros(count, reserved or dendrites, neurons))
+        links = weight.new_zeros(count, reserved or dendrites, neurons)
+        self.to_dendrite = nn.Parameter(links)
         sums = len(Moment), count, neurons
         # Sums over many batches of small numbers: float32 at least, whatever the model's dtype.
         precise = torch.promote_types(weight.dtype, torch.float32)
         # 2-D, because an optimizer may take matrices only (Muon), and the user's optimizer holds
         # this parameter.
-        self.moments = nn.Parameter(weight.new_zeros(sums[0] * count, neurons, dtype=precise))
-        for name, shape in {
+        moments = weight.new_empty(sums[0] * count, neurons, dtype=precise)
+        self.moments = nn.Parameter(moments)
+        memory = [moments]
+        shapes: dict[str, tuple[int, ...]] = {
             "direction": (count, neurons),
             "error_mean": (neurons,),
             "running": sums,
@@ -96,16 +102,22 @@ class Candidates(Sited):
             "best_score": (count, neurons),
             "best_moments": sums,
             "best_batches": (count, neurons),
-        }.items():
-            self.register_buffer(name, weight.new_zeros(shape, dtype=precise))
+        }
         climbs = config.objective == "correlation"
-        line = weight.new_zeros(2, count, neurons, dtype=precise) if climbs else None
-        self.register_buffer("regression", line)
+        if climbs:
+            shapes["regression"] = (2, count, neurons)
+        for name, shape in shapes.items():
+            memory.append(weight.new_empty(shape, dtype=precise))
+            self.register_buffer(name, memory[-1])
+        if not climbs:
+            self.register_buffer("regression", None)
+        # One launch for all.
+        _foreach_zero_(memory)
         # A norm scales what its neuron computes; dendrites join after it and have to come scaled.
         self.spread = Spread(count, neurons, weight, precise) if site.norm else None
         self.register_buffer("best_weight", weight.detach().clone())
         self.register_buffer("best_bias", None if bias is None else bias.detach().clone())
-        self.register_buffer("best_to_dendrite", self.to_dendrite.detach().clone())
+        self.register_buffer("best_to_dendrite", links.clone())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Candidates:
         # Sums over many batches keep their float32 under `half` and `bfloat16`.

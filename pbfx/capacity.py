@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pbfx.optimizers import Schedule
+from pbfx.parts import growth_parameters, survey
 from pbfx.phase import Phase
 from pbfx.policy import Action, Decision, EveryTime, Situation
 from pbfx.waypoint import Waypoint
+from pbfx.wording import counted
 
 GROWTHS = 3
 
@@ -90,8 +93,9 @@ class Capacity:
             assert self.available is not None
             verdict = f", MORE than its {_bytes(self.available)}"
         return (
-            f"capacity test passed: {grown} dendrites grew in {len(self.epochs)} epochs "
-            f"({_seconds(took)}) and were taken back. Predicted for {self.dendrites} dendrites: "
+            f"capacity test passed: {counted(grown, 'dendrite')} grew in {len(self.epochs)} epochs "
+            f"({_seconds(took)}), and all was taken back. Predicted for "
+            f"{counted(self.dendrites, 'dendrite')}: "
             f"{self.parameters:,} parameters, an epoch of a neuron phase takes "
             f"{_seconds(self.neuron_seconds)}{phases}, {_bytes(self.memory)} on "
             f"{self.device}{verdict}. For the real run make the tracker with test_capacity=False"
@@ -110,6 +114,16 @@ class CapacityTest:
     def __init__(self, start: Waypoint, dendrites: int, parameters: int) -> None:
         self.start, self.dendrites, self.parameters = start, dendrites, parameters
         self.epochs: list[Measured] = []
+
+    @classmethod
+    def begin(
+        cls, model: nn.Module, optimizer: Optimizer, schedule: Schedule, max_dendrites: int
+    ) -> CapacityTest:
+        """Return a test that begins with `model` as it is, for so many dendrites in the end."""
+        found = survey(model)
+        more = max(0, max_dendrites - found.dendrites)
+        parameters = found.parameters + growth_parameters(found.parts, more)
+        return cls(Waypoint.take(model, optimizer, schedule), found.dendrites, parameters)
 
     def decide(self, situation: Situation) -> Decision:
         """Restructure at every step, until three sets have grown."""

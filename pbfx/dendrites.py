@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pbfx_kernels
@@ -158,27 +159,48 @@ class Dendrites(Sited):
         """Accept one dendrite per neuron.
 
         Args:
-            weight: (*soma.weight.shape).
+            weight: (*soma.weight.shape). The first dendrite's memory is what is given here, so that
+                it must be nobody else's; those of later ones are copied. So it is for the others.
             bias: (N,), or None where the site's dendrites have none.
             to_dendrite: (D, N), how strongly each older dendrite feeds the new one.
             to_soma: (N,), its link to the neuron; zero if None, as it always is for a sham.
         """
         old = self.count
-        self.resize(old + 1)
-        with torch.no_grad():
-            self.weight[old] = weight
-            if self.bias is not None and bias is not None:
-                self.bias[old] = bias
-            self.to_dendrite[old, :old] = to_dendrite[:old]
-            if to_soma is not None and self.learning != "sham":
+        if to_soma is None or self.learning == "sham":
+            to_soma = self.to_soma.new_zeros(self.to_soma.shape[1])
+        if self._has_room(old + 1):
+            self.resize(old + 1)
+            with torch.no_grad():
+                self.weight[old] = weight
+                if self.bias is not None and bias is not None:
+                    self.bias[old] = bias
+                self.to_dendrite[old, :old] = to_dendrite[:old]
                 self.to_soma[old] = to_soma
+            return
+
+        @torch.no_grad()
+        def stacked(rows: nn.Parameter, row: Tensor) -> nn.Parameter:
+            row = row.detach().to(rows)[None]
+            return nn.Parameter(torch.cat([rows[:old], row]) if old else row)
+
+        with torch.no_grad():
+            # Zeros below and to the right of the older ones'.
+            links = F.pad(self.to_dendrite[:old, :old], (0, 0, 0, 1, 0, 1))
+            if old:
+                links[old, :old] = to_dendrite[:old]
+        self.to_soma = stacked(self.to_soma, to_soma)
+        self.to_dendrite = nn.Parameter(links)
+        if self.bias is not None and bias is not None:
+            self.bias = stacked(self.bias, bias)
+        self.weight = stacked(self.weight, weight)
+        self._resized(old + 1)
 
     def resize(self, count: int) -> None:
         """Keep the first `count` dendrites; new ones, if any, are all zeros.
 
         With a reserve that is large enough the parameters stay the objects that they are.
         """
-        if self.alive is not None and self.mask is not None and count <= self.slots:
+        if self.alive is not None and self.mask is not None and self._has_room(count):
             with torch.no_grad():
                 for row in (self.weight, self.bias, self.to_soma, self.to_dendrite):
                     if row is not None:
@@ -202,6 +224,14 @@ class Dendrites(Sited):
         if self.bias is not None:
             self.bias = resized(self.bias, count, neurons)
         self.weight = resized(self.weight, count, *self.weight.shape[1:])
+        self._resized(count)
+
+    def _has_room(self, count: int) -> bool:
+        """Return whether there are slots for so many, reserved ones."""
+        return self.alive is not None and count <= self.slots
+
+    def _resized(self, count: int) -> None:
+        """Take note that the tensors have been replaced by those of so many dendrites."""
         if self.mask is not None:
             self.alive, self.mask = count, self.mask.new_ones(count, 1)
         self.set_trainable()
@@ -252,14 +282,13 @@ class Dendrites(Sited):
         x, evaluate = pad(x, self.site), functools.partial(pbfx_kernels.dendrites, keep=keep)
         weight, bias, to_dendrite = self.site.op_weight(self.weight), self.bias, self.to_dendrite
         if self.backpropagates:
-            evaluate = pbfx_kernels.reference.dendrites
+            evaluate = functools.partial(pbfx_kernels.full_dendrites, keep=keep)
         elif self.weight.requires_grad and torch.is_grad_enabled() and not in_torch_func():
             # The weights learn from their neuron's error, and what they read does not. In the
             # dendrite phase nothing of this requires gradients.
-            evaluate, x = pbfx_kernels.reference.dendrites, x.detach()
-            if self.holds_older:
-                weight, to_dendrite = _newest_learns(weight), _newest_learns(to_dendrite)
-                bias = None if bias is None else _newest_learns(bias)
+            frozen = self.count - 1 if self.holds_older else 0
+            evaluate = functools.partial(pbfx_kernels.full_dendrites, keep=keep, frozen=frozen)
+            x = x.detach()
         elif in_torch_func():
             # Its transforms do not go through the op; the reference blocks the same errors if what
             # they must not reach is detached.
@@ -281,8 +310,3 @@ class Dendrites(Sited):
             rows = self.mask.view(-1, *(1,) * soma.dim()).to(activations.dtype)
             activations = activations.detach() * rows
         return self.put(whole, out), activations
-
-
-def _newest_learns(stack: Tensor) -> Tensor:
-    """Return `stack`, of which only the last row passes gradients on."""
-    return torch.cat([stack[:-1].detach(), stack[-1:]])

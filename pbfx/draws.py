@@ -9,8 +9,11 @@ Source of the hash: Wellons, "Prospecting for Hash Functions", nullprogram.com, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,18 +25,32 @@ from pbfx.sites import Site
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
 # Elements hashed at a time on a CPU: what several passes over find in the cache again.
 _AT_A_TIME = 2**15
+# Numbers drawn at once on a device: each takes 12 bytes on the way.
+_MOST_AT_ONCE = 2**25
 # Bits of a float32's fraction, so that every number is a multiple of 2⁻²⁴.
 _BITS = 24
 
 
 def uniform(shape: tuple[int, ...], seed: str, device: torch.device) -> Tensor:
     """Return float32 numbers, uniform in [0, 1), that depend on `shape` and `seed` only."""
-    total = math.prod(shape)
-    first, second = (zlib.crc32(f"{seed}/{part}".encode()) for part in (1, 2))
-    if device.type == "cpu":
+    return _uniforms([(shape, seed)], device)[0]
+
+
+def _has_own_memory(device: torch.device) -> bool:
+    """Return whether numbers drawn together on `device` lie apart from each other."""
+    return device.type == "cpu"
+
+
+def _uniforms(wanted: Sequence[tuple[tuple[int, ...], str]], device: torch.device) -> list[Tensor]:
+    """Return what `uniform` does for each shape and seed; except on a CPU they share memory."""
+    totals = [math.prod(shape) for shape, _ in wanted]
+    keys = [[zlib.crc32(f"{seed}/{part}".encode()) for part in (1, 2)] for _, seed in wanted]
+    if _has_own_memory(device):
         # torch shifts integers one by one on a CPU: fifteen times slower.
-        return torch.from_numpy(_on_cpu(total, first, second)).view(shape)
-    return _on_device(total, first, second, device).view(shape)
+        drawn = (torch.from_numpy(_on_cpu(n, *key)) for n, key in zip(totals, keys, strict=True))
+    else:
+        drawn = _on_device(totals, keys, device).split(totals)
+    return [numbers.view(shape) for numbers, (shape, _) in zip(drawn, wanted, strict=True)]
 
 
 def _on_cpu(total: int, first: int, second: int) -> np.ndarray:
@@ -57,13 +74,19 @@ def _mix_array(bits: np.ndarray) -> None:
             bits *= np.uint32(factor % 2**32)
 
 
-def _on_device(total: int, first: int, second: int, device: torch.device) -> Tensor:
-    bits = torch.arange(total, dtype=torch.int32, device=device).bitwise_xor_(_signed(first))
+def _on_device(totals: list[int], keys: list[list[int]], device: torch.device) -> Tensor:
+    """Return all the numbers in a row: one launch for each step of the hash, not for each site."""
+    bits = torch.empty(sum(totals), dtype=torch.int32, device=device)
+    parts = list(bits.split(totals))
+    for part, total, (first, _) in zip(parts, totals, keys, strict=True):
+        torch.arange(total, out=part)
+        part.bitwise_xor_(_signed(first))
+    _mix(bits)
     # Twice, with a key before each: after one round two seeds give the same sequence from another
     # start on.
-    bits = _mix(_mix(bits).add_(_signed(second)))
+    _foreach_add_(parts, [_signed(second) for _, second in keys])
     # The shift drags the sign along.
-    fractions = bits.bitwise_right_shift_(32 - _BITS).bitwise_and_(2**_BITS - 1)
+    fractions = _mix(bits).bitwise_right_shift_(32 - _BITS).bitwise_and_(2**_BITS - 1)
     return fractions.to(torch.float32).mul_(2.0**-_BITS)
 
 
@@ -81,29 +104,77 @@ def _signed(number: int) -> int:
     return number - 2**32 if number >= 2**31 else number
 
 
-def draw_weights(site: Site, like: Tensor, count: int, seed: str) -> tuple[Tensor, Tensor | None]:
-    """Draw `count` sets of weights as torch initialises a fresh linear or conv layer,
-    U(±1/sqrt(fan_in)).
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """What to draw for a site.
 
-    For a transposed convolution torch takes the fan-in of the convolution that it transposes; here
-    it is what a neuron reads, so that preactivations have the same scale at every site.
-
-    Args:
+    Attributes:
         site: for the shape, and whether to draw biases too.
         like: the soma's weight, for dtype and device.
         count: D or C.
         seed: names the draw; the same words give the same numbers on every machine.
-
-    Returns:
-        Weights (count, *site.shape), and biases (count, N) or None. torch's global streams are not
-        touched.
     """
 
-    def drawn(role: str, *shape: int) -> Tensor:
-        if like.is_meta:
-            return torch.empty(shape, dtype=like.dtype, device="meta")
-        numbers = uniform(shape, f"{seed}/{role}", like.device)
-        return numbers.mul_(2).sub_(1).div_(site.fan_in**0.5).to(like.dtype)
+    site: Site
+    like: Tensor
+    count: int
+    seed: str
 
-    weight = drawn("weight", count, *site.shape)
-    return weight, drawn("bias", count, site.neurons) if site.biased else None
+    def tensors(self) -> Iterator[tuple[tuple[int, ...], str, Draw]]:
+        """Yield shape and seed of each tensor, and this."""
+        yield (self.count, *self.site.shape), f"{self.seed}/weight", self
+        if self.site.biased:
+            yield (self.count, self.site.neurons), f"{self.seed}/bias", self
+
+
+def draw_weights(draws: Sequence[Draw]) -> list[tuple[Tensor, Tensor | None]]:
+    """Draw sets of weights as torch initialises fresh linear or conv layers, U(±1/sqrt(fan_in)).
+
+    For a transposed convolution torch takes the fan-in of the convolution that it transposes; here
+    it is what a neuron reads, so that preactivations have the same scale at every site.
+
+    Returns:
+        For each draw weights (count, *site.shape), and biases (count, N) or None, in memory of
+        their own. torch's global streams are not touched.
+    """
+    wanted = [tensor for draw in draws for tensor in draw.tensors()]
+    batches: dict[torch.device, list[list[int]]] = {}
+    taken: dict[torch.device, int] = {}
+    for index, (shape, _, draw) in enumerate(wanted):
+        device, size = draw.like.device, math.prod(shape)
+        together = batches.setdefault(device, [])
+        if not together or taken[device] + size > _MOST_AT_ONCE:
+            together.append([])
+            taken[device] = 0
+        together[-1].append(index)
+        taken[device] += size
+    drawn: dict[int, Tensor] = {}
+    for device, lists in batches.items():
+        for indices in lists:
+            drawn |= zip(indices, _drawn([wanted[i] for i in indices], device), strict=True)
+    inorder = (drawn[index] for index in range(len(wanted)))
+    return [(next(inorder), next(inorder) if draw.site.biased else None) for draw in draws]
+
+
+def _drawn(
+    wanted: Sequence[tuple[tuple[int, ...], str, Draw]], device: torch.device
+) -> list[Tensor]:
+    if device.type == "meta":
+        return [torch.empty(shape, dtype=d.like.dtype, device=device) for shape, _, d in wanted]
+    numbers = _uniforms([(shape, seed) for shape, seed, _ in wanted], device)
+    scales = [draw.site.fan_in**0.5 for *_, draw in wanted]
+    _foreach_mul_(numbers, 2.0)
+    _foreach_sub_(numbers, 1.0)
+    if _has_own_memory(device):
+        _foreach_div_(numbers, scales)
+    else:
+        numbers = _foreach_div(numbers, scales)
+    return [n.to(draw.like.dtype) for n, (*_, draw) in zip(numbers, wanted, strict=True)]
+
+
+# They have no public names.
+_foreach_add_: Any = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
+_foreach_sub_: Any = torch._foreach_sub_  # pyright: ignore[reportPrivateImportUsage]
+_foreach_mul_: Any = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
+_foreach_div_: Any = torch._foreach_div_  # pyright: ignore[reportPrivateImportUsage]
+_foreach_div: Any = torch._foreach_div  # pyright: ignore[reportPrivateImportUsage]

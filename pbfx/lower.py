@@ -24,15 +24,19 @@ from pbfx.pipeline import LOWERING, run_passes
 logger = logging.getLogger(__name__)
 
 
-def lower(model: nn.Module, *, fold_norms: bool = True) -> nn.Module:
+def lower(model: nn.Module, *, fold_norms: bool = True, portable: bool = False) -> nn.Module:
     """Return `model` for inference: soma and dendrites in one product, norms folded in.
 
         y = x [W; V_1; ...; V_D]ᵀ + [b; c_1; ...; c_D]; then the cascade and the sum, element-wise
 
     The weights of a site are stacked once and not at every call; a batch norm behind an op is
     folded into them. Dropouts, candidates, training flags, and dendrites that reach no soma are
-    gone. The result computes what `model.eval()` does, to rounding, on any device, and holds no op
-    of pbfx once `torch.export` or `torch.compile` has looked into it.
+    gone. The result computes what `model.eval()` does, to rounding, on any device, and what
+    `torch.export` makes of it holds no op of pbfx.
+
+    Where the model lies on a GPU that has the *fused* kernel for a linear op, the weights of that
+    op are laid out for the kernel. So lower the model where, and in the dtype in which, it will
+    run.
 
     A model that was captured whole, or by export, becomes an `fx.GraphModule`. One that was
     captured by parts becomes a copy of itself with its parts lowered. Either way `model` is left as
@@ -42,6 +46,8 @@ def lower(model: nn.Module, *, fold_norms: bool = True) -> nn.Module:
         model: with perforated parts, in either phase and mode; a `torch.compile`d one is lowered as
             what it wraps.
         fold_norms: whether to fold batch norms.
+        portable: whether to lay all weights out as every device and compiler likes them, whatever
+            the model lies on: what to export for other machines.
 
     Returns:
         The lowered model. `train()` has no effect on its graphs, and their packed parameters
@@ -56,7 +62,7 @@ def lower(model: nn.Module, *, fold_norms: bool = True) -> nn.Module:
     if not isinstance(model, nn.Module):
         given = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
         raise ConfigError(f"pbfx.lower: model must be an nn.Module instance, got {given}")
-    return lower_with_reports(model, fold_norms)[0]
+    return lower_with_reports(model, fold_norms, portable)[0]
 
 
 class LoweredPart(NamedTuple):
@@ -67,7 +73,7 @@ class LoweredPart(NamedTuple):
 
 
 def lower_with_reports(
-    model: nn.Module, fold_norms: bool = True
+    model: nn.Module, fold_norms: bool = True, portable: bool = False
 ) -> tuple[nn.Module, list[LoweredPart]]:
     """Return what `lower` returns, and its graphs, the outer ones first."""
     model = getattr(model, "_orig_mod", model)
@@ -94,7 +100,7 @@ def lower_with_reports(
     )[::-1]:
         # A whole model is its graph; code around a part may want more of it.
         kind = part.perforation.kind if path else None
-        module = _lower_part(part, kind, fold_norms)
+        module = _lower_part(part, kind, fold_norms, portable)
         lowered.insert(0, LoweredPart(path, module))
         redirect(list(root.modules()), {id(part): module})
         root = module if part is root else root
@@ -103,7 +109,7 @@ def lower_with_reports(
 
 
 def _lower_part(
-    part: PerforatedModule, kind: type[nn.Module] | None, fold_norms: bool
+    part: PerforatedModule, kind: type[nn.Module] | None, fold_norms: bool, portable: bool
 ) -> LoweredModule:
     perforation, name = part.perforation, type(part).__name__
     release(part, perforation.absorbed)
@@ -114,7 +120,9 @@ def _lower_part(
     graph = fx.Graph(owning_module=work)
     graph.output(graph.graph_copy(perforation.source, {}))
     work._graph = graph
-    ctx = PassContext(perforation.sites, Phase.NEURON, lowering=True, fold_norms=fold_norms)
+    ctx = PassContext(
+        perforation.sites, Phase.NEURON, lowering=True, fold_norms=fold_norms, portable=portable
+    )
     records = run_passes(work, ctx, LOWERING)
     for site in perforation.sites:
         # A soma that stayed a call would bring them along. Their tensors are the model's.

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from pbfx.capture import REGISTRIES
 from pbfx.errors import CheckpointError
+from pbfx.kinds import GRAPH_MODULE_STATE, mixed_with
 from pbfx.neurons import Neurons
-from pbfx.perforated import GRAPH_MODULE_STATE, mixed_with
 from pbfx.pipeline import PassRecord
 from pbfx.plain_graph import graph_of, named, plain_nodes
 

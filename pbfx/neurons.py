@@ -1,6 +1,7 @@
 """What takes the place of a site's ops in a lowered graph: modules over weights packed once.
 
     Neurons          y = W x + b + Σ_d T_d ⊙ a_d        soma and dendrites in one product
+    FusedNeurons     likewise, in one kernel            where a GPU is faster so
     PackedDendrites  y = soma + Σ_d T_d ⊙ a_d           where the soma stays an op of its own
 
 They are for inference: their parameters require no gradients, dendrites that reach nothing have
@@ -19,6 +20,7 @@ from pbfx.dendrites import Dendrites
 from pbfx.errors import ConfigError
 from pbfx.sited import Sited, fit_form, keep_out_of_fast_paths, pad
 from pbfx.sites import Site
+from pbfx_kernels import Geometry, frozen
 from pbfx_kernels.neurons import joined, neurons, pack, pack_bias
 
 
@@ -37,11 +39,16 @@ class _Packed(Sited):
     def __init__(self, site: Site, activation: str, stacks: Stacks) -> None:
         super().__init__(site, stacks.weight.device)
         self.activation = activation
-        self.weight = _frozen(pack(stacks.weight, site.geometry))
+        self.weight = _frozen(self.lay(stacks.weight, site.geometry))
         self.bias = None if stacks.bias is None else _frozen(pack_bias(stacks.bias, site.geometry))
         self.to_soma = _frozen(stacks.to_soma)
         self.to_dendrite = _frozen(stacks.to_dendrite)
         keep_out_of_fast_paths(self)
+
+    @staticmethod
+    def lay(stacked: Tensor, geometry: Geometry) -> Tensor:
+        """Return the one weight that is kept of stacked ones."""
+        return pack(stacked, geometry)
 
     def extra_repr(self) -> str:
         """Show the op, N, D and the activation in the model's printout."""
@@ -112,14 +119,43 @@ class Neurons(_Packed):
                 f"{' or '.join(map(str, self.ranks))} axes, where it normalises neurons; got one "
                 f"of shape {tuple(x.shape)}. Lower with fold_norms=False for such inputs"
             )
+        return self.evaluate(pad(x, self.site))
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """Return the neurons' output, from what the soma's op itself reads."""
         return neurons(
-            pad(x, self.site),
+            x,
             self.weight,
             self.bias,
             self.to_soma,
             self.to_dendrite,
             self.activation,
             self.site.geometry,
+        )
+
+
+class FusedNeurons(Neurons):
+    """Linear somas with their dendrites, their weights side by side for a GPU's *fused* kernel.
+
+    Arguments are those of `Neurons`; at least one dendrite reaches the soma.
+    """
+
+    @staticmethod
+    def lay(stacked: Tensor, geometry: Geometry) -> Tensor:
+        """Return the one weight that is kept of stacked ones."""
+        return frozen.lay(stacked)
+
+    def soma(self, role: str) -> Tensor | None:
+        """Return the soma's own "weight" or "bias", shaped as the site's op has it."""
+        if role == "bias":
+            return super().soma(role)
+        rows = frozen.take_apart(self.weight, -2, 1, self.site.neurons)[0]
+        return rows.mT if self.site.input_first else rows
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """Return the neurons' output, from what the soma's op itself reads."""
+        return frozen.frozen_neurons(
+            x, self.weight, self.bias, self.to_soma, self.to_dendrite, self.activation
         )
 
 
@@ -153,6 +189,32 @@ class PackedDendrites(_Packed):
             fit_form(self.site, part, x),
         )
         return self.put(soma, out)
+
+
+def neurons_of(
+    site: Site,
+    weight: Tensor,
+    bias: Tensor | None,
+    dendrites: Dendrites | None,
+    ranks: tuple[int, ...] = (),
+    portable: bool = True,
+) -> Neurons:
+    """Return the neurons of a site, as the device that their weights lie on computes them best.
+
+    Args:
+        site: and the rest up to `ranks`: as of `Neurons`.
+        weight: likewise.
+        bias: likewise.
+        dendrites: likewise.
+        ranks: likewise.
+        portable: whether to ask for nothing that another device would not have.
+    """
+    kind: type[Neurons] = Neurons
+    if not portable and dendrites is not None and site.geometry.spatial == 0:
+        form = (1 + len(reaching(dendrites)), *site.op_shape)
+        if frozen.wins(weight.detach().new_empty(()).expand(form)):
+            kind = FusedNeurons
+    return kind(site, weight, bias, dendrites, ranks)
 
 
 def stacks_of(site: Site, weight: Tensor, dendrites: Dendrites | None) -> Stacks:

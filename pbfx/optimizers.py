@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pbfx.errors import TrackerError
+from pbfx.wording import counted
 
 Parameters = Mapping[str, nn.Parameter]
 Stepping = Literal["auto", "epoch", "batch"]
@@ -155,7 +156,7 @@ def hold(
     if unknown:
         fault = f"the model has no parameter {unknown[0]!r}; load its state dict first"
     elif len(groups) != len(names):
-        fault = f"the optimizer has {len(groups)} parameter groups, not {len(names)}"
+        fault = f"the optimizer has {counted(len(groups), 'parameter group')}, not {len(names)}"
     elif [len(rest) for rest in foreign] != [group.count(None) for group in names]:
         fault = "the optimizer's groups hold another number of parameters from elsewhere"
     if fault:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pbfx.candidates import Candidates
 from pbfx.dendrites import Dendrites
 from pbfx.errors import RestructureError
-from pbfx.paths import join
+from pbfx.paths import join, modules_in
 from pbfx.perforated import PerforatedModule, perforated_parts
 from pbfx.sites import on_channels
 from pbfx.structure import Counts, Structure
@@ -75,7 +75,7 @@ def _walk(model: nn.Module) -> Survey:
     parts: dict[str, PerforatedModule] = {}
     seen: set[int] = set()
     dendrites = parameters = 0
-    for path, module in model.named_modules():
+    for path, module in modules_in(model).items():
         if isinstance(module, Candidates):
             continue
         if isinstance(module, PerforatedModule):
@@ -126,9 +126,10 @@ def candidate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of all candidates in `model` by name."""
     return {
         join(path, name): parameter
-        for path, module in model.named_modules()
+        for path, module in modules_in(model).items()
         if isinstance(module, Candidates)
-        for name, parameter in module.named_parameters()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
     }
 
 
@@ -138,7 +139,9 @@ def network_state(model: nn.Module) -> dict[str, Tensor]:
     Its values are the model's own tensors, parameters as such.
     """
     state = model.state_dict(keep_vars=True)
-    if not any(isinstance(module, Candidates) for module in model.modules()):
+    if not any("candidates." in name for name in state) or not any(
+        isinstance(module, Candidates) for module in modules_in(model).values()
+    ):
         return dict(state)
     # Under every name: a layer that is registered twice has its keys twice.
     named = model.named_modules(remove_duplicate=False)
@@ -153,11 +156,11 @@ def managed_parameters(model: nn.Module) -> list[str]:
     moves, but a loss scaler wants to find a gradient in the optimizer that it steps.
     """
     names = []
-    for path, module in model.named_modules():
+    for path, module in modules_in(model).items():
         if isinstance(module, Candidates):
             names.append(join(path, "moments"))
         elif isinstance(module, Dendrites):
-            own = module.named_parameters(recurse=False)
+            own = [(name, p) for name, p in module._parameters.items() if p is not None]
             names += [join(path, name) for name, p in own if p.requires_grad and p.numel()]
     return names
 

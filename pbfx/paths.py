@@ -1,8 +1,59 @@
-"""Module paths: dotted names, the empty one for the root."""
+"""Module paths: dotted names, the empty one for the root.
+
+A restructure asks for thousands of modules, and walks over a model dozens of times: what is here
+does what methods of `nn.Module` do, in a fraction of their time.
+"""
 
 from __future__ import annotations
+
+from torch import nn
 
 
 def join(prefix: str, name: str) -> str:
     """Return the path of `name` inside the module at `prefix`; either may be empty."""
     return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def module_at(root: nn.Module, path: str) -> nn.Module:
+    """Return what `root.get_submodule(path)` does.
+
+    Raises:
+        AttributeError: if there is no module at `path`.
+    """
+    module = root
+    for name in path.split(".") if path else ():
+        below = module._modules.get(name)
+        if below is None:
+            return root.get_submodule(path)
+        module = below
+    return module
+
+
+def modules_in(root: nn.Module) -> dict[str, nn.Module]:
+    """Return what `dict(root.named_modules())` is."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module | None]] = [("", root)]
+    while waiting:
+        path, module = waiting.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        found[path] = module
+        children = module._modules
+        if children:
+            prefix = f"{path}." if path else ""
+            waiting += [(prefix + name, children[name]) for name in reversed(children)]
+    return found
+
+
+def parameters_in(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what `dict(root.named_parameters())` is."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for path, module in modules_in(root).items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{path}.{name}" if path else name] = parameter
+    return found

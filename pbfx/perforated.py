@@ -3,46 +3,28 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch.optim.swa_utils import AveragedModel
 
 from pbfx.absorbed import absorb, assign
 from pbfx.candidates import Candidates, bend_of
 from pbfx.capture import CONSTANT
 from pbfx.compiled import drop_compiled_code
 from pbfx.dendrites import Dendrites
-from pbfx.draws import draw_weights
+from pbfx.draws import Draw, draw_weights
 from pbfx.errors import CheckpointError, ConfigError, PassError
+from pbfx.followers import imitate, is_averaging
+from pbfx.kinds import GRAPH_MODULE_STATE, clash, mixed_with, own_state
 from pbfx.passes.context import PassContext
-from pbfx.paths import join
+from pbfx.paths import join, module_at, modules_in
 from pbfx.perforation import Perforation
 from pbfx.phase import Phase
 from pbfx.pipeline import run_passes
 from pbfx.plain_graph import named
 from pbfx.sites import Site, on_channels
 from pbfx.structure import Counts, Structure, structure_of_keys
-
-# What fx.GraphModule itself keeps on an instance; everything else belongs to the user, `meta` too,
-# which fx starts empty and only carries along.
-GRAPH_MODULE_STATE = (
-    frozenset(fx.GraphModule(nn.Module(), fx.Graph()).__dict__)
-    - frozenset(nn.Module().__dict__)
-    - {"meta"}
-)
-
-Graph = TypeVar("Graph", bound=fx.GraphModule)
-
-
-class _Start(nn.Module):
-    """Ends the chain of constructors: the state of a user's class is copied, not made anew."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
 
 
 class PerforatedModule(fx.GraphModule):
@@ -126,10 +108,10 @@ class PerforatedModule(fx.GraphModule):
         """Return the dendrites module of `site`, made empty on `channels` if there is none yet."""
         module = self._lookup(site.dendrites)
         if module is None:
-            like = self.get_parameter(site.home)
+            like = self._soma_weight(site)
             module = Dendrites(on_channels(site, channels), self.perforation.config, like)
             owner, _, name = site.dendrites.rpartition(".")
-            self.get_submodule(owner).add_module(name, module)
+            module_at(self, owner).add_module(name, module)
         return module
 
     def drop_dendrites(self, site: Site) -> None:
@@ -140,28 +122,37 @@ class PerforatedModule(fx.GraphModule):
             dendrites.resize(0)
             return
         owner, _, name = site.dendrites.rpartition(".")
-        self.get_submodule(owner)._modules.pop(name, None)
+        module_at(self, owner)._modules.pop(name, None)
 
-    def new_candidates(self, site: Site, count: int) -> Candidates:
-        """Draw a fresh pool of `count` candidates per neuron for `site`."""
-        dendrites = self.ensure_dendrites(site)
-        site = on_channels(site, dendrites.site.channels)
-        weight, bias = self.draw(site, count)
-        if bias is not None:
-            bias += bend_of(self.perforation.config)
-        dendrites.candidates = Candidates(
-            site, self.perforation.config, weight, bias, dendrites.count, self._reserved(dendrites)
-        )
-        return dendrites.candidates
+    def new_candidates(self, pools: Sequence[tuple[Site, int]]) -> None:
+        """Draw a fresh pool of so many candidates per neuron for each of these sites."""
+        bend = bend_of(self.perforation.config)
+        owners = [self.ensure_dendrites(site) for site, _ in pools]
+        places = [
+            on_channels(site, dendrites.site.channels)
+            for (site, _), dendrites in zip(pools, owners, strict=True)
+        ]
+        drawn = self.draw([(site, count) for site, (_, count) in zip(places, pools, strict=True)])
+        for site, dendrites, (weight, bias) in zip(places, owners, drawn, strict=True):
+            if bias is not None and bend:
+                bias += bend
+            self._give_candidates(dendrites, site, weight, bias)
 
-    def draw(self, site: Site, count: int) -> tuple[Any, Any]:
-        """Draw weights (count, *W) and biases (count, N) for `site` from the private generator."""
+    def draw(self, sets: Sequence[tuple[Site, int]]) -> list[tuple[Tensor, Tensor | None]]:
+        """Draw from the private generator, for each site and count weights (count, *W) and biases
+        (count, N) or None."""
         perforation = self.perforation
-        perforation.draws += 1
-        like = self.get_parameter(site.home).detach()
-        name = join(perforation.path, site.name)
-        seed = f"{perforation.config.seed}/{name}/{perforation.draws}"
-        return draw_weights(site, like, count, seed)
+        draws = []
+        for site, count in sets:
+            perforation.draws += 1
+            name = join(perforation.path, site.name)
+            seed = f"{perforation.config.seed}/{name}/{perforation.draws}"
+            draws.append(Draw(site, self._soma_weight(site), count, seed))
+        return draw_weights(draws)
+
+    def _soma_weight(self, site: Site) -> Tensor:
+        owner, _, name = site.home.rpartition(".")
+        return getattr(module_at(self, owner), name).detach()
 
     def structure(self) -> Structure:
         """Return how many dendrites and candidates each site has."""
@@ -171,9 +162,13 @@ class PerforatedModule(fx.GraphModule):
             counts = {name: count for name, count in counts.items() if count != Counts()}
         return Structure(counts)
 
-    def _reserved(self, dendrites: Dendrites) -> int:
-        """Return how many slots candidates read at a site, 0 without a reserve."""
-        return dendrites.slots if self.perforation.config.reserve else 0
+    def _give_candidates(
+        self, dendrites: Dendrites, site: Site, weight: Tensor, bias: Tensor | None
+    ) -> None:
+        """Let the candidates of `dendrites` be a pool with these weights."""
+        config = self.perforation.config
+        slots = dendrites.slots if config.reserve else 0
+        dendrites.candidates = Candidates(site, config, weight, bias, dendrites.count, slots)
 
     def adopt(self, structure: Structure) -> None:
         """Take on `structure`: the first D dendrites of each site survive, new ones are zero.
@@ -203,17 +198,10 @@ class PerforatedModule(fx.GraphModule):
             dendrites.resize(counts.dendrites)
             dendrites.candidates = None
             if counts.candidates:
-                like = self.get_parameter(site.home).detach()
+                like = self._soma_weight(site)
                 weight = like.new_zeros(counts.candidates, *site.shape)
                 bias = like.new_zeros(counts.candidates, site.neurons) if site.biased else None
-                dendrites.candidates = Candidates(
-                    site,
-                    self.perforation.config,
-                    weight,
-                    bias,
-                    counts.dendrites,
-                    self._reserved(dendrites),
-                )
+                self._give_candidates(dendrites, site, weight, bias)
         changed = self.perforation.phase is not structure.phase
         self.perforation.phase = structure.phase
         self.rebuild()
@@ -230,7 +218,7 @@ class PerforatedModule(fx.GraphModule):
     def original(self) -> nn.Module:
         """Return a module of the user's class over the state of this one, without a graph."""
         plain = nn.Module()
-        plain.__dict__.update(_without_ours(self.__dict__))
+        plain.__dict__.update(own_state(self.__dict__))
         plain.__class__ = self.perforation.kind
         return plain
 
@@ -244,7 +232,7 @@ class PerforatedModule(fx.GraphModule):
 
     def _lookup(self, path: str) -> Dendrites | None:
         owner, _, name = path.rpartition(".")
-        module = self.get_submodule(owner)._modules.get(name)
+        module = module_at(self, owner)._modules.get(name)
         assert module is None or isinstance(module, Dendrites)
         return module
 
@@ -289,7 +277,7 @@ class PerforatedModule(fx.GraphModule):
         twin = memo[id(self)] = kind.__new__(kind)
         perforation = copy.deepcopy(self.perforation, memo)
         _restore(twin, (kind.__name__, perforation, copy.deepcopy(_state(self), memo)))
-        if _is_averaging():
+        if is_averaging():
             self.perforation.followers.add(twin)
         return twin
 
@@ -323,16 +311,6 @@ class PerforatedModule(fx.GraphModule):
         return replica
 
 
-def mixed_with(ours: type[Graph], own: type[nn.Module]) -> type[Graph]:
-    """Return a class of graph modules of `ours`, instances of `own` too where that can be."""
-    if issubclass(own, fx.GraphModule) or _customises_access(own):
-        return ours
-    # Methods of our own first; everything else is the user's.
-    bases = (ours, _Start, own)
-    mixed: Any = type(own.__name__, bases, {"__module__": own.__module__})
-    return mixed
-
-
 def _state(module: PerforatedModule) -> dict[str, Any]:
     """Return what the user's class wants copied, without what is fx's or pbfx's."""
     state = module.__getstate__()
@@ -341,12 +319,7 @@ def _state(module: PerforatedModule) -> dict[str, Any]:
             f"a perforated {type(module).__name__} cannot be copied or pickled: its __getstate__ "
             f"must return a dict of attributes, got {type(state).__name__}"
         )
-    return _without_ours(state)
-
-
-def _without_ours(state: dict[str, Any]) -> dict[str, Any]:
-    ours = GRAPH_MODULE_STATE | {"perforation"}
-    return {name: value for name, value in state.items() if name not in ours}
+    return own_state(state)
 
 
 def _blank(own: type[nn.Module]) -> PerforatedModule:
@@ -369,83 +342,18 @@ def update_followers(model: PerforatedModule) -> None:
     for twin in list(model.perforation.followers):
         # A copy with a tracker of its own goes its own way.
         if isinstance(twin, PerforatedModule) and twin.perforation.tracker is None:
-            _imitate(twin, model)
-
-
-@torch.no_grad()
-def _imitate(twin: PerforatedModule, model: PerforatedModule) -> None:
-    """Give `twin` the structure of `model`, and the values of what is new there.
-
-    What the twin computes changes only if it loses dendrites: new ones have no weight yet. Parts
-    inside count as well, since hooks may have split one of the two.
-    """
-    theirs = _dendrites(model)
-    known = {name: module.counts for name, module in _dendrites(twin).items()}
-    changed = False
-    for path, part in perforated_parts(twin).items():
-        names = {site.name: join(path, site.name) for site in part.perforation.sites}
-        wanted = {n: theirs[full].counts for n, full in names.items() if full in theirs}
-        if part.structure() != Structure(wanted):
-            part.adopt(Structure(wanted))
-            changed = True
-    for name, mine in _dendrites(twin).items() if changed else ():
-        before = known.get(name, Counts())
-        first = before.dendrites if before.channels == mine.site.channels else 0
-        for role, values in theirs[name].named_parameters(recurse=False):
-            mine.get_parameter(role)[first:].copy_(values[first:])
-        pool = theirs[name].candidates
-        if mine.candidates is not None and pool is not None:
-            mine.candidates.load_state_dict(pool.state_dict())
-
-
-def _dendrites(model: PerforatedModule) -> dict[str, Dendrites]:
-    """Return the dendrites modules of `model` and of the parts inside, by the path of the site."""
-    return {
-        join(path, name): module
-        for path, part in perforated_parts(model).items()
-        for name, module in part.grown().items()
-    }
-
-
-def _is_averaging() -> bool:
-    """Return whether an `AveragedModel` is being made, and this copy is the one that it keeps."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is AveragedModel.__init__.__code__:
-            return True
-        frame = frame.f_back
-    return False
+            imitate(perforated_parts(twin), perforated_parts(model))
 
 
 def hides(module: nn.Module) -> str | None:
     """Return why a perforated module cannot take the place of `module`, or None."""
-    own = {*module.__dict__, *module._modules, *module._parameters, *module._buffers}
-    for base in type(module).__mro__:
-        if base.__module__.partition(".")[0] not in ("torch", "builtins"):
-            own |= vars(base).keys()
-    taken = {"perforation", *dir(PerforatedModule)} - set(dir(nn.Module))
-    if isinstance(module, fx.GraphModule):
-        taken -= set(dir(fx.GraphModule)) | set(GRAPH_MODULE_STATE)
-    clash = sorted(own & taken)
-    return (
-        f"its attribute {clash[0]!r} would hide behind PerforatedModule.{clash[0]}"
-        if clash
-        else None
-    )
-
-
-def _customises_access(cls: type) -> bool:
-    """Return whether a user's class watches its attributes, which a graph module's would upset."""
-    watched = ("__setattr__", "__getattr__", "__delattr__")
-    return cls.__getattribute__ is not object.__getattribute__ or any(
-        getattr(cls, name) is not getattr(nn.Module, name) for name in watched
-    )
+    return clash(PerforatedModule, ("perforation",), module)
 
 
 def perforated_parts(model: nn.Module) -> dict[str, PerforatedModule]:
     """Return the perforated modules inside `model`, by path, `""` being the model itself."""
     return {
         path: module
-        for path, module in model.named_modules()
+        for path, module in modules_in(model).items()
         if isinstance(module, PerforatedModule)
     }

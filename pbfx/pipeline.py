@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import operator
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ from pbfx.passes import (
     pack_dendrites,
     unfold_layers,
 )
+from pbfx.paths import module_at, modules_in
+from pbfx.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -105,17 +108,23 @@ def run_passes(
 ) -> tuple[PassRecord, ...]:
     """Run `passes` over `gm.graph` in place and return a record of each. The caller recompiles.
 
+    What a pass has edited is checked, whatever it says: the graph must hold together, and a second
+    run must leave it alone. What it has not edited is what the pass before it left.
+
     Raises:
         PassError: naming the pass, if it raised, broke the graph, or is not idempotent.
     """
     records = []
+    before, content, computed = _ops(gm), _content(gm.graph), _computed(gm)
     for rewrite in passes:
-        name = rewrite.__name__
-        before, started = _ops(gm), time.perf_counter()
+        name, started, again = rewrite.__name__, time.perf_counter(), 0
         try:
             rewrites = rewrite(gm, ctx)
-            _lint(gm.graph)
-            again = rewrite(gm, ctx)
+            edited = _content(gm.graph)
+            untouched = not rewrites and _equal(edited, content)
+            if not untouched:
+                _lint(gm.graph, computed)
+                again = rewrite(gm, ctx)
         # A pass runs over arbitrary graphs; whatever it raises is a bug that must carry the name of
         # the pass.
         except Exception as error:
@@ -125,9 +134,9 @@ def run_passes(
         if again:
             raise PassError(
                 f"pass {name} is not idempotent on {type(gm).__name__}: a second run made "
-                f"{again} rewrites"
+                f"{counted(again, 'rewrite')}"
             )
-        after = _ops(gm)
+        after = before if untouched else _ops(gm)
         record = PassRecord(
             name,
             rewrites,
@@ -138,9 +147,20 @@ def run_passes(
         milliseconds = record.seconds * 1e3
         logger.debug("%s: %d rewrites in %.1f ms %s", name, rewrites, milliseconds, record.diff())
         records.append(record)
+        before, content = after, edited
     trace_json("passes", lambda: [dataclasses.asdict(record) for record in records])
     trace_text("graph", lambda: str(gm.graph))
     return tuple(records)
+
+
+def _content(graph: fx.Graph) -> list[Any]:
+    """Return what a graph consists of: nodes in their order, targets and arguments."""
+    return [part for node in graph.nodes for part in (node, node.target, node.args, node.kwargs)]
+
+
+def _equal(one: list[Any], other: list[Any]) -> bool:
+    """Return whether nothing was exchanged; equal things that are not the same count as new."""
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def _ops(gm: fx.GraphModule) -> collections.Counter[str]:
@@ -150,22 +170,26 @@ def _ops(gm: fx.GraphModule) -> collections.Counter[str]:
 def op_name(root: nn.Module, node: fx.Node) -> str:
     """Return what `node` computes, in a word: a class, a function, a method, or fx's own word."""
     if node.op == "call_module":
-        return type(root.get_submodule(str(node.target))).__name__
+        return type(module_at(root, str(node.target))).__name__
     if node.op == "call_function":
         return getattr(node.target, "__name__", str(node.target))
     return str(node.target) if node.op == "call_method" else node.op
 
 
-def _lint(graph: fx.Graph) -> None:
-    # The check reads every attribute, and spectral norm, for one, updates its state when a weight
-    # is read in training.
-    computed = [
+def _computed(gm: fx.GraphModule) -> list[nn.Module]:
+    """Return the modules that compute weights of `gm`, and are in training."""
+    return [
         module
-        for parametrization in (graph.owning_module or nn.Module()).modules()
+        for parametrization in modules_in(gm).values()
         if isinstance(parametrization, parametrize.ParametrizationList)
         for module in parametrization.modules()
         if module.training
     ]
+
+
+def _lint(graph: fx.Graph, computed: list[nn.Module]) -> None:
+    # The check reads every attribute, and spectral norm, for one, updates its state when a weight
+    # is read in training.
     for module in computed:
         module.training = False
     try:

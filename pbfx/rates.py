@@ -82,10 +82,10 @@ class Search:
         worse = self._is_worse()
         if not worse and trial < len(self.factors):
             return self._said(f"next x{self.factors[trial]:g}, from the same start")
-        best = self.best if worse else trial - 1
+        best, lost = self.best if worse else trial - 1, self.epochs * (trial - 1)
         return self._said(
-            f"going on with x{self.factors[best]:g}; {self.epochs * (trial - 1)} of "
-            f"{self.epochs * trial} epochs were spent on others"
+            f"going on with x{self.factors[best]:g}; {lost} of "
+            f"{self.epochs * trial} epochs {'was' if lost == 1 else 'were'} spent on others"
         )
 
     def carry_on(self, model: nn.Module, optimizer: Optimizer, schedule: Schedule) -> bool:

@@ -21,11 +21,11 @@ from torch.utils.hooks import RemovableHandle
 from pbfx.absorbed import Absorbed
 from pbfx.config import Config
 from pbfx.dendrites import Dendrites
-from pbfx.learning import SiteLearner, new_cohort, prospect_of, select
+from pbfx.learning import SiteLearner, new_cohort, prospect_of, reached, select
 from pbfx.optimizers import Schedule, sync_optimizer
 from pbfx.parts import candidate_parameters, managed_parameters, parts_of, soma_weight_of
 from pbfx.passes.hold_eval import held_by_graph
-from pbfx.paths import join
+from pbfx.paths import join, modules_in, parameters_in
 from pbfx.perforated import PerforatedModule
 from pbfx.perforation import Perforation
 from pbfx.phase import Phase
@@ -69,10 +69,10 @@ def restructuring(
 @contextmanager
 def synchronised(model: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
     """Bring `optimizer` up to date with what the body makes of the parameters of `model`."""
-    before = dict(model.named_parameters())
+    before = parameters_in(model)
     yield
     if optimizer is not None:
-        after = dict(model.named_parameters())
+        after = parameters_in(model)
         sync_optimizer(optimizer, before, after, managed_parameters(model), soma_weight_of(model))
 
 
@@ -91,7 +91,7 @@ def take_over(
     Raises:
         RestructureError: from whatever failed.
     """
-    now = dict(model.named_parameters())
+    now = parameters_in(model)
     of_dendrites = soma_weight_of(model)
     with undoing(model, optimizer, schedule):
         sync_optimizer(
@@ -106,14 +106,14 @@ def take_over(
 def start_dendrite_phase(model: nn.Module) -> tuple[Frozen, dict[str, SiteLearner]]:
     """Freeze the network and give every site a fresh pool of candidates, with a learner each."""
     frozen = Frozen(
-        tuple(name for name, p in model.named_parameters() if p.requires_grad),
-        tuple(name for name, m in model.named_modules() if m.training),
+        tuple(name for name, p in parameters_in(model).items() if p.requires_grad),
+        tuple(name for name, m in modules_in(model).items() if m.training),
     )
     for part in parts_of(model).values():
         config, grown = part.perforation.config, part.structure().sites
-        for site in part.perforation.sites:
-            has = grown[site.name].dendrites if site.name in grown else 0
-            part.new_candidates(site, config.phase(has).candidates)
+        has = {name: counts.dendrites for name, counts in grown.items()}
+        sites = part.perforation.sites
+        part.new_candidates([(s, config.phase(has.get(s.name, 0)).candidates) for s in sites])
         part.perforation.phase = Phase.DENDRITE
         part.rebuild()
     freeze(model)
@@ -134,7 +134,7 @@ def learners_of(model: nn.Module) -> dict[str, SiteLearner]:
 def freeze(model: nn.Module) -> None:
     """Let only candidates require gradients, drop every gradient, hold the parts in eval."""
     learning = {id(p) for p in candidate_parameters(model).values()}
-    for parameter in model.parameters():
+    for parameter in parameters_in(model).values():
         parameter.requires_grad_(id(parameter) in learning)
         # A zero left behind would still move a parameter under momentum or weight decay.
         parameter.grad = None
@@ -149,17 +149,13 @@ def hold_outside(model: nn.Module) -> list[RemovableHandle]:
     its own flag, and the training loop switches modes at will: each is switched back as it is
     called.
     """
-    held = {
-        id(module)
-        for part in parts_of(model).values()
-        for module in held_by_graph(part, part.perforation.source)
-    }
-
+    parts = parts_of(model).values()
+    held = {id(module) for part in parts for module in held_by_graph(part, part.perforation.source)}
     # The parts change phase together.
-    hold = _Hold(next(iter(parts_of(model).values())).perforation)
+    hold = _Hold(next(iter(parts)).perforation)
     return [
         module.register_forward_pre_hook(hold)
-        for module in model.modules()
+        for module in modules_in(model).values()
         # What a graph has absorbed is never called.
         if id(module) not in held and not isinstance(module, Absorbed)
     ]
@@ -183,10 +179,10 @@ class _Hold:
 def thaw(model: nn.Module, frozen: Frozen) -> None:
     """Undo `freeze`: what learnt before learns again; dendrites follow their mode of learning."""
     learning, training = set(frozen.learning), set(frozen.training)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_in(model).items():
         parameter.requires_grad_(name in learning)
         parameter.grad = None
-    for name, module in model.named_modules():
+    for name, module in modules_in(model).items():
         module.training = name in training
         if isinstance(module, Dendrites):
             # It may be younger than `frozen`; its owner is not.
@@ -235,7 +231,7 @@ def why_nothing_grows(model: nn.Module, learners: dict[str, SiteLearner]) -> str
 
 def _heard(learners: dict[str, SiteLearner]) -> dict[str, SiteLearner]:
     """Return the learners that an error has reached; all, if none has."""
-    return {name: learner for name, learner in learners.items() if learner.batches} or learners
+    return reached(learners) or learners
 
 
 def _growing(

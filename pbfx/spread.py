@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Spread(nn.Module):
@@ -63,6 +69,12 @@ class Spread(nn.Module):
         self.squares.add_(variance * weight + delta**2 * self.count * share)
         self.mean.add_(delta * share)
         self.count.copy_(total)
+
+    def follow(self, group: ProcessGroup) -> None:
+        """Take over what the first rank of a process group has measured."""
+        first = dist.get_global_rank(group, 0)
+        for sums in (self.count, self.mean, self.squares):
+            dist.broadcast(sums, first, group=group)
 
     @property
     def variance(self) -> Tensor:

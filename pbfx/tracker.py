@@ -2,48 +2,45 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import time
-import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from pbfx import checkpoint, restructure
+from pbfx import restructure
 from pbfx.belonging import check, check_optimizer
 from pbfx.budget import Budget
 from pbfx.by_hand import grow_part
 from pbfx.capacity import Capacity, CapacityTest
+from pbfx.deciding import decide, grows_at_once
 from pbfx.errors import TrackerError
-from pbfx.figures import SiteFigures
-from pbfx.history import Epoch, Step, finite_score, write_history
-from pbfx.learning import SiteLearner, hold_older
+from pbfx.history import Epoch, Step
+from pbfx.learning import SiteLearner
+from pbfx.listening import Listening, resumed
+from pbfx.measuring import measure, show_figures
 from pbfx.optimizers import Schedule, Stepping, hold
-from pbfx.parts import Survey, growth_parameters, parts_of, survey
-from pbfx.perforated import PerforatedModule
+from pbfx.parts import Survey, parts_of, survey
 from pbfx.phase import Phase
-from pbfx.policy import (
-    Action,
-    Decision,
-    Plateau,
-    PolicyLike,
-    Situation,
-    asked,
-    finished,
-    growth_epochs,
-    possible,
+from pbfx.policy import Action, Decision, Plateau, PolicyLike, Situation, possible
+from pbfx.ranks import (
+    Wrappers,
+    agreed_score,
+    check_candidates,
+    check_renewable,
+    listen_together,
+    renew,
+    wrappers_of,
 )
 from pbfx.rates import RateSearch, Search
 from pbfx.restructure import Frozen
+from pbfx.run import Run
+from pbfx.run_files import made, write_best, write_last
 from pbfx.settings import PerDendrite, at
-from pbfx.snapshot import Snapshot
 from pbfx.undo import undoing
 from pbfx.waypoint import Waypoint
 
@@ -54,7 +51,8 @@ class Tracker:
     """Decide from validation scores when to add dendrites, and add them.
 
     Replaces `scheduler.step()` in a training script. The model, the optimizer and the scheduler are
-    edited in place: whatever the script holds stays valid.
+    edited in place: whatever the script holds stays valid. Under `DistributedDataParallel` every
+    rank has a tracker, and its wrapper stays valid too.
 
     Args:
         model: a model from `pbfx.transform`, or one that contains such parts, compiled or not.
@@ -115,7 +113,7 @@ class Tracker:
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.optimizer = optimizer
         self.policy: PolicyLike = Plateau() if policy is None else policy
-        self.max_dendrites, self.maximize = max_dendrites, maximize
+        self.max_dendrites = max_dendrites
         self.learning_rates = learning_rates
         check(self.model, optimizer, self.policy, max_dendrites, learning_rates)
         self._stepping: Stepping = scheduler_steps
@@ -125,29 +123,43 @@ class Tracker:
         self.budget = Budget(max_parameters, max_flops, max_epochs, example_inputs)
         if test_capacity and directory is not None:
             directory = Path(directory) / "capacity_test"
-        self.directory = None if directory is None else _folder(directory)
+        self.directory = None if directory is None else made(directory)
 
-        self.complete = False
-        self.history: tuple[Epoch, ...] = ()
-        self._cycle = self._attempt = 0
-        self._best_score: float | None = None
-        self._finishing = False
-        self._best: Snapshot | None = None
-        self._current: Snapshot | None = None
-        self._frozen: Frozen | None = None
-        self._learners: dict[str, SiteLearner] = {}
-        self._holds: list[RemovableHandle] = hold_older(self.model, self.optimizer)
-        # The search for a rate that is under way, and the factor that this phase's has settled on.
-        self._search: Search | None = None
-        self._factor: float | None = None
         self.capacity: Capacity | None = None
-        self._capacity = self._capacity_test() if test_capacity else None
+        self._run = Run(maximize)
+        self._listening = Listening(self.model, optimizer)
+        if test_capacity:
+            parts = self.model, self.optimizer, self._schedule
+            self._run.test = CapacityTest.begin(*parts, max_dendrites)
         # The parameters that the optimizer was last brought in line with.
         self._parameters = dict(self.model.named_parameters())
         self._since = time.perf_counter()
         self._token = object()
         for part in parts_of(self.model).values():
             part.perforation.tracker = self._token
+
+    @property
+    def complete(self) -> bool:
+        """Whether training is over; the best network has then been restored."""
+        return self._run.complete
+
+    @property
+    def history(self) -> tuple[Epoch, ...]:
+        """All epochs so far."""
+        return self._run.history
+
+    @property
+    def maximize(self) -> bool:
+        """Whether a larger score is better."""
+        return self._run.maximize
+
+    @property
+    def _frozen(self) -> Frozen | None:
+        return self._listening.frozen
+
+    @property
+    def _learners(self) -> dict[str, SiteLearner]:
+        return self._listening.learners
 
     @property
     def phase(self) -> Phase:
@@ -162,7 +174,7 @@ class Tracker:
     @property
     def best_score(self) -> float | None:
         """Best validation score of a neuron phase so far."""
-        return self._best_score
+        return self._run.best_score
 
     # What is made here must outlive a caller's inference mode, whose tensors autograd refuses.
     @torch.inference_mode(False)
@@ -177,12 +189,15 @@ class Tracker:
 
         Raises:
             ScoreError: if the score is not a finite number; nothing has moved.
-            TrackerError: if another tracker has taken over the model, or the policy decided what
-                cannot be done; nothing has moved.
+            TrackerError: if another tracker has taken over the model, the policy decided what
+                cannot be done, or the ranks of `DistributedDataParallel` give different scores;
+                nothing has moved. Or if candidates have learnt different things on different ranks;
+                the model is as it was.
             RestructureError: if restructuring failed. It was undone; the score stays in the
                 history.
         """
-        value = finite_score(score)
+        wrappers = wrappers_of(self.model)
+        value = agreed_score(score, wrappers)
         if self.complete:
             done = "training is already complete"
             return Step(False, True, self.phase, self.dendrites, False, done)
@@ -190,33 +205,38 @@ class Tracker:
         if any(part.perforation.tracker is not self._token for part in found.parts.values()):
             raise TrackerError("another tracker has been made for this model; use that one")
         self._schedule.observe()
-        phase, best = self.phase, self.best_score
-        improved = phase is Phase.NEURON and (best is None or self._better(value, best))
+        run, phase = self._run, self.phase
+        improved = phase is Phase.NEURON and run.improves(value)
         if phase is Phase.NEURON:
-            self._keep(value)
+            run.keep(self.model, value)
         seconds = time.perf_counter() - self._since
-        candidate_score, sites = self._measure()
-        situation = self._situation(value, candidate_score, sites, found)
-        if self._capacity is not None:
-            decision = self._test_capacity(self._capacity, situation, seconds, found)
+        candidate_score, sites = measure(self.model, self._learners)
+        check_candidates(candidate_score, wrappers)
+        situation = run.situation(
+            phase, value, candidate_score, sites, found.dendrites, self.max_dendrites
+        )
+        if run.test is not None:
+            decision = self._test_capacity(run.test, situation, seconds, found)
         else:
-            decision = self._decide(situation, found)
-        self._record(value, improved, candidate_score, sites, decision, seconds, found)
+            parts = self.model, found, self._learners
+            decision = decide(self.policy, self.budget, run, situation, *parts)
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        run.record(situation, decision, improved, found, rates, seconds)
         if improved:
             # Before growing: the file is to hold the network that scored.
-            self._write_best()
+            write_best(self.directory, self.model)
         if decision.action is Action.CONTINUE:
             if phase is Phase.NEURON:
                 self._schedule.step(value)
-            if self._search is not None:
-                self._carry_on(self._search)
+            if run.search is not None:
+                self._carry_on(run.search)
         else:
-            self._restructure(decision)
+            self._restructure(decision, wrappers)
             found = survey(self.model)
             logger.info("%s", decision.reason)
         if self.complete:
-            self._write_best()
-        self._write_last()
+            write_best(self.directory, self.model)
+        write_last(self.directory, self.model, self, self.history)
         self._since = time.perf_counter()
         return Step(
             restructured=decision.action is not Action.CONTINUE,
@@ -226,13 +246,6 @@ class Tracker:
             improved=improved,
             reason=decision.reason,
         )
-
-    def _keep(self, score: float) -> None:
-        """Copy the network if it is the best of its phase."""
-        if self._current is None:
-            self._current = Snapshot.take(self.model, score)
-        elif self._better(score, self._current.score):
-            self._current = self._current.renewed(self.model, score)
 
     def adopt(self, optimizer: Optimizer, scheduler: Any = None) -> None:
         """Go on with another optimizer, at any time and in either phase.
@@ -250,7 +263,7 @@ class Tracker:
             RestructureError: if the optimizer cannot step what is the tracker's to give it; the
                 tracker keeps its own.
         """
-        if self._capacity is not None:
+        if self._run.test is not None:
             raise TrackerError(
                 "a capacity test sets its optimizer back at the end, so it keeps the one that it "
                 "began with; adopt another once it is complete"
@@ -266,38 +279,8 @@ class Tracker:
         restructure.take_over(self.model, optimizer, schedule, frozenset(network))
         self.optimizer, self._schedule = optimizer, schedule
         self._parameters = dict(self.model.named_parameters())
-        self._search, self._factor = None, None
-        if not self._learners:
-            for handle in self._holds:
-                handle.remove()
-            self._holds = hold_older(self.model, optimizer)
-
-    def _better(self, new: float, old: float) -> bool:
-        return new > old if self.maximize else new < old
-
-    def _decide(self, situation: Situation, found: Survey) -> Decision:
-        spent = len(self.history) + 1
-        if self._search is not None:
-            decision = Decision(Action.CONTINUE, self._search.judge(situation.scores[-1]))
-            return possible(self.budget.in_time(decision, situation, spent), situation)
-        decision = asked(self.policy, situation)
-        if isinstance(decision, Decision):
-            grows = decision.action is Action.GROW and situation.phase is Phase.NEURON
-            if grows and not situation.finishing:
-                phases = not _grows_at_once(found.parts.values())
-                epochs = growth_epochs(self.policy, situation.dendrites, phases)
-                decision = self.budget.affordable(decision, self.model, found, spent, epochs)
-            if decision.action is Action.PROMOTE and self._learners:
-                # A growth of nothing would go on for ever under a policy that counts dendrites.
-                why = restructure.why_nothing_grows(self.model, self._learners)
-                if why is not None:
-                    decision = Decision(Action.COMPLETE, f"{decision.reason}; {why}")
-            wanted = any(p.perforation.config.finish for p in found.parts.values())
-            kept = self._kept(decision)
-            grown = kept is not None and kept.structure.dendrites > 0
-            decision = finished(decision, situation, wanted and grown)
-            decision = self.budget.in_time(decision, situation, spent)
-        return possible(decision, situation)
+        self._run.search = self._run.factor = None
+        self._listening.follow(self.model, optimizer)
 
     def _carry_on(self, search: Search) -> None:
         """Do what the search for a learning rate has said. Structure and code stay."""
@@ -305,19 +288,13 @@ class Tracker:
         with undoing(*parts):
             over = search.carry_on(*parts)
         if over:
-            self._search, self._factor = None, search.factors[search.best]
-
-    def _capacity_test(self) -> CapacityTest:
-        found = survey(self.model)
-        more = max(0, self.max_dendrites - found.dendrites)
-        parameters = found.parameters + growth_parameters(found.parts, more)
-        start = Waypoint.take(self.model, self.optimizer, self._schedule)
-        return CapacityTest(start, found.dendrites, parameters)
+            self._run.search, self._run.factor = None, search.factors[search.best]
 
     def _test_capacity(
         self, test: CapacityTest, situation: Situation, seconds: float, found: Survey
     ) -> Decision:
-        kept = [t for s in (self._best, self._current) if s for t in s.tensors.values()]
+        networks = self._run.accepted, self._run.current
+        kept = [t for network in networks if network for t in network.tensors.values()]
         epoch = self.phase, found.dendrites, seconds, found.parameters
         test.note(self.model, self.optimizer, kept, epoch)
         decision = test.decide(situation)
@@ -326,96 +303,14 @@ class Tracker:
             decision = Decision(Action.COMPLETE, str(self.capacity), decision.keep)
         return possible(decision, situation)
 
-    def _kept(self, decision: Decision) -> Snapshot | None:
-        """Return the network that is accepted from now on."""
-        return self._current if decision.keep and self._current is not None else self._best
-
-    def _measure(self) -> tuple[float | None, tuple[SiteFigures, ...]]:
-        """Close the epoch of every learner; return the mean score over sites, and the figures."""
-        if not self._learners:
-            return None, ()
-        if not any(learner.batches for learner in self._learners.values()):
-            warnings.warn(
-                "pbfx: no error has reached any candidate since the dendrite phase began; the "
-                "training loop must call loss.backward() on the model's output in this phase too",
-                stacklevel=3,
-            )
-        measured = {name: learner.measure() for name, learner in self._learners.items()}
-        known = [score for score in measured.values() if score is not None]
-        figures = tuple(
-            # As `torch.compile` leaves them in peace, paths do not show that it was there.
-            learner.figures(name.replace("_orig_mod.", ""), measured[name])
-            for name, learner in self._learners.items()
-            if learner.batches
-        )
-        for part in parts_of(self.model).values():
-            part.perforation.figures = figures
-        return sum(known) / len(known) if known else None, figures
-
-    def _situation(
-        self,
-        score: float,
-        candidate_score: float | None,
-        sites: tuple[SiteFigures, ...],
-        found: Survey,
-    ) -> Situation:
-        same = itertools.takewhile(lambda e: e.cycle == self._cycle, reversed(self.history))
-        now = list(same)[::-1]
-        if self._search is None:
-            # What other rates have led to was thrown away.
-            now = [epoch for epoch in now if epoch.rate_factor in (None, self._factor)]
-        return Situation(
-            phase=self.phase,
-            scores=(*(epoch.score for epoch in now), score),
-            candidate_scores=(*(epoch.candidate_score for epoch in now), candidate_score),
-            dendrites=found.dendrites,
-            max_dendrites=self.max_dendrites,
-            attempt=self._attempt,
-            accepted=None if self._best is None else self._best.score,
-            maximize=self.maximize,
-            finishing=self._finishing,
-            sites=sites,
-        )
-
-    def _record(
-        self,
-        score: float,
-        improved: bool,
-        candidate_score: float | None,
-        sites: tuple[SiteFigures, ...],
-        decision: Decision,
-        seconds: float,
-        found: Survey,
-    ) -> None:
-        if improved:
-            self._best_score = score
-        self.history += (
-            Epoch(
-                number=len(self.history) + 1,
-                phase=self.phase,
-                dendrites=found.dendrites,
-                cycle=self._cycle,
-                attempt=self._attempt,
-                score=score,
-                improved=improved,
-                action=decision.action,
-                reason=decision.reason,
-                candidate_score=candidate_score,
-                parameters=found.parameters,
-                learning_rates=tuple(float(group["lr"]) for group in self.optimizer.param_groups),
-                seconds=seconds,
-                rate_factor=None if self._search is None else self._search.factor,
-                sites=sites,
-            ),
-        )
-
-    def _restructure(self, decision: Decision) -> None:
+    def _restructure(self, decision: Decision, wrappers: Wrappers) -> None:
         """Carry out a decision; the tracker's own state changes only when the model's has."""
-        kept = self._kept(decision)
-        source = self._current if decision.action is Action.GROW else kept
-        over = decision.action is Action.COMPLETE
-        if over and self._capacity is not None:
-            source = self._capacity.start.network
+        check_renewable(wrappers)
+        run, over = self._run, decision.action is Action.COMPLETE
+        source = run.current if decision.action is Action.GROW else run.kept(decision)
+        start = run.test.start if over and run.test is not None else None
+        if start is not None:
+            source = start.network
         frozen, learners, search = None, {}, None
         parts = self.model, self.optimizer, self._schedule
         # Promotion makes new tensors; all else returns to a snapshot, which is copied into old
@@ -432,57 +327,33 @@ class Tracker:
                     source.restore(self.model)
                     if self._frozen is not None:
                         restructure.thaw(self.model, self._frozen)
-                    if decision.action is Action.FINISH or self._finishing:
+                    if decision.action is Action.FINISH or run.finishing:
                         restructure.set_finishing(self.model, decision.action is Action.FINISH)
                     elif not over:
                         frozen, learners = self._grow()
                 if not over:
-                    if at(self.reset_learning_rate, self.dendrites):
+                    dendrites = self.dendrites
+                    if at(self.reset_learning_rate, dendrites):
                         self._schedule.reset()
-                    if at(self.reset_optimizer_state, self.dendrites):
+                    if at(self.reset_optimizer_state, dendrites):
                         self.optimizer.state.clear()
-            if over and self._capacity is not None:
-                self._capacity.start.restore(*parts)
+            if start is not None:
+                start.restore(*parts)
                 for path, part in parts_of(self.model).items():
-                    part.perforation.draws = self._capacity.start.draws[path]
-                    part.perforation.figures = ()
+                    part.perforation.draws = start.draws[path]
+                show_figures(self.model, ())
             elif not over and not learners and decision.action is not Action.FINISH:
                 search = self._new_search()
-        self._listen(frozen, learners)
+        renew(wrappers)
+        listen_together(learners, wrappers)
+        self._listening.change(self.model, self.optimizer, frozen, learners)
         self._parameters = dict(self.model.named_parameters())
-        self._cycle += 1
-        self._current = None
-        self._search, self._factor = search, None
-        if decision.action is Action.RETRY:
-            self._attempt += 1
-        elif decision.action in (Action.GROW, Action.FINISH):
-            self._attempt, self._best = 0, kept
-            self._finishing = decision.action is Action.FINISH
-        elif decision.action is Action.COMPLETE:
-            self.complete, self._best, self._finishing = True, kept, False
-            if self._capacity is not None:
-                # Its networks are not the run's.
-                self._capacity = self._best = None
-
-    def _listen(self, frozen: Frozen | None, learners: dict[str, SiteLearner]) -> None:
-        """Let `learners` take the place of those that have listened to backward passes so far."""
-        for learner in self._learners.values():
-            learner.detach()
-        for handle in self._holds:
-            handle.remove()
-        self._frozen, self._learners = frozen, learners
-        self._holds = (
-            restructure.hold_outside(self.model)
-            if learners
-            else hold_older(self.model, self.optimizer)
-        )
-        for learner in learners.values():
-            learner.attach()
+        run.turn(decision, search)
 
     def _grow(self) -> tuple[Frozen | None, dict[str, SiteLearner]]:
         """Start a dendrite phase, or add dendrites at once where the mode of learning has none."""
         parts = parts_of(self.model).values()
-        if _grows_at_once(parts):
+        if grows_at_once(parts):
             for part in parts:
                 grow_part(part, 1, dict.fromkeys(site.name for site in part.perforation.sites))
             return None, {}
@@ -490,21 +361,12 @@ class Tracker:
 
     def _new_search(self) -> Search | None:
         """Start to search for a learning rate, where that is wanted and no test is under way."""
-        if self.learning_rates is None or self._capacity is not None:
+        if self.learning_rates is None or self._run.test is not None:
             return None
         start = Waypoint.take(self.model, self.optimizer, self._schedule)
         search = Search(self.learning_rates, self.dendrites, self.maximize, start)
         self._schedule.scale(search.factor)
         return search
-
-    def _write_best(self) -> None:
-        if self.directory is not None:
-            checkpoint.save(self.model, self.directory / "best.safetensors")
-
-    def _write_last(self) -> None:
-        if self.directory is not None:
-            checkpoint.save(self.model, self.directory / "last.safetensors", self)
-            write_history(self.history, self.directory)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later process needs beside the model's own state dict.
@@ -516,20 +378,8 @@ class Tracker:
         names = {id(p): name for name, p in self.model.named_parameters()}
         return {
             "version": 1,
-            "complete": self.complete,
-            "cycle": self._cycle,
-            "attempt": self._attempt,
-            "finishing": self._finishing,
-            "search": None if self._search is None else self._search.state_dict(),
-            "factor": self._factor,
-            "capacity": None if self._capacity is None else self._capacity.state_dict(),
-            "history": [epoch.to_json() for epoch in self.history],
-            "best": None if self._best is None else self._best.state_dict(),
-            "current": None if self._current is None else self._current.state_dict(),
-            "frozen": None
-            if self._frozen is None
-            else {"learning": list(self._frozen.learning), "training": list(self._frozen.training)},
-            "learners": {name: learner.state_dict() for name, learner in self._learners.items()},
+            **self._run.state_dict(),
+            **self._listening.state_dict(),
             "draws": {p: m.perforation.draws for p, m in parts_of(self.model).items()},
             "groups": [
                 [names.get(id(p)) for p in g["params"]] for g in self.optimizer.param_groups
@@ -545,25 +395,14 @@ class Tracker:
             RestructureError: if `state` does not fit the model, the optimizer or the scheduler;
                 nothing has moved.
         """
-        frozen, learners = None, {}
         with undoing(self.model, self.optimizer, self._schedule):
-            history = tuple(Epoch.from_json(epoch) for epoch in state["history"])
-            # Absent from files that were written before there were any.
-            search, capacity = state.get("search"), state.get("capacity")
-            if search is not None:
-                search = Search.from_state_dict(search, self.maximize)
-            if capacity is not None:
-                capacity = CapacityTest.from_state_dict(capacity)
-            if (capacity is None) != (self._capacity is None) and not state["complete"]:
-                was, now = ("a capacity test", "no capacity test")[:: 1 if capacity else -1]
+            run = Run.from_state_dict(state, self.maximize)
+            if (run.test is None) != (self._run.test is None) and not run.complete:
+                was, now = ("a capacity test", "no capacity test")[:: 1 if run.test else -1]
                 raise TrackerError(
                     f"the saved run was {was}, this tracker is for {now}; give it the same "
                     "test_capacity"
                 )
-            best, current = (
-                None if state[key] is None else Snapshot.from_state_dict(state[key])
-                for key in ("best", "current")
-            )
             parameters = dict(self.model.named_parameters())
             hold(self.optimizer, parameters, self._parameters, state["groups"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -572,39 +411,14 @@ class Tracker:
                 part.perforation.draws = state["draws"].get(path, part.perforation.draws)
             if self._frozen is not None:
                 restructure.thaw(self.model, self._frozen)
-            if self._finishing or state.get("finishing", False):
-                restructure.set_finishing(self.model, state.get("finishing", False))
-            if state["frozen"] is not None:
-                frozen = Frozen(*(tuple(state["frozen"][key]) for key in ("learning", "training")))
-                restructure.freeze(self.model)
-                learners = restructure.learners_of(self.model)
-                for name, learner in learners.items():
-                    learner.load_state_dict(state["learners"][name])
+            if self._run.finishing or run.finishing:
+                restructure.set_finishing(self.model, run.finishing)
+            frozen, learners = resumed(self.model, state)
         self._parameters = parameters
-        self.complete, self.history = state["complete"], history
-        scores = [epoch.score for epoch in history if epoch.improved]
-        self._best_score = scores[-1] if scores else None
-        self._cycle, self._attempt = state["cycle"], state["attempt"]
-        self._finishing = state.get("finishing", False)
-        self._best, self._current = best, current
-        self._search, self._factor = search, state.get("factor")
-        self._capacity = capacity
+        self._run = run
+        wrappers = wrappers_of(self.model)
+        renew(wrappers)
+        listen_together(learners, wrappers)
         self._since = time.perf_counter()
-        self._listen(frozen, learners)
-        figures = next((epoch.sites for epoch in reversed(history) if epoch.sites), ())
-        for part in parts_of(self.model).values():
-            part.perforation.figures = figures
-
-
-def _grows_at_once(parts: Iterable[PerforatedModule]) -> bool:
-    """Return whether growing takes no dendrite phase."""
-    return all(part.perforation.config.learning == "gradient" for part in parts)
-
-
-def _folder(directory: str | os.PathLike[str]) -> Path:
-    folder = Path(directory)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrackerError(f"directory {folder} cannot be made: {error}") from error
-    return folder
+        self._listening.change(self.model, self.optimizer, frozen, learners)
+        show_figures(self.model, next((e.sites for e in reversed(run.history) if e.sites), ()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pbfx.compiled import drop_compiled_code
+from pbfx.copies import copies_of, copy_into
 from pbfx.dendrites import Dendrites
 from pbfx.errors import RestructureError
 from pbfx.optimizers import Schedule
-from pbfx.perforated import perforated_parts, update_followers
+from pbfx.paths import modules_in
+from pbfx.perforated import PerforatedModule, perforated_parts, update_followers
 
 
 @contextmanager
@@ -39,6 +42,10 @@ def undoing(
         RestructureError: from whatever failed.
     """
     undo = _Undo(model, optimizer, schedule, values)
+    # A graph is many small objects that stay: as they are made the collector would walk over all
+    # that the process holds, which takes longer than the rest.
+    collects = gc.isenabled()
+    gc.disable()
     try:
         yield
         for part in perforated_parts(model).values():
@@ -51,6 +58,9 @@ def undoing(
         raise RestructureError(
             f"restructuring failed and was undone: {type(error).__name__}: {error}"
         ) from error
+    finally:
+        if collects:
+            gc.enable()
 
 
 class _Undo:
@@ -67,10 +77,9 @@ class _Undo:
         schedule: Schedule | None,
         values: bool,
     ) -> None:
-        parts = list(perforated_parts(model).values())
+        parts = perforated_parts(model).values()
         averaged = [copy for part in parts for copy in part.perforation.followers]
-        models = nn.ModuleList([model, *averaged])
-        modules = list(models.modules())
+        modules = list(modules_in(nn.ModuleList([model, *averaged])).values())
         kept: list[dict[Any, Any]] = []
         for module in modules:
             kept += [module._modules, module._parameters, module._buffers]
@@ -81,9 +90,11 @@ class _Undo:
         values = values or any(module.alive is not None for module in grown)
         self.parts = [
             (part, part.perforation, dataclasses.replace(part.perforation), part._graph)
-            for part in perforated_parts(models).values()
+            for part in modules
+            if isinstance(part, PerforatedModule)
         ]
-        held = {*models.parameters(), *models.buffers()}
+        owned = (held for m in modules for held in (m._parameters, m._buffers))
+        held = {tensor for each in owned for tensor in each.values() if tensor is not None}
         tensors: set[Tensor] = set()
         lists: list[list[Any]] = []
         if optimizer is not None:
@@ -99,8 +110,8 @@ class _Undo:
         lists += [v for _, items in self.dicts for v in items.values() if isinstance(v, list)]
         self.lists = [(values, list(values)) for values in lists]
         self.flags = [(t, t.requires_grad, t.grad) for t in held | tensors]
-        written = held | tensors if values else tensors
-        self.values = [(t, t.detach().clone()) for t in written]
+        self.written = list(held | tensors if values else tensors)
+        self.values = copies_of(self.written)
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -116,8 +127,7 @@ class _Undo:
         for tensor, requires_grad, grad in self.flags:
             tensor.requires_grad_(requires_grad)
             tensor.grad = grad
-        for tensor, value in self.values:
-            tensor.copy_(value)
+        copy_into(self.written, self.values)
         for part, perforation, fields, graph in self.parts:
             perforation.__dict__.update(fields.__dict__)
             part._graph = graph

@@ -142,6 +142,36 @@ class Normed(nn.Module):
         return self.head(self.norms(self.spectral(self.weighted(self.plain(x)))))
 
 
+class Branch(nn.Module):
+    """Asks for the shape of its input, so that no graph can hold it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.drop = inner, nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.inner(x)) if x.dim() == 2 else x
+
+
+class Coder(nn.Module):
+    """Offers methods of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        self.up = nn.Linear(2, 4)
+        self.note = {"size": 2}
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.down(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return torch.sigmoid(self.up(z))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x))
+
+
 def perceptron() -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)

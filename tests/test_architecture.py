@@ -20,7 +20,8 @@ KERNELS = ROOT / "kernels" / "pbfx_kernels"
 # or a folder directly under pbfx/.
 LAYERS: list[tuple[str, str]] = [
     (
-        "errors config settings figures phase files encoding paths artefacts",
+        "errors config settings figures phase files encoding paths copies artefacts machine "
+        "wording",
         "say what is wrong, wanted, stored; know no graph",
     ),
     (
@@ -33,7 +34,7 @@ LAYERS: list[tuple[str, str]] = [
     ),
     ("learning", "train dendrites; know no pass"),
     (
-        "passes pipeline perforation perforated absorbed compiled lowered",
+        "passes pipeline perforation kinds followers perforated absorbed compiled lowered",
         "rewrite graphs; `perforated` is what they rewrite",
     ),
     (
@@ -42,7 +43,8 @@ LAYERS: list[tuple[str, str]] = [
         "the verbs, each made of passes",
     ),
     (
-        "policy history waypoint budget rates capacity belonging tracker",
+        "policy history waypoint budget rates capacity belonging run run_files deciding listening "
+        "measuring ranks tracker",
         "when to restructure, and the call that does it",
     ),
     ("backend", "torch.compile: lowers what the verbs made"),
@@ -54,7 +56,7 @@ OUTERMOST = frozenset(LAYERS[-1][0].split())
 # Rooms that run a terminal session, and so may print and exit.
 TERMINAL = frozenset({"cli", "__main__", "demo"})
 # What pbfx/policy/ may import beside the standard library: these import nothing else themselves.
-PURE = frozenset({"pbfx.errors", "pbfx.phase", "pbfx.settings", "pbfx.figures"})
+PURE = frozenset({"pbfx.errors", "pbfx.phase", "pbfx.settings", "pbfx.figures", "pbfx.wording"})
 # Calls that take the terminal or the process away from the program that imported us.
 FORBIDDEN_CALLS = frozenset(
     ["print", "input", "breakpoint", "pdb.set_trace", "exit", "quit", "sys.exit", "os._exit"]

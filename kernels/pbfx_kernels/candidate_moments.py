@@ -30,6 +30,7 @@ from torch import Tensor
 
 from pbfx_kernels.moments import Moment
 from pbfx_kernels.relaunch import Launch
+from pbfx_kernels.triton_math import tanh
 from pbfx_kernels.walking import (
     ceiling,
     interleaved_strides,
@@ -60,29 +61,14 @@ _TILES_EACH = 4
 
 
 @triton.jit
-def _tanh(z, ROUNDED: tl.constexpr):
-    # 1 - 2/(e^2z + 1) cancels near zero, by less than 1e-7 in all: relative to a rounded z nothing.
-    decay = tl.exp(-2.0 * tl.abs(z))
-    far = (1.0 - decay) / (1.0 + decay)
-    a = tl.where(z < 0, -far, far)
-    if not ROUNDED:
-        # There the odd series up to z^9 errs by less than 2e-8 of tanh.
-        square = z * z
-        series = -17 / 315 + 62 / 2835 * square
-        series = 2 / 15 + series * square
-        series = -1 / 3 + series * square
-        a = tl.where(tl.abs(z) < 0.25, z + z * square * series, a)
-    return a
-
-
-@triton.jit
 def _activation_and_slope(z, ACTIVATION: tl.constexpr, ROUNDED: tl.constexpr):
     """Return f(z) and f'(z) of a float32 tile; ROUNDED if z comes from a dtype of half the bits."""
     if ACTIVATION == "sigmoid":
         a = tl.sigmoid(z)
         slope = a * (1.0 - a)
     elif ACTIVATION == "tanh":
-        a = _tanh(z, ROUNDED)
+        # Where exp(2 z) would overflow, tanh has been 1 for long.
+        a = tanh(tl.minimum(z, 40.0, propagate_nan=tl.PropagateNan.ALL), ROUNDED)
         slope = 1.0 - a * a
     elif ACTIVATION == "relu":
         # Zero at the kink, as torch does, and NaN stays NaN.

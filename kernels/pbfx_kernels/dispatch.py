@@ -1,12 +1,16 @@
 """Run a site by the strategy that `pbfx_kernels.strategy` chooses: what the ops call."""
 
+import functools
+
+import torch
 from torch import Tensor
 
 from pbfx_kernels import reference
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like, writable
-from pbfx_kernels.strategy import Strategy, choose, problem_of
+from pbfx_kernels.strategy import Problem, Strategy, choose, problem_of
+from pbfx_kernels.walking import REMEMBERED
 
 
 def evaluate_dendrites(
@@ -89,10 +93,9 @@ def _launch(
 
 def sum_to_soma_gradient(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:
     """Sum `dT_d = Σ_p g ⊙ a_d`; arguments and result as of `reference.dendrites_backward`."""
-    axis = grad.dim() + channel_axis
-    # The same rules as for a forward whose weight has no more to say than its shape.
-    weight = activations.new_empty((activations.shape[0], grad.shape[axis], 0), device="meta")
-    problem = problem_of(grad, weight, Geometry())
+    problem = _problem_of_sum(
+        grad.shape, grad.dtype, grad.device, activations.shape[0], grad.dim() + channel_axis
+    )
 
     def plain() -> Tensor:
         return reference.dendrites_backward(grad, activations, channel_axis)
@@ -105,6 +108,15 @@ def sum_to_soma_gradient(grad: Tensor, activations: Tensor, channel_axis: int) -
     return (
         plain() if choose(problem) is Strategy.REFERENCE else or_reference(problem, kernel, plain)
     )
+
+
+@functools.lru_cache(REMEMBERED)
+def _problem_of_sum(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dendrites: int, axis: int
+) -> Problem:
+    """Describe a sum by the rules for a forward whose weight says no more than its shape."""
+    grad = torch.empty((), dtype=dtype, device=device).expand(shape)
+    return problem_of(grad, grad.new_empty((dendrites, shape[axis], 0), device="meta"), Geometry())
 
 
 def recompute_to_soma_gradient(

@@ -15,16 +15,20 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 # The type checker does not know what Triton adds to Python: launch options, static_range.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
+import functools
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, fast_activations, on_device, power_of_two
-from pbfx_kernels.layout import grid_of, regular
+from pbfx_kernels.layout import grid_of_strides, regular
+from pbfx_kernels.relaunch import Launch
 from pbfx_kernels.triton_math import cascade, negated_sum
+from pbfx_kernels.walking import REMEMBERED, Sizes
 
 # Elements of a tile. A thread then holds 8 elements of each of D + 1 tensors: enough loads in
 # flight to hide the memory's latency, and no spills up to MOST_DENDRITES.
@@ -156,14 +160,17 @@ def dendrites_epilogue(
         kept: `(D, *soma)`, each slice with the strides of `out`; written.
     """
     axis = geometry.channel_axis
-    dendrites, neurons = to_soma.shape
     soma, z = regular(soma, axis), regular(z, axis)
-    grid = grid_of(axis, out, soma, z.narrow(axis, 0, neurons))
-    tile = tile_of(grid.positions, neurons, dendrites, grid.channels_last, grid.mixed)
-    blocks = ceiling(grid.positions, tile.positions) * ceiling(neurons, tile.neurons)
-    group = neurons // geometry.groups
+    launch = _prepare(
+        (axis, geometry.groups, *to_soma.shape, activation, fast_activations(soma)),
+        (out.shape, out.stride(), soma.stride(), z.stride()),
+        None if kept is None else kept.stride(0),
+        (soma.dtype, None if bias is None else bias.dtype, to_soma.dtype, to_dendrite.dtype),
+        soma.get_device(),
+    )
     with on_device(soma):
-        _dendrites_epilogue_kernel[(blocks,)](
+        launch(
+            soma.get_device(),
             out,
             # A pointer has to be one, whether it is read or not.
             out if kept is None else kept,
@@ -172,23 +179,40 @@ def dendrites_epilogue(
             soma if bias is None else bias.contiguous(),
             to_soma.contiguous(),
             to_dendrite.contiguous(),
-            grid.positions,
-            grid.inner,
-            neurons,
-            group,
-            group * z.stride(axis),
-            0 if kept is None else kept.stride(0),
-            *grid.strides[0],
-            *grid.strides[1],
-            *grid.strides[2],
-            D=dendrites,
-            ACTIVATION=activation,
-            FAST=fast_activations(soma),
-            HAS_BIAS=bias is not None,
-            KEEP=kept is not None,
-            ROWS=grid.inner == 1,
-            GROUPED=geometry.groups > 1,
-            BLOCK_P=tile.positions,
-            BLOCK_N=tile.neurons,
-            num_warps=tile.warps,
         )
+
+
+@functools.lru_cache(REMEMBERED)
+def _prepare(
+    site: tuple[int, int, int, int, str, bool],
+    layout: tuple[Sizes, Sizes, Sizes, Sizes],
+    kept_d: int | None,
+    dtypes: tuple[torch.dtype | None, ...],
+    _: int,
+) -> Launch:
+    """Prepare the pass over tensors of this form.
+
+    Args:
+        site: channel axis, groups, D, N, activation, and whether the hardware's is exact enough.
+        layout: the output's shape, and the strides of output, soma and preactivations.
+        kept_d: stride of the activations, or None where they are not kept.
+        dtypes: of soma, bias, to-soma and to-dendrite links, for which Triton compiles anew.
+        _: the device, on which the compiled kernel lies.
+    """
+    axis, groups, dendrites, neurons, activation, fast = site
+    shape, *strides = layout
+    grid = grid_of_strides(axis, shape, *strides)
+    tile = tile_of(grid.positions, neurons, dendrites, grid.channels_last, grid.mixed)
+    blocks = ceiling(grid.positions, tile.positions) * ceiling(neurons, tile.neurons)
+    group = neurons // groups
+    sizes = grid.positions, grid.inner, neurons, group, group * strides[2][axis], kept_d or 0
+    return Launch(
+        _dendrites_epilogue_kernel,
+        (blocks, 1),
+        (*sizes, *grid.strides[0], *grid.strides[1], *grid.strides[2]),
+        (
+            *(dendrites, activation, fast, dtypes[1] is not None, kept_d is not None),
+            *(grid.inner == 1, groups > 1, tile.positions, tile.neurons),
+        ),
+        tile.warps,
+    )

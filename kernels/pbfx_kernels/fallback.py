@@ -26,23 +26,27 @@ def or_reference(problem: Problem, kernel: Callable[[], T], plain: Callable[[], 
     Warns:
         RuntimeWarning: the first time that a kernel fails for a site like this one.
     """
-    like = dataclasses.replace(problem, positions=0)
-    if like in _refused:
+    if _refused and _like(problem) in _refused:
         return plain()
     try:
         return kernel()
     except Exception as error:
         if not _is_tritons(error):
             raise
-        _refused.add(like)
+        _refused.add(_like(problem))
         warnings.warn(
-            f"pbfx: a kernel for a site of {problem.neurons} neurons, {problem.inputs} inputs and "
-            f"{problem.dendrites} dendrites in {problem.dtype} cannot be launched "
+            f"pbfx: a kernel for a site with N={problem.neurons}, K={problem.inputs}, "
+            f"D={problem.dendrites} in {problem.dtype} cannot be launched "
             f"({type(error).__name__}: {error}); such sites run the reference, in plain torch",
             RuntimeWarning,
             stacklevel=3,
         )
         return plain()
+
+
+def _like(problem: Problem) -> Problem:
+    """Return what stands for a site with any number of positions."""
+    return dataclasses.replace(problem, positions=0)
 
 
 def _is_tritons(error: Exception) -> bool:

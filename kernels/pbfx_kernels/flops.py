@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import pbfx_kernels.neuron_op  # noqa: F401  registers its op and those of `pbfx_kernels.ops`
+# They register their ops and those of `pbfx_kernels.ops`.
+import pbfx_kernels.frozen
+import pbfx_kernels.neuron_op  # noqa: F401
 
 
 def stacked_flops(
@@ -41,6 +43,35 @@ def dendrites_flops(
     return stacked_flops(soma, x, weight, rest[8])
 
 
+@register_flop_formula(torch.ops.pbfx.full_dendrites)
+def full_dendrites_flops(
+    soma: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, **_: Any
+) -> int:
+    """Count `pbfx::full_dendrites`."""
+    # bias, to_soma, to_dendrite, activation, stride, padding, dilation, groups, transposed
+    return stacked_flops(soma, x, weight, rest[8])
+
+
+@register_flop_formula(torch.ops.pbfx.full_dendrites_backward)
+def full_dendrites_backward_flops(
+    grad: Sequence[int],
+    z: Sequence[int],
+    x: Sequence[int],
+    weight: Sequence[int],
+    *rest: Any,
+    **_: Any,
+) -> int:
+    """Count `pbfx::full_dendrites_backward`: a product each for the input and for the weights."""
+    # bias, to_soma, to_dendrite, activation, stride, padding, dilation, groups, transposed,
+    # output_padding, frozen, wants_x, wants_weight
+    transposed, frozen, wants_x, wants_weight = rest[8], *rest[10:13]
+    count = weight[0]
+    # What is frozen is left out where no error has to go through it.
+    learning = count if wants_x else count - frozen
+    products = wants_x + (wants_weight and frozen < count)
+    return products * stacked_flops(grad, x, (learning, *weight[1:]), transposed)
+
+
 @register_flop_formula(torch.ops.pbfx.perforated_linear)
 def perforated_linear_flops(
     x: Sequence[int],
@@ -52,6 +83,20 @@ def perforated_linear_flops(
 ) -> int:
     """Count `pbfx::perforated_linear`: its soma and its dendrites; its backward is plain ops."""
     return 2 * math.prod(x) * weight[0] * (1 + dendrite_weight[0])
+
+
+@register_flop_formula(torch.ops.pbfx.frozen_neurons)
+def frozen_neurons_flops(
+    x: Sequence[int],
+    weights: Sequence[int],
+    bias: Sequence[int] | None,
+    to_soma: Sequence[int],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Count `pbfx::frozen_neurons`, without the rows of zeros."""
+    dendrites, neurons = to_soma
+    return 2 * math.prod(x) * neurons * (1 + dendrites)
 
 
 @register_flop_formula(torch.ops.pbfx.dendrites_recompute)

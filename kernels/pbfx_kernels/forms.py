@@ -16,6 +16,7 @@ shape that it needs is an argument. It is perforated by detaching what dendrites
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any
@@ -39,6 +40,9 @@ _SMALL_OUTPUT = 4 * 2**20
 _MANY_TAPS = 25
 # Neurons up to which D convolutions are faster than one with D times the outputs.
 _LOOPED_NEURONS, _LOOPED_CHANNELS = 64, 32
+# Positions that are worth a sum of their own, and sums enough to be a loop's work: a compiler cuts
+# longer ones once more if there are fewer than some 64 for each multiprocessor.
+_LEAST_POSITIONS, _ENOUGH_SUMS = 32, 2**15
 
 
 class Form(Enum):
@@ -84,6 +88,36 @@ def choose_form(problem: Problem, training: bool, absorbs: bool, with_soma: bool
     return Form.PACKED
 
 
+def parts_of_sum(shape: Sequence[Any], channel_axis: int) -> int | None:
+    """Return how a compiler had better sum `dT`: within parts of an image first, then over them.
+
+    The sum within parts shares the loop of what else reads the error there, `(part, neuron)` by
+    positions; a sum over everything is a pass of its own over error and preactivations, and as many
+    small kernels after it as there are dendrites.
+
+    Args:
+        shape: of the soma's output, sizes that are dynamic included.
+        channel_axis: of the neurons, negative.
+
+    Returns:
+        How many parts there are in an image of a convolution (1), or along the last axis of the
+        positions of a linear op; None for one sum.
+    """
+    neurons = len(shape) + channel_axis
+    if channel_axis < -1:
+        extents = shape[neurons + 1 :]
+        known = neurons > 0 and all(isinstance(size, int) for size in extents)
+        # Of a few positions the partial sums are as many as what is summed.
+        return 1 if known and math.prod(extents) >= _LEAST_POSITIONS else None
+    rows = shape[-2] if len(shape) > 1 else None
+    if not isinstance(rows, int):
+        return None
+    sums = math.prod(size for size in (*shape[:-2], shape[-1]) if isinstance(size, int))
+    parts = [n for n in range(1, rows // _LEAST_POSITIONS + 1) if rows % n == 0]
+    enough = [n for n in parts if n * sums >= _ENOUGH_SUMS]
+    return (enough[:1] or parts[-1:] or [None])[0]
+
+
 def dendrites_in_graph(
     form: Form,
     soma: Any,
@@ -98,6 +132,7 @@ def dendrites_in_graph(
     neurons: int,
     dtype: torch.dtype,
     products: torch.dtype | None = None,
+    shape: Sequence[Any] | None = None,
 ) -> tuple[Any, list[Any]]:
     """Compute a site's output in plain torch; arguments may be tensors or `fx.Proxy`s.
 
@@ -115,6 +150,7 @@ def dendrites_in_graph(
         neurons: N.
         dtype: of `soma`.
         products: dtype of the products, `dtype` if None. Everything after them is as ever.
+        shape: of `soma`, if a backward follows that a compiler is to fuse; see `parts_of_sum`.
 
     Returns:
         out: `(*soma)`, `dtype`.
@@ -124,27 +160,29 @@ def dendrites_in_graph(
     """
     wide, products = accumulation_dtype(dtype), products or dtype
     x, weight = x.detach().to(products), weight.detach().to(products)
-    bias = None if bias is None else bias.detach().to(products)
 
     def widened(value: Any, given: torch.dtype) -> Any:
         # Every node that is not there is compiled the faster.
         return value if given is wide else value.to(wide)
 
+    # The bias is for the epilogue: a backward keeps what a library wrote, and a sum with the bias
+    # would be a pass over it.
     if form is Form.LOOPED:
-        z = [
-            product(x, weight[d], None if bias is None else bias[d], geometry) for d in range(count)
-        ]
+        z = [widened(product(x, weight[d], None, geometry), products) for d in range(count)]
     else:
-        z = _packed(x, weight, bias, geometry, count, neurons)
+        stacked = product(x, _stacked(weight, geometry, count, neurons), None, geometry)
+        z = _apart(widened(stacked, products), geometry, count, neurons)
     lined_up = (neurons, *(1,) * geometry.spatial)
-    links = to_soma.to(wide).reshape((count, *lined_up))
-    cascade = to_dendrite.detach().to(wide).reshape((count, count, *lined_up))
+    links = _links(to_soma.to(wide), soma, geometry, count, neurons, shape)
+    if bias is not None:
+        bias = bias.detach().to(wide).reshape((count, *lined_up)).unbind()
+    cascade = to_dendrite.detach().to(wide).reshape((count * count, *lined_up)).unbind()
     activations: list[Any] = []
     negated = None
     for d in range(count):
-        z_d = widened(z[d], products)
+        z_d = z[d] if bias is None else z[d] + bias[d]
         for e, a_e in enumerate(activations):
-            z_d = z_d + cascade[d, e] * a_e
+            z_d = z_d + cascade[d * count + e] * a_e
         a_d = activate(activation, z_d)
         added = links[d] * a_d
         # Kept negated, for the sake of signed zeros: see `reference.dendrites`.
@@ -154,25 +192,50 @@ def dendrites_in_graph(
     return out if dtype is wide else out.to(dtype), activations
 
 
-def _packed(
-    x: Any, weight: Any, bias: Any, geometry: Geometry, count: int, neurons: int
+def _links(
+    to_soma: Any,
+    soma: Any,
+    geometry: Geometry,
+    count: int,
+    neurons: int,
+    shape: Sequence[Any] | None,
 ) -> Sequence[Any]:
-    """Return the D preactivations of one product over stacked weights."""
+    """Return T_d, D tensors that broadcast over `soma`, of which autograd sums as is best."""
+    lined_up = (neurons, *(1,) * geometry.spatial)
+    parts = None if shape is None else parts_of_sum(shape, geometry.channel_axis)
+    if shape is None or parts is None:
+        return to_soma.reshape((count, *lined_up)).unbind()
+    if geometry.spatial:
+        # Links for each image: (B, N, 1, ...).
+        each = to_soma.reshape((count, 1, *lined_up))
+        return each.expand(count, soma.size(0), *lined_up).unbind()
+    # And for each part of its rows: (..., parts, 1, N), of which every row of a part reads one.
+    before = [soma.size(axis) for axis in range(len(shape) - 2)]
+    each = to_soma.reshape((count, *(1,) * len(before), 1, 1, neurons))
+    # A backward of `unbind` is one stack, and of an index a sum of padded tensors.
+    each = each.expand(count, *before, parts, 1, neurons).unbind()
+    rows = shape[-2] // parts
+    return [each[d].expand(*before, parts, rows, neurons).flatten(-3, -2) for d in range(count)]
+
+
+def _stacked(weight: Any, geometry: Geometry, count: int, neurons: int) -> Any:
+    """Return one weight of D."""
+    groups = geometry.groups
+    if count == 1:
+        return weight[0]
+    if geometry.transposed:
+        return weight.movedim(0, 1).flatten(1, 2)
+    if groups == 1:
+        return weight.flatten(0, 1)
+    # The channels of a group lie together, so the order is (group, d, neuron of group).
+    return weight.unflatten(1, (groups, neurons // groups)).movedim(1, 0).flatten(0, 2)
+
+
+def _apart(z: Any, geometry: Geometry, count: int, neurons: int) -> Sequence[Any]:
+    """Take the product over stacked weights apart into those of the D dendrites."""
     groups, axis = geometry.groups, geometry.channel_axis
     if count == 1:
-        return [product(x, weight[0], None if bias is None else bias[0], geometry)]
-    if geometry.transposed:
-        stacked = weight.movedim(0, 1).flatten(1, 2)
-    elif groups == 1:
-        stacked = weight.flatten(0, 1)
-    else:
-        # The channels of a group lie together, so the order is (group, d, neuron of group).
-        stacked = weight.unflatten(1, (groups, neurons // groups)).movedim(1, 0).flatten(0, 2)
-    if bias is not None and groups == 1:
-        bias = bias.flatten(0, 1)
-    elif bias is not None:
-        bias = bias.unflatten(1, (groups, neurons // groups)).movedim(1, 0).flatten(0, 2)
-    z = product(x, stacked, bias, geometry)
+        return [z]
     if groups == 1:
         return [z.narrow(axis, d * neurons, neurons) for d in range(count)]
     z = z.unflatten(axis, (groups, count, neurons // groups))

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pbfx_kernels.neuron_op  # noqa: F401  registers its op and those of `pbfx_kernels.ops`
-from pbfx_kernels import candidate_autograd
+from pbfx_kernels import candidate_autograd, dendrite_autograd
 from pbfx_kernels.geometry import LINEAR, Geometry
 from pbfx_kernels.strategy import fuses, linear_problem, recomputes
 
@@ -55,13 +55,12 @@ def dendrites(
 
     Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
     """
+    keep = keep or _backward_wants_activations(soma, weight, to_soma, geometry)
+    tensors = soma, x, weight, bias, to_soma, to_dendrite
+    if candidate_autograd.runs_eagerly(*tensors):
+        return dendrite_autograd.apply(*tensors, activation, geometry, keep)
     return torch.ops.pbfx.dendrites.default(
-        soma,
-        x,
-        weight,
-        bias,
-        to_soma,
-        to_dendrite,
+        *tensors,
         activation,
         geometry.stride,
         geometry.padding,
@@ -69,7 +68,7 @@ def dendrites(
         geometry.groups,
         geometry.transposed,
         geometry.output_padding,
-        keep or _backward_wants_activations(soma, weight, to_soma, geometry),
+        keep,
     )
 
 

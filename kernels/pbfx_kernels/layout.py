@@ -7,13 +7,15 @@ all tensors can be walked with a single stride: linear ops, NHWC, unbatched inpu
 nothing else of a site's geometry.
 """
 
-import math
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pbfx_kernels.walking import merged_stride
+from pbfx_kernels import walking
+from pbfx_kernels.walking import REMEMBERED, Sizes, walk
+from pbfx_kernels.walking import regular as regular
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,38 +55,30 @@ def grid_of(channel_axis: int, *tensors: Tensor) -> Grid:
     Returns:
         The grid, with strides in the order of `tensors`.
     """
-    shape = tensors[0].shape
-    axis = len(shape) + channel_axis
-    positions, inner = math.prod(shape) // shape[axis], math.prod(shape[axis + 1 :])
-    singles = [_merged(tensor, axis, 0, len(shape)) for tensor in tensors]
-    found = []
-    for tensor, single in zip(tensors, singles, strict=True):
-        outer, within = _merged(tensor, axis, 0, axis), _merged(tensor, axis, axis, len(shape))
-        assert outer is not None, "not regular"
-        assert within is not None, "not regular"
-        if None not in singles:
-            outer, within = single, 0
-        found.append((outer, within, tensor.stride(axis)))
-    return Grid(positions, shape[axis], 1 if None not in singles else inner, tuple(found))
+    return grid_of_strides(channel_axis, tensors[0].shape, *(t.stride() for t in tensors))
+
+
+@functools.lru_cache(REMEMBERED)
+def grid_of_strides(channel_axis: int, shape: Sizes, *strides: Sizes) -> Grid:
+    """Find the strides with which tensors are walked; see `grid_of`.
+
+    Args:
+        channel_axis: as there.
+        shape: of the tensors.
+        strides: of each tensor.
+    """
+    walked = walk(shape, channel_axis, *strides)
+    positions, neurons = walked.outer * walked.inner, shape[channel_axis]
+    if walked.outer == 1:
+        single = tuple((inner, 0, neuron) for _, neuron, inner in walked.strides)
+        return Grid(positions, neurons, 1, single)
+    found = tuple((outer, inner, neuron) for outer, neuron, inner in walked.strides)
+    return Grid(positions, neurons, walked.inner, found)
 
 
 def is_regular(tensor: Tensor, channel_axis: int) -> bool:
     """Return whether the axes before the channels merge into one, and likewise those after them."""
-    axis = tensor.dim() + channel_axis
-    halves = _merged(tensor, axis, 0, axis), _merged(tensor, axis, axis, tensor.dim())
-    return None not in halves
-
-
-def regular(tensor: Tensor, channel_axis: int) -> Tensor:
-    """Return `tensor`, or a contiguous copy where it cannot be walked as a grid."""
-    return tensor if is_regular(tensor, channel_axis) else tensor.contiguous()
-
-
-def _merged(tensor: Tensor, axis: int, start: int, stop: int) -> int | None:
-    """Merge the axes from `start` to `stop`, without the neurons' own."""
-    kept = [i for i in range(start, stop) if i != axis]
-    shape, strides = tensor.shape, tensor.stride()
-    return merged_stride(tuple(shape[i] for i in kept), tuple(strides[i] for i in kept))
+    return walking.is_regular(tensor.shape, tensor.stride(), channel_axis)
 
 
 def writable(like: Tensor, channel_axis: int) -> Tensor:

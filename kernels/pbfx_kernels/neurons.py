@@ -182,7 +182,7 @@ def _runs_kernel(
     # Compilers fuse plain torch with what follows, and tracers cannot look into a launch.
     if torch.compiler.is_compiling() or x.device.type != "cuda" or not x.numel():
         return False
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, soma)):
         return False

@@ -58,13 +58,13 @@ def dendrites_op(
 
     Without `keep`, the activations that come back are `(0, *soma)`.
     """
-    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
+    geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
     check_dendrites(soma, x, weight, bias, to_soma, to_dendrite, activation, geometry)
     with _no_autocast(soma):
         out, activations = evaluate_dendrites(
             soma, x, weight, bias, to_soma, to_dendrite, activation, geometry, keep
         )
-    return _laid_out(out, _strides(soma)), _laid_out(activations, _stack_strides(soma))
+    return laid_out(out, strides_of(soma)), laid_out(activations, stack_strides(soma))
 
 
 @dendrites_op.register_fake
@@ -84,10 +84,10 @@ def _(
     output_padding: Sequence[int],
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
+    geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
     check_dendrites(soma, x, weight, bias, to_soma, to_dendrite, activation, geometry)
     count = weight.shape[0] if keep else 0
-    activations = soma.new_empty_strided((count, *soma.shape), _stack_strides(soma))
+    activations = soma.new_empty_strided((count, *soma.shape), stack_strides(soma))
     return torch.empty_like(soma), activations
 
 
@@ -120,7 +120,7 @@ def dendrites_recompute_op(
     output_padding: Sequence[int],
 ) -> Tensor:
     """Match `reference.dendrites_backward` on the activations of `reference.dendrites`."""
-    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
+    geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
     with _no_autocast(grad):
         return recompute_to_soma_gradient(grad, x, weight, bias, to_dendrite, activation, geometry)
 
@@ -199,7 +199,7 @@ def candidates_op(
     output_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Copy `neuron` and compute `reference.candidate_preactivations`; see `candidate_autograd`."""
-    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
+    geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
     check_candidates(
         neuron,
         x,
@@ -219,7 +219,7 @@ def candidates_op(
             x, activations.to(neuron.dtype), weight, bias, to_dendrite, geometry
         )
     # An op may not return its input, so the neuron's output is copied.
-    return torch.empty_like(neuron).copy_(neuron), _laid_out(z, _stack_strides(neuron))
+    return torch.empty_like(neuron).copy_(neuron), laid_out(z, stack_strides(neuron))
 
 
 @candidates_op.register_fake
@@ -242,7 +242,7 @@ def _(
     transposed: bool,
     output_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
+    geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
     check_candidates(
         neuron,
         x,
@@ -257,7 +257,7 @@ def _(
         activation,
         geometry,
     )
-    z = neuron.new_empty_strided((weight.shape[0], *neuron.shape), _stack_strides(neuron))
+    z = neuron.new_empty_strided((weight.shape[0], *neuron.shape), stack_strides(neuron))
     return torch.empty_like(neuron), z
 
 
@@ -280,7 +280,7 @@ def candidates_backward_op(
     output_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute `reference.candidates_backward`; gradients are dense and contiguous."""
-    geometry = _geometry(stride, padding, dilation, groups, transposed, output_padding)
+    geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
     with _no_autocast(grad):
         grad_weight, bias, to_dendrite, moments = candidate_autograd.differentiate(
             grad,
@@ -322,7 +322,7 @@ def _(
     output_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c = weight_shape[0]
-    n = _geometry(stride, padding, dilation, groups, transposed, output_padding).neurons(
+    n = geometry_of(stride, padding, dilation, groups, transposed, output_padding).neurons(
         weight_shape[1:]
     )
     shapes = (weight_shape, (c, n), (c, activations.shape[0], n), (6 * c, n))
@@ -366,7 +366,7 @@ def _candidates_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tu
 candidates_op.register_autograd(_candidates_gradients, setup_context=_candidates_setup)
 
 
-def _geometry(
+def geometry_of(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -374,22 +374,23 @@ def _geometry(
     transposed: bool,
     output_padding: Sequence[int],
 ) -> Geometry:
+    """Put the arguments of an op together."""
     return Geometry(
         tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
     )
 
 
-def _strides(soma: Tensor) -> tuple[int, ...]:
+def strides_of(soma: Tensor) -> tuple[int, ...]:
     """Return the strides of `empty_like(soma)`: channels-last stays so, gaps and overlaps close."""
     return torch.empty_like(soma, device="meta").stride()
 
 
-def _stack_strides(soma: Tensor) -> tuple[int, ...]:
+def stack_strides(soma: Tensor) -> tuple[int, ...]:
     """Return the strides of `(D, *soma)` whose every slice is laid out as `empty_like(soma)`."""
-    return (soma.numel(), *_strides(soma))
+    return (soma.numel(), *strides_of(soma))
 
 
-def _laid_out(result: Tensor, strides: tuple[int, ...]) -> Tensor:
+def laid_out(result: Tensor, strides: tuple[int, ...]) -> Tensor:
     """Copy a result where it does not have the strides that the fake promised."""
     if result.stride() == strides:
         return result

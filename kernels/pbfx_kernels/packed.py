@@ -9,12 +9,15 @@ is bounded. Chunks so small that `z` stays in the L2 cache were tried and are sl
 more on the smaller products than the cache gives.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling
+from pbfx_kernels.reference import flatten_stack
 
 # Bytes of `z` at a time: enough for a library to run at full speed.
 CHUNK_BYTES = 256 * 2**20
@@ -89,16 +92,20 @@ def prepared(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Ten
         short, rows = -x.shape[-1] % _ALIGNED, -stacked.shape[0] % _ALIGNED
         if (short or rows) and x.numel() >= _WORTH_COPYING:
             return F.pad(x, (0, short)), F.pad(stacked, (0, short, 0, rows))
-    elif geometry.spatial == 2 and geometry.groups == 1 and x.dim() == 4 and x.shape[1] >= 8:
+    elif prefers_nhwc(x.shape, x.element_size(), geometry):
         return x.contiguous(memory_format=torch.channels_last), stacked
     return x, stacked
 
 
+def prefers_nhwc(x: Sequence[int], element_size: int, geometry: Geometry) -> bool:
+    """Return whether a library's convolutions of an input of shape `x` are much faster in NHWC."""
+    images = geometry.spatial == 2 and geometry.groups == 1 and len(x) == 4
+    return element_size == 2 and images and x[1] >= 8
+
+
 def stacked_weight(weight: Tensor, groups: int) -> Tensor:
-    """Make one weight of D: `(D, N, ...)` to `(D * N, ...)`, in the order (group, d, neuron)."""
-    # A view where there is one group.
-    split = weight.unflatten(1, (groups, weight.shape[1] // groups))
-    return split.movedim(1, 0).flatten(0, 2)
+    """Make one weight of D: `(D, N, ...)` to `(D * N, ...)`, a view where there is one group."""
+    return flatten_stack(weight, 1 - weight.dim(), groups)
 
 
 def library(x: Tensor, stacked: Tensor, geometry: Geometry) -> Tensor:

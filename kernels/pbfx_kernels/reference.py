@@ -70,7 +70,7 @@ def preactivations(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geo
     weight = flatten_weight(weight, geometry)
     bias = None if bias is None else flatten_stack(bias, -1, geometry.groups)
     flat = product(x, weight, bias, geometry)
-    return _unflatten_stack(flat, geometry.channel_axis, geometry.groups, stacked, neurons)
+    return unflatten_stack(flat, geometry.channel_axis, geometry.groups, stacked, neurons)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -152,8 +152,8 @@ def join(
         activations: a, D tensors `(*soma)`, in `accumulation_dtype`.
     """
     wide = accumulation_dtype(soma.dtype)
-    to_soma = _per_channel(_cast(to_soma, wide), soma.dim(), geometry)
-    to_dendrite = _per_channel(_cast(to_dendrite, wide), soma.dim(), geometry)
+    to_soma = per_channel(_cast(to_soma, wide), soma.dim(), geometry)
+    to_dendrite = per_channel(_cast(to_dendrite, wide), soma.dim(), geometry)
     activations: list[Tensor] = []
     # Added one by one, as the equation stands, and each as `s - (0 - T a)`: `0 - T a` is never
     # -0.0, and `s - 0.0` is s for either zero, while `-0.0 + 0.0` is +0.0. So an untrained dendrite
@@ -188,7 +188,7 @@ def dendrites_backward(grad: Tensor, activations: Tensor, channel_axis: int) -> 
         `(D, N)`, summed and returned in float32, or float64 for float64 inputs.
     """
     wide = accumulation_dtype(grad.dtype)
-    return _sum_positions(grad.to(wide) * activations.to(wide), channel_axis)
+    return sum_positions(grad.to(wide) * activations.to(wide), channel_axis)
 
 
 def candidate_preactivations(
@@ -216,7 +216,7 @@ def candidate_preactivations(
     """
     wide = accumulation_dtype(activations.dtype)
     z = _preactivations_in(activations.dtype, x, weight, bias, geometry).to(wide)
-    to_dendrite = _per_channel(to_dendrite.to(wide), z.dim() - 1, geometry)
+    to_dendrite = per_channel(to_dendrite.to(wide), z.dim() - 1, geometry)
     for e in range(activations.shape[0]):
         z = z + to_dendrite[:, e] * activations[e].to(wide)
     return z.to(activations.dtype)
@@ -277,18 +277,18 @@ def candidates_backward(
     # smallest number for the P of a convolution, and the sum of P terms without it is above the
     # largest.
     half = max(positions, 1) ** -0.5
-    direction = _per_channel(direction.to(wide), grad.dim(), geometry)
-    residual = error - _per_channel(error_mean.to(wide), grad.dim(), geometry)
+    direction = per_channel(direction.to(wide), grad.dim(), geometry)
+    residual = error - per_channel(error_mean.to(wide), grad.dim(), geometry)
     if regression is not None:
-        trend, mean_a = _per_channel(regression.to(wide), grad.dim(), geometry)
+        trend, mean_a = per_channel(regression.to(wide), grad.dim(), geometry)
         residual = residual - trend * (a - mean_a)
     grad_z = direction * residual * activation_derivative(activation, wide_z) * -half
 
     grad_weight = weight_gradient(grad_z.to(z.dtype), x.to(z.dtype), weight_shape, geometry)
-    grad_bias = _sum_positions(grad_z, axis)
+    grad_bias = sum_positions(grad_z, axis)
     grad_to_dendrite = grad_bias.new_empty((z.shape[0], activations.shape[0], neurons))
     if activations.shape[0]:
-        products = [_sum_positions(grad_z * a_e.to(wide), axis) for a_e in activations]
+        products = [sum_positions(grad_z * a_e.to(wide), axis) for a_e in activations]
         grad_to_dendrite = torch.stack(products, dim=1)
     return (
         grad_weight.to(wide) * half,
@@ -300,14 +300,14 @@ def candidates_backward(
 
 def _batch_moments(a: Tensor, g: Tensor, positions: int, axis: int) -> Tensor:
     """Sum the `(6 * C, N)` moments of the activations `(C, *soma)` and the error `(*soma)`."""
-    sum_a = _sum_positions(a, axis)
+    sum_a = sum_positions(a, axis)
     rows = {
         Moment.COUNT: torch.full_like(sum_a, positions),
         Moment.A: sum_a,
-        Moment.AA: _sum_positions(a * a, axis),
-        Moment.G: _sum_positions(g[None], axis).expand_as(sum_a),
-        Moment.GG: _sum_positions((g * g)[None], axis).expand_as(sum_a),
-        Moment.AG: _sum_positions(a * g, axis),
+        Moment.AA: sum_positions(a * a, axis),
+        Moment.G: sum_positions(g[None], axis).expand_as(sum_a),
+        Moment.GG: sum_positions((g * g)[None], axis).expand_as(sum_a),
+        Moment.AG: sum_positions(a * g, axis),
     }
     return torch.cat([rows[row] for row in Moment])
 
@@ -346,7 +346,7 @@ def weight_gradient(
             geometry.groups,
             (False, True, False),
         )[1]
-    return _unflatten_weight(grad, geometry, stacked)
+    return unflatten_weight(grad, geometry, stacked)
 
 
 def flatten_weight(weight: Tensor, geometry: Geometry) -> Tensor:
@@ -357,12 +357,12 @@ def flatten_weight(weight: Tensor, geometry: Geometry) -> Tensor:
     return flatten_stack(weight, -(geometry.spatial + 2), geometry.groups)
 
 
-def _unflatten_weight(flat: Tensor, geometry: Geometry, stacked: int) -> Tensor:
+def unflatten_weight(flat: Tensor, geometry: Geometry, stacked: int) -> Tensor:
     """Undo `flatten_weight`: one weight with D times the neurons to `(D, *W)`."""
     if geometry.transposed:
         return flat.unflatten(1, (stacked, flat.shape[1] // stacked)).movedim(1, 0)
     axis = -(geometry.spatial + 2)
-    return _unflatten_stack(flat, axis, geometry.groups, stacked, flat.shape[axis] // stacked)
+    return unflatten_stack(flat, axis, geometry.groups, stacked, flat.shape[axis] // stacked)
 
 
 def flatten_stack(stacked: Tensor, axis: int, groups: int) -> Tensor:
@@ -379,7 +379,7 @@ def flatten_stack(stacked: Tensor, axis: int, groups: int) -> Tensor:
     return split.movedim(0, axis - 1).flatten(axis - 2, axis)
 
 
-def _unflatten_stack(flat: Tensor, axis: int, groups: int, stacked: int, neurons: int) -> Tensor:
+def unflatten_stack(flat: Tensor, axis: int, groups: int, stacked: int, neurons: int) -> Tensor:
     """Undo `flatten_stack`: `(..., D * N, ...)` to `(D, ..., N, ...)`."""
     if stacked == 1:
         return flat[None]
@@ -387,14 +387,14 @@ def _unflatten_stack(flat: Tensor, axis: int, groups: int, stacked: int, neurons
     return split.movedim(axis - 1, 0).flatten(axis - 1, axis)
 
 
-def _per_channel(links: Tensor, soma_dim: int, geometry: Geometry) -> Tensor:
+def per_channel(links: Tensor, soma_dim: int, geometry: Geometry) -> Tensor:
     """Line `(..., N)` up with the soma's output: `(..., 1, N, 1, 1)` for a batched conv2d."""
     *stacks, neurons = links.shape
     before = soma_dim - geometry.spatial - 1
     return links.reshape(*stacks, *(1,) * before, neurons, *(1,) * geometry.spatial)
 
 
-def _sum_positions(stacked: Tensor, channel_axis: int) -> Tensor:
+def sum_positions(stacked: Tensor, channel_axis: int) -> Tensor:
     """Sum `(D, *soma)` over the positions, to `(D, N)`."""
     d, *shape = stacked.shape
     channel = len(shape) + channel_axis

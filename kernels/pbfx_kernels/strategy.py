@@ -31,6 +31,10 @@ _DESCRIBED_BYTES = 16
 # Positions, and positions for each input, from which laying weights side by side costs less than
 # the kernel gains: 3 % more than *packed* at 8192x4096x4096, where it would be 4 % less without.
 _LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO = 4096, 4
+# Inputs, by D, up to which it is faster if the weights lie so already, whatever the number of
+# positions: 7 % less at 128x4096x1024, where few tiles leave multiprocessors idle, is the most that
+# it was seen to lose. With two dendrites a quarter of what it multiplies is zeros.
+_MOST_FROZEN_INPUTS = {1: 768, 2: 512, 3: 1024}
 # Neurons per group of a convolution: a narrower tile is mostly empty.
 _LEAST_GROUP = 10
 # Where one kernel beats a library GEMM and an epilogue: where the preactivations would be most of
@@ -226,6 +230,15 @@ def fuses(problem: Problem) -> bool:
     """
     least = max(_LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO * problem.inputs)
     return _knows_fused(problem) and problem.positions >= least
+
+
+def fuses_frozen(problem: Problem) -> bool:
+    """Return whether *fused* is the fastest where the weights lie side by side for good.
+
+    However many rows: what they cost is paid once.
+    """
+    most = _MOST_FROZEN_INPUTS.get(problem.dendrites, 0)
+    return _knows_fused(problem) and problem.inputs <= most
 
 
 def _knows_fused(problem: Problem) -> bool:

@@ -15,6 +15,8 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 # The type checker does not know what Triton adds to Python: launch options, static_range.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -23,8 +25,10 @@ from torch import Tensor
 from pbfx_kernels.epilogue import Tile, tile_of
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, fast_activations, multiprocessors, on_device
-from pbfx_kernels.layout import grid_of, is_regular, regular
+from pbfx_kernels.layout import grid_of_strides, is_regular, regular
+from pbfx_kernels.relaunch import Launch
 from pbfx_kernels.triton_math import cascade
+from pbfx_kernels.walking import REMEMBERED, Sizes
 
 # Programs per multiprocessor: enough to hide latency, few enough that partial sums stay small.
 _WAVES = 8
@@ -157,40 +161,69 @@ def _launch(
     channel_axis: int,
     groups: int,
 ) -> Tensor:
-    neurons = grad.shape[channel_axis]
     grad = regular(grad, channel_axis)
-    grid = grid_of(channel_axis, first, grad)
-    tile = tile_of(grid.positions, neurons, dendrites, grid.channels_last, grid.mixed)
-    share, shares = _shares(grid.positions, neurons, tile, multiprocessors(grad))
+    launch, shares = _prepare(
+        (channel_axis, groups, dendrites, step, activation, fast_activations(grad)),
+        (grad.shape, grad.stride(), first.stride()),
+        (grad.dtype, first.dtype, *(None if t is None else t.dtype for t in (bias, to_dendrite))),
+        grad.get_device(),
+        multiprocessors(grad),
+    )
+    neurons = grad.shape[channel_axis]
     partial = grad.new_empty((shares, dendrites, neurons), dtype=torch.float32)
     with on_device(grad):
-        _to_soma_gradient_kernel[(shares * ceiling(neurons, tile.neurons),)](
+        launch(
+            grad.get_device(),
             partial,
             grad,
             first,
             # A pointer has to be one, whether it is read or not.
             grad if bias is None else bias.contiguous(),
             grad if to_dendrite is None else to_dendrite.contiguous(),
-            grid.positions,
-            grid.inner,
-            neurons,
-            neurons // groups,
-            share,
-            step,
-            *grid.strides[1],
-            *grid.strides[0],
-            D=dendrites,
-            FROM_Z=to_dendrite is not None,
-            ACTIVATION=activation,
-            FAST=fast_activations(grad),
-            HAS_BIAS=bias is not None,
-            GROUPED=groups > 1,
-            ROWS=grid.inner == 1,
-            BLOCK_P=tile.positions,
-            BLOCK_N=tile.neurons,
-            num_warps=tile.warps,
         )
     return partial[0] if shares == 1 else partial.sum(0)
+
+
+@functools.lru_cache(REMEMBERED)
+def _prepare(
+    site: tuple[int, int, int, int, str, bool],
+    layout: tuple[Sizes, Sizes, Sizes],
+    dtypes: tuple[torch.dtype | None, ...],
+    _: int,
+    multiprocessors: int,
+) -> tuple[Launch, int]:
+    """Prepare the pass over tensors of this form.
+
+    Args:
+        site: channel axis, groups, D, the step from dendrite to dendrite in elements, activation,
+            and whether the hardware's one is exact enough.
+        layout: the error's shape, and the strides of error and first activation.
+        dtypes: of error, activations, bias and links, for which Triton compiles anew.
+        _: the device, on which the compiled kernel lies.
+        multiprocessors: how many it has.
+
+    Returns:
+        launch: of the kernel.
+        shares: how many sums there are to add up.
+    """
+    axis, groups, dendrites, step, activation, fast = site
+    shape, *strides = layout
+    neurons, (bias, links) = shape[axis], dtypes[2:]
+    grid = grid_of_strides(axis, shape, strides[1], strides[0])
+    tile = tile_of(grid.positions, neurons, dendrites, grid.channels_last, grid.mixed)
+    share, shares = _shares(grid.positions, neurons, tile, multiprocessors)
+    sizes = grid.positions, grid.inner, neurons, neurons // groups, share, step
+    launch = Launch(
+        _to_soma_gradient_kernel,
+        (shares * ceiling(neurons, tile.neurons), 1),
+        (*sizes, *grid.strides[1], *grid.strides[0]),
+        (
+            *(dendrites, links is not None, activation, fast, bias is not None),
+            *(groups > 1, grid.inner == 1, tile.positions, tile.neurons),
+        ),
+        tile.warps,
+    )
+    return launch, shares
 
 
 def _shares(positions: int, neurons: int, tile: Tile, multiprocessors: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ def activate(z, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
     if ACTIVATION == "sigmoid":
         return sigmoid(z, FAST)
     elif ACTIVATION == "tanh":
-        return hardware_tanh(z) if FAST else tanh(z)
+        return hardware_tanh(z) if FAST else tanh(z, False)
     elif ACTIVATION == "relu":
         # As torch: NaN stays NaN.
         return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -44,6 +44,29 @@ def sigmoid(z, FAST: tl.constexpr):
 
 
 @triton.jit
+def activation_and_slope(z, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
+    """Return f(z) and f'(z) of a float32 tile; arguments as of `activate`."""
+    if ACTIVATION == "gelu":
+        below = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        a = z * below
+        slope = below + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    elif ACTIVATION == "silu":
+        gate = sigmoid(z, FAST)
+        a = z * gate
+        slope = gate * (1.0 + z * (1.0 - gate))
+    else:
+        a = activate(z, ACTIVATION, FAST)
+        if ACTIVATION == "sigmoid":
+            slope = a * (1.0 - a)
+        elif ACTIVATION == "tanh":
+            slope = 1.0 - a * a
+        else:
+            # As torch: zero at the kink, and the error passes where z is NaN.
+            slope = tl.where(z <= 0.0, 0.0, 1.0)
+    return a, slope
+
+
+@triton.jit
 def hardware_tanh(z):
     """Compute tanh by the instruction of capability 7.5 and up; the interpreter has none."""
     return tl.inline_asm_elementwise(
@@ -52,8 +75,11 @@ def hardware_tanh(z):
 
 
 @triton.jit
-def tanh(z):
-    """Compute tanh to a few float32 ulps. Triton has none that its interpreter knows too."""
+def tanh(z, ROUNDED: tl.constexpr):
+    """Compute tanh to a few float32 ulps. Triton has none that its interpreter knows too.
+
+    ROUNDED is for z from a dtype of half the bits, to which 1e-7 in all is nothing.
+    """
     # The difference cancels near zero: there, a polynomial in z² fitted by least squares to
     # tanh(z) / z on |z| < 0.5 at Chebyshev nodes, off by at most 1.5e-8.
     u = z * z
@@ -63,7 +89,10 @@ def tanh(z):
     p = 0.999999994 + p * u
     # exp(2 z), as a power of two: 2 / ln 2. Infinity and zero lead to 1 and -1.
     difference = 1.0 - 2.0 / (1.0 + tl.exp2(z * 2.8853900817779268))
-    return tl.where(u < 0.25, z * p, difference)
+    if ROUNDED:
+        return difference
+    else:
+        return tl.where(u < 0.25, z * p, difference)
 
 
 @triton.jit

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pbfx_kernels.booking import CONSTANT, Memory, Rules, Tables, Verdict, is_capturing
 from pbfx_kernels.moments import Moment
 from pbfx_kernels.relaunch import Launch
-from pbfx_kernels.turns import CONSTANT, Memory, Rules, Tables, Verdict, is_capturing
 from pbfx_kernels.walking import on_device, power_of_two
 
 # Kernels of as many models' cohorts.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 # Of shapes and strides; a training loop meets a handful.
-_REMEMBERED = 4096
+REMEMBERED = 4096
 
 Sizes = tuple[int, ...]
 
@@ -36,7 +36,7 @@ class Walk(NamedTuple):
     strides: tuple[tuple[int, int, int], ...]
 
 
-@functools.lru_cache(_REMEMBERED)
+@functools.lru_cache(REMEMBERED)
 def walk(shape: Sizes, channel_axis: int, *strides: Sizes) -> Walk:
     """Find the strides with which tensors of one shape are walked.
 
@@ -86,7 +86,7 @@ def regular(tensor: Tensor, channel_axis: int, stacked: bool = False) -> Tensor:
     return tensor if fits else tensor.contiguous()
 
 
-@functools.lru_cache(_REMEMBERED)
+@functools.lru_cache(REMEMBERED)
 def is_regular(shape: Sizes, strides: Sizes, channel_axis: int) -> bool:
     """Return whether the axes before the neurons' merge into one, and likewise those after it."""
     axis = len(shape) + channel_axis
@@ -94,7 +94,7 @@ def is_regular(shape: Sizes, strides: Sizes, channel_axis: int) -> bool:
     return all(merged_stride(shape[half], strides[half]) is not None for half in halves)
 
 
-@functools.lru_cache(_REMEMBERED)
+@functools.lru_cache(REMEMBERED)
 def interleaved_strides(shape: Sizes, strides: Sizes, channel_axis: int) -> Sizes:
     """Return strides for a stack whose memory is one dense `(B, C * N, *spatial)`.
 

@@ -14,10 +14,12 @@ and step, and fusion across its borders.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import operator
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,9 +36,10 @@ _BLOCK = re.compile(r"((?:\D[^.]*\.)*?\d+(?:\.\d+)*)\..+")
 _VIEWS = frozenset(
     ("view", "reshape", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "getitem")
 )
+_NOT_COMPUTED = ("placeholder", "get_attr", "output")
 # Compiled regions by their content, those used last at the end. A restructure leaves some behind.
 _MOST_REGIONS = 256
-_compiled: collections.OrderedDict[Any, Compiled] = collections.OrderedDict()
+_compiled: collections.OrderedDict[Any, _Known] = collections.OrderedDict()
 
 
 def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> Compiled:
@@ -56,12 +59,14 @@ def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Set
     split = split_module(
         gm, nn.Module(), lambda node: region_of[node.name], keep_original_order=True
     )
-    _Compilation(split, settings).run(*_as_fake(example_inputs))
+    mode, inputs = _as_fake(example_inputs)
+    _Compilation(split, settings, mode).run(*inputs)
     return split
 
 
-def _as_fake(example_inputs: list[Any]) -> list[Any]:
-    """Return the inputs as Dynamo traced with them: it gives its backend the real ones.
+def _as_fake(example_inputs: list[Any]) -> tuple[Any, list[Any]]:
+    """Return Dynamo's fake mode, and the inputs as it traced with them: its backend gets the real
+    ones.
 
     Raises:
         PassError: if no compilation is under way.
@@ -83,7 +88,7 @@ def _as_fake(example_inputs: list[Any]) -> list[Any]:
         source = getattr(sizes, "tensor_source", None)
         return mode.from_tensor(value, symbolic_context=sizes, source=source, trace=False)
 
-    return [fake(value) for value in example_inputs]
+    return mode, [fake(value) for value in example_inputs]
 
 
 def forget_regions() -> None:
@@ -95,22 +100,64 @@ def assign_regions(graph: fx.Graph) -> dict[str, int]:
     """Return the number of the region of each node that computes, by its name.
 
     Regions are runs of nodes, so that a graph of regions has no circles. What is computed outside
-    any module, such as the addition at the end of a block in a traced model, belongs to the block
-    before it.
+    any module after a block, such as an addition, belongs to that block, except for what no other
+    block of its container has: the mean over the last block's output is no part of that block.
     """
-    computed = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    paths = {node.name: module_path(node).removesuffix(".dendrites") for node in computed}
-    inside = {path: match[1] for path in paths.values() if (match := _BLOCK.fullmatch(path))}
-    regions: dict[str, int] = {}
-    number, block = 0, ""
-    for name, path in paths.items():
-        if path:
-            here = path if path in inside.values() else inside.get(path, "")
-            if here != block and regions:
-                number += 1
-            block = here
-        regions[name] = number
+    computed = [node for node in graph.nodes if node.op not in _NOT_COMPUTED]
+    paths = [module_path(node).removesuffix(".dendrites") for node in computed]
+    inside = {path: match[1] for path in paths if (match := _BLOCK.fullmatch(path))}
+    blocks = set(inside.values())
+    runs: list[_Run] = []
+    for node, path in zip(computed, paths, strict=True):
+        here = path if path in blocks else inside.get(path, "")
+        if not runs or (path and here != runs[-1].block):
+            runs.append(_Run(here))
+        runs[-1].take(node, bool(path))
+    runs = _cut(runs)
+    regions = {node.name: number for number, run in enumerate(runs) for node in run.nodes}
     return _whole_mutations(graph, regions)
+
+
+@dataclasses.dataclass
+class _Run:
+    """Nodes in a row: those of a block and those outside any module that follow, `tail` of them."""
+
+    block: str
+    nodes: list[fx.Node] = dataclasses.field(default_factory=list)
+    tail: int = 0
+
+    def take(self, node: fx.Node, inside: bool) -> None:
+        self.nodes.append(node)
+        self.tail = 0 if inside else self.tail + 1
+
+    @property
+    def ops(self) -> list[Any]:
+        """What the tail computes."""
+        return [node.target for node in self.nodes[len(self.nodes) - self.tail :]]
+
+
+def _cut(runs: list[_Run]) -> list[_Run]:
+    """Move out of the last block of each container what follows it and no block before it."""
+    cut: list[_Run] = []
+    last: dict[str, _Run] = {}
+    for run, after in itertools.zip_longest(runs, runs[1:]):
+        container = run.block.rpartition(".")[0]
+        before = last.get(container)
+        cut.append(run)
+        if not run.block:
+            continue
+        last[container] = run
+        if before is None or (after is not None and after.block):
+            continue
+        common = before.ops
+        if run.tail > len(common) and run.ops[: len(common)] == common:
+            kept = len(run.nodes) - run.tail + len(common)
+            moved, run.nodes = run.nodes[kept:], run.nodes[:kept]
+            if after is None:
+                cut.append(_Run("", moved))
+            else:
+                after.nodes[:0] = moved
+    return cut
 
 
 def _whole_mutations(graph: fx.Graph, regions: dict[str, int]) -> dict[str, int]:
@@ -145,9 +192,9 @@ def _in_place(node: fx.Node) -> bool:
 class _Compilation(fx.Interpreter):
     """Runs a split graph on fake tensors, and compiles each region as its inputs are known."""
 
-    def __init__(self, split: fx.GraphModule, settings: Settings) -> None:
+    def __init__(self, split: fx.GraphModule, settings: Settings, mode: Any) -> None:
         super().__init__(split)
-        self.settings = settings
+        self.settings, self.mode = settings, mode
         self.extra_traceback = False
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -163,17 +210,86 @@ class _Compilation(fx.Interpreter):
             region.recompile()
         # Before it runs, because a run may change its inputs.
         key = _content(region, args, self.settings)
-        results = region(*args)
-        compiled = _compiled.get(key) if key is not None else None
-        if compiled is None:
-            compiled = self.settings.inner(region, list(args))
+        known = _compiled.get(key) if key is not None else None
+        if known is not None and known.outputs is not None:
+            results = [output.make(self.mode) for output in known.outputs]
+        else:
+            results = region(*args)
+        if known is None:
+            outputs = _describe(region, args, results)
+            known = _Known(self.settings.inner(region, list(args)), outputs)
         if key is not None:
-            _compiled[key] = compiled
+            _compiled[key] = known
             _compiled.move_to_end(key)
             while len(_compiled) > _MOST_REGIONS:
                 _compiled.popitem(last=False)
-        self.module.add_module(target, _Region(compiled, alone))
+        self.module.add_module(target, _Region(known.compiled, alone))
         return results[0] if alone else results
+
+
+class _Output(NamedTuple):
+    """A tensor that a region has given: an equal region need not run to know its own."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    def make(self, mode: Any) -> Tensor:
+        """Return a fake tensor like it, which is no leaf if it requires gradients."""
+        with mode, torch.enable_grad():
+            made = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+            return made.requires_grad_().clone() if self.requires_grad else made
+
+
+class _Known(NamedTuple):
+    """A compiled region, and what it gives; None if that takes a run to know."""
+
+    compiled: Compiled
+    outputs: tuple[_Output, ...] | None
+
+
+def _describe(
+    region: fx.GraphModule, args: tuple[Any, ...], results: Sequence[Any]
+) -> tuple[_Output, ...] | None:
+    """Return the outputs of a region where each is a tensor in memory of its own, else None."""
+    computed = (node for node in region.graph.nodes if node.op not in _NOT_COMPUTED)
+    if any(map(_in_place, computed)):
+        return None
+    taken = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)}
+    outputs = []
+    for result in results:
+        if not (
+            isinstance(result, Tensor)
+            and result.layout is torch.strided
+            and result.untyped_storage()._cdata not in taken
+            and all(type(size) is int for size in (*result.shape, *result.stride()))
+            and _is_dense(result)
+            and result.is_leaf != result.requires_grad
+        ):
+            return None
+        taken.add(result.untyped_storage()._cdata)
+        outputs.append(
+            _Output(
+                tuple(result.shape),
+                result.stride(),
+                result.dtype,
+                result.device,
+                result.requires_grad,
+            )
+        )
+    return tuple(outputs)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor fills its memory, in whatever order of its axes."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return tensor.storage_offset() == 0
 
 
 class _Region(nn.Module):

@@ -27,6 +27,7 @@ from pbfx.capture.structures import (
     take_apart,
 )
 from pbfx.errors import CaptureError, ConfigError, nearest
+from pbfx.wording import counted
 
 # What fx can write into the head of a function.
 _LITERALS = (type(None), bool, int, float, str)
@@ -255,7 +256,8 @@ def _spread(structure: Structure, spec: Any, found: list[Any], name: str) -> Non
         by_name = isinstance(spec, Mapping)
         if not by_name and len(spec) != len(structure.keys):
             raise ConfigError(
-                f"pbfx.transform: dynamic_shapes for {name} has {len(spec)} entries, the input "
+                f"pbfx.transform: dynamic_shapes for {name} has "
+                f"{counted(len(spec), 'entry', 'entries')}, the input "
                 f"{len(structure.keys)}"
             )
         for index, (key, part) in enumerate(zip(structure.keys, structure.parts, strict=True)):

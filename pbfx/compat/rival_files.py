@@ -32,6 +32,7 @@ from pbfx.sites import Site, find_join, soma_weight
 from pbfx.structure import Counts, Structure
 from pbfx.transform import transform
 from pbfx.undo import undoing
+from pbfx.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +214,7 @@ def _check(
             faults.append(f"it has dendrites at {op!r}, where the model cannot grow; pbfx.explain")
         elif layer.to_soma is not None and layer.to_soma.shape[1] != sites[op][2].neurons:
             got, has = layer.to_soma.shape[1], sites[op][2].neurons
-            faults.append(f"it has links to {got} neurons at {op!r}, the model {has}")
+            faults.append(f"it has links to {counted(got, 'neuron')} at {op!r}, the model {has}")
     given = {places[x.name].moves[k]: t for x in network.layers for k, t in x.own.items()}
     given |= network.others
     own = {key: value for key, value in model.state_dict().items() if ".dendrites" not in key}

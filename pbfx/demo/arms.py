@@ -21,6 +21,7 @@ import pbfx
 from pbfx.demo.recipes import Recipe
 from pbfx.demo.settings import Settings
 from pbfx.parts import parameter_count
+from pbfx.wording import counted
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class PlainTracker:
             self._best_state = copy.deepcopy(self._model.state_dict())
         self._scheduler.step()
         last = len(self._history) + 1 >= self._epochs
+        over = counted(self._epochs, "epoch is over", "epochs are over")
         self._history.append(
             PlainEpoch(
                 number=len(self._history) + 1,
@@ -117,7 +119,7 @@ class PlainTracker:
                 parameters=self._parameters,
                 learning_rates=rates,
                 action="complete" if last else "continue",
-                reason=f"{self._epochs} epochs are over" if last else "a fixed number of epochs",
+                reason=over if last else "a fixed number of epochs",
             )
         )
         if last:

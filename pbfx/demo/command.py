@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pbfx.demo.settings import DEFAULTS
+from pbfx.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -115,8 +116,9 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
         print(
             f"{data.name}: {sizes['train']:,} images train, {sizes['validation']:,} validate, "
             f"{sizes['test']:,} test.\n"
-            f"{len(ARMS)} arms x {settings.seeds} seeds x {settings.epochs} epochs on {device}, "
-            f"growing {settings.dendrites} dendrites per neuron.",
+            f"{len(ARMS)} arms x {counted(settings.seeds, 'seed')} x "
+            f"{counted(settings.epochs, 'epoch')} on {device}, "
+            f"growing {counted(settings.dendrites, 'dendrite')} per neuron.",
             flush=True,
         )
     with Progress(

@@ -9,7 +9,6 @@ import math
 import os
 import platform
 import shlex
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -24,6 +23,7 @@ from pbfx.demo.statistics import CONFIDENCE, Estimate
 from pbfx.demo.study import EpochRow, Run
 from pbfx.demo.summary import Summary
 from pbfx.files import atomic_path
+from pbfx.machine import device_name, git_revision
 
 
 def check_folder(folder: Path) -> None:
@@ -62,7 +62,7 @@ def report_json(
         "command": shlex.join(command),
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "device": _device_name(device),
+        "device": device_name(device),
         "arguments": dict(arguments),
         "data": dict(data),
         "confidence": CONFIDENCE,
@@ -88,37 +88,8 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pbfx": pbfx.__version__,
-        "git": git_revision(),
+        "git": git_revision(Path(pbfx.__file__)),
     }
-
-
-def git_revision() -> str | None:
-    """Return the commit that this package is checked out at, None outside a checkout.
-
-    Changes since that commit show as `+dirty`.
-    """
-    package = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(package), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # An installed copy may lie inside somebody else's repository: only a tracked file tells.
-    if git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return None
-    revision = git("rev-parse", "--short=12", "HEAD")
-    if revision is None:
-        return None
-    return f"{revision}+dirty" if git("status", "--porcelain", "--", ".") else revision
 
 
 def _summary(summary: Summary) -> dict[str, Any]:
@@ -167,7 +138,3 @@ def _estimate(value: Estimate) -> dict[str, float | int | None]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

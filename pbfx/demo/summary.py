@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pbfx.demo.outcome import Outcome
 from pbfx.demo.statistics import Comparison, Estimate, compare, estimate
+from pbfx.wording import counted
 
 if TYPE_CHECKING:
     from pbfx.demo.study import Run
@@ -111,7 +112,7 @@ def conclude(treated: str, comparisons: dict[str, Comparison]) -> str:
         comparisons[control].verdict if control in comparisons else "absent" for control in CONTROLS
     )
     return (
-        f"Over {count} paired seeds, {treated}'s test error is {' and '.join(clauses)}"
+        f"Over {counted(count, 'paired seed')}, {treated}'s test error is {' and '.join(clauses)}"
         f"{_CONSEQUENCES.get(verdicts, '')}."
     )
 

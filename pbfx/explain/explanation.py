@@ -26,6 +26,7 @@ from pbfx.explain.table import (
     wrap,
 )
 from pbfx.explain.tree_picture import draw_tree
+from pbfx.wording import counted
 
 # Up to here a person can follow lines between boxes; beyond, the tree of modules tells more.
 MOST_PARTS = 6
@@ -119,7 +120,7 @@ class Explanation:
             how = f", captured as a whole ({self.parts[0].rung})"
             how = ", captured whole" if self.parts[0].rung == "whole" else how
         else:
-            how = f" in {len(self.parts)} part{'s' * (len(self.parts) != 1)}" if self.parts else ""
+            how = f" in {counted(len(self.parts), 'part')}" if self.parts else ""
         every, grows = self.linear_conv_parameters, self.growable_parameters
         covers = "no linear or conv op has parameters"
         if self.coverage is not None:

@@ -15,6 +15,7 @@ from pbfx.explain.records import (
     SkippedReport,
 )
 from pbfx.pipeline import sum_records
+from pbfx.wording import counted
 
 # A terminal's width by custom.
 COLUMNS = 80
@@ -148,7 +149,7 @@ def lowered_lines(reports: Sequence[LoweredReport]) -> list[str]:
     for records in zip(*(report.passes for report in reports), strict=True):
         record = sum_records(records)
         if record.rewrites:
-            what = f"{record.rewrites} rewrite{'s' * (record.rewrites > 1)}"
+            what = counted(record.rewrites, "rewrite")
             # A number stays with what it counts.
             change = re.sub(r"([+-]\d+) ", "\\1\0", record.diff())
             text = f"{record.name}: {what} in {record.seconds * 1e3:.1f} ms: {change}"

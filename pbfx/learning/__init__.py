@@ -1,6 +1,6 @@
 """How dendrites are trained: moments of activation and error, a site's learner, the choice."""
 
-from pbfx.learning.learner import SiteLearner, new_cohort
+from pbfx.learning.learner import SiteLearner, figures_of, measure_all, new_cohort, reached
 from pbfx.learning.moments import Statistics, statistics
 from pbfx.learning.newest import hold_older
 from pbfx.learning.selection import (
@@ -17,10 +17,13 @@ __all__ = [
     "Prospect",
     "SiteLearner",
     "Statistics",
+    "figures_of",
     "hold_older",
+    "measure_all",
     "new_cohort",
     "predicted_gains",
     "prospect_of",
+    "reached",
     "samples_per_batch",
     "select",
     "statistics",

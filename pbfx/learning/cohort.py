@@ -32,8 +32,15 @@ class Cohort:
         now = torch._C._current_graph_task_id()
         if now not in self._reached:
             self._reached[now] = []
-            Variable._execution_engine.queue_callback(lambda: self._act(self._reached.pop(now)))
+            Variable._execution_engine.queue_callback(lambda: self._wait(now))
         self._reached[now].append(member)
+
+    def _wait(self, now: int) -> None:
+        """Let others that were called back at the end of the pass go first.
+
+        DistributedDataParallel writes the averaged gradients then, and has asked later than we did.
+        """
+        Variable._execution_engine.queue_callback(lambda: self._act(self._reached.pop(now)))
 
     def forget(self) -> None:
         """Drop what passes that broke off have left behind."""

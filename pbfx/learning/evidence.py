@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pbfx.learning.epoch import numbers
 from pbfx_kernels import Moment
 
 # From here on Student's t is the normal distribution to three digits of its tail at 5 %.
@@ -47,20 +48,27 @@ class Evidence:
         # B, Σ t, Σ t², Σ P
         self.sums = like.detach().new_zeros(4)
 
-    def judge(self, spread: Tensor) -> tuple[float | None, int, float | None]:
-        """Return the mean signed correlation, B, and the p-value. Waits for the device.
 
-        Args:
-            spread: (C, N), σ_a on measuring batches.
+def judge(
+    evidence: Sequence[Evidence], spreads: Sequence[float]
+) -> list[tuple[float | None, int, float | None]]:
+    """Return of each site the mean signed correlation, B, and the p-value. Waits for the device.
 
-        Returns:
-            None for what cannot be said yet: the correlation without a batch, the p-value with
-            fewer than two.
-        """
-        batches, total, squares, positions = self.sums.tolist()
-        number, scale = round(batches), positions * float(spread.sum())
+    Args:
+        evidence: of each site.
+        spreads: Σ σ_a over its candidates and neurons, on measuring batches.
+
+    Returns:
+        None for what cannot be said yet: the correlation without a batch, the p-value with fewer
+        than two.
+    """
+    verdicts = []
+    for sums, spread in zip(numbers([each.sums for each in evidence]), spreads, strict=True):
+        batches, total, squares, positions = sums
+        number, scale = round(batches), positions * spread
         correlation = total / scale if scale > 0 else 0.0
-        return correlation if number else None, number, p_value(number, total, squares)
+        verdicts.append((correlation if number else None, number, p_value(number, total, squares)))
+    return verdicts
 
 
 class Weighed(NamedTuple):

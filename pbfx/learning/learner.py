@@ -16,8 +16,8 @@ learns and measures in turn as the step itself would.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,20 +28,17 @@ from pbfx.config import Config
 from pbfx.errors import RestructureError
 from pbfx.figures import SiteFigures
 from pbfx.learning.cohort import Cohort
-from pbfx.learning.evidence import Evidence, collect, weigh
+from pbfx.learning.epoch import measure, numbers, picked, promises
+from pbfx.learning.evidence import Evidence, collect, judge, weigh
 from pbfx.learning.moments import Statistics, statistics
 from pbfx.learning.scaling import resume_scaling, scale_candidates, scaling_batches
+from pbfx.wording import counted
 from pbfx_kernels import Moment
-from pbfx_kernels.turns import (
-    Memory,
-    Rules,
-    Tables,
-    Verdict,
-    addresses_of,
-    is_capturing,
-    places,
-    take_turns,
-)
+from pbfx_kernels.booking import Memory, Rules, Tables, Verdict, is_capturing
+from pbfx_kernels.turns import addresses_of, places, take_turns
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class SiteLearner:
@@ -70,6 +67,8 @@ class SiteLearner:
         self._prepare()
         self._line: tuple[tuple[int, ...], Tensor | None] = (), None
         self._handle: RemovableHandle | None = None
+        # Of the processes that train the model together, if there are several.
+        self.group: ProcessGroup | None = None
 
     @property
     def batches(self) -> int:
@@ -133,10 +132,10 @@ class SiteLearner:
             due = scaling_batches(self.config, self.candidates.dendrites)
             raise RestructureError(
                 "the dendrite phase cannot be captured in a CUDA graph yet: candidates that join "
-                f"after a norm are scaled after {due} batches, and this is batch "
-                f"{spread.batches + 1}; run {due} training steps first"
+                f"after a norm are scaled after {counted(due, 'batch', 'batches')}, and this is "
+                f"batch {spread.batches + 1}; run {counted(due, 'training step')} first"
             )
-        scale_candidates(self.candidates, self.config)
+        scale_candidates(self.candidates, self.config, self.group)
 
     def _step(self, verdict: Verdict) -> None:
         """Do a step of Adam with gradients divided by `share`, or none at all, on the device."""
@@ -170,40 +169,21 @@ class SiteLearner:
 
     def _prepare(self) -> None:
         """Give every tensor that learns the state that Adam would make at its first step."""
+        made: list[Tensor] = []
         for parameter in self._learnt:
             state = self._adam.state[parameter]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+                state["step"] = torch.empty((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.empty_like(parameter, requires_grad=False)
+                state["exp_avg_sq"] = torch.empty_like(parameter, requires_grad=False)
+                made += state.values()
+        if made:
+            # One launch for all.
+            _foreach_zero_(made)
 
-    @torch.no_grad()
     def measure(self) -> float | None:
-        """Close an epoch: remember the best candidates, and start a new measurement.
-
-        Returns:
-            The mean over neurons of the best candidate's |correlation| with the error on the
-            batches of this epoch that only measured, or None if there was none.
-        """
-        pool = self.candidates
-        if not bool(pool.heldout_batches):
-            return None
-        score = statistics(pool.heldout).correlation.abs()
-        better = score > pool.best_score
-        pool.best_score.copy_(torch.where(better, score, pool.best_score))
-        pool.best_moments.copy_(torch.where(better, pool.heldout, pool.best_moments))
-        pool.best_batches.copy_(torch.where(better, pool.heldout_batches, pool.best_batches))
-        for name in ("weight", "bias"):
-            live, best = getattr(pool, name), getattr(pool, f"best_{name}")
-            if live is not None:
-                rows = better if name == "bias" else pool.site.along_weight(better)
-                best.copy_(torch.where(rows, live, best))
-        pool.best_to_dendrite.copy_(
-            torch.where(better[:, None, :], pool.to_dendrite, pool.best_to_dendrite)
-        )
-        pool.heldout.zero_()
-        pool.heldout_batches.zero_()
-        return float(score.amax(0).mean())
+        """Close an epoch at this site alone; see `pbfx.learning.epoch.measure`."""
+        return measure([self.candidates])[0]
 
     @torch.no_grad()
     def chosen(self) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -243,21 +223,7 @@ class SiteLearner:
             name: the site's full path.
             correlation: what `measure` has returned.
         """
-        pool, site = self.candidates, self.candidates.site
-        found, slope = self.prospects()
-        spread = statistics(pool.best_moments).activation_variance.sqrt()
-        heldout, batches, p_value = self.evidence.judge(spread)
-        return SiteFigures(
-            site=name,
-            neurons=site.neurons,
-            parameters=site.dendrite_parameters(pool.dendrites),
-            correlation=correlation,
-            gain=float((found.correlation**2).sum() / 2),
-            slope=float((slope**2).sum()),
-            heldout=heldout,
-            heldout_batches=batches,
-            p_value=p_value,
-        )
+        return figures_of({name: self}, {name: correlation})[0]
 
     @torch.no_grad()
     def first_link(self, share: float) -> Tensor:
@@ -285,10 +251,8 @@ class SiteLearner:
 
     def _picked(self) -> tuple[Tensor, Tensor]:
         """Return the moments (6, 1, N) of the chosen candidates, and of how many batches (N,)."""
-        pool = self.candidates
-        winner = pool.best_score.argmax(0, keepdim=True)
-        picked = pool.best_moments.gather(1, winner.expand(len(Moment), 1, -1))
-        return picked, pool.best_batches.gather(0, winner)[0].clamp_min(1)
+        ((_, moments, batches),) = picked([self.candidates])
+        return moments, batches
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the candidates' buffers do not hold: Adam's state, counter and evidence."""
@@ -313,6 +277,9 @@ class SiteLearner:
 # The kernel of `torch.optim.Adam(fused=True)`, which has no public name of its own.
 _fused_adam_: Any = torch._fused_adam_  # pyright: ignore[reportPrivateImportUsage]
 
+# It has no public name either.
+_foreach_zero_: Any = torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
+
 # The buffers of candidates that a turn reads and edits, by their names in `Memory`.
 _MEMORY = (
     "running",
@@ -322,6 +289,50 @@ _MEMORY = (
     "direction",
     "error_mean",
 )
+
+
+def measure_all(learners: Mapping[str, SiteLearner]) -> dict[str, float | None]:
+    """Close an epoch at all of these sites; see `pbfx.learning.epoch.measure`."""
+    scores = measure([learner.candidates for learner in learners.values()])
+    return dict(zip(learners, scores, strict=True))
+
+
+def reached(learners: Mapping[str, SiteLearner]) -> dict[str, SiteLearner]:
+    """Return those that an error has reached. Waits for the device."""
+    turns = numbers([learner._turns for learner in learners.values()])
+    return {name: learners[name] for name, batches in zip(learners, turns, strict=True) if batches}
+
+
+def figures_of(
+    learners: Mapping[str, SiteLearner], correlations: Mapping[str, float | None]
+) -> tuple[SiteFigures, ...]:
+    """Return what the candidates of each site promise, as plain numbers. Waits for the device.
+
+    Args:
+        learners: by the full path of the site.
+        correlations: what `measure_all` has returned, by the same.
+    """
+    promised = promises([learner.candidates for learner in learners.values()])
+    judged = judge(
+        [learner.evidence for learner in learners.values()], [each.spread for each in promised]
+    )
+    found = []
+    for (name, learner), promise, evidence in zip(learners.items(), promised, judged, strict=True):
+        pool, (heldout, batches, p_value) = learner.candidates, evidence
+        found.append(
+            SiteFigures(
+                site=name,
+                neurons=pool.site.neurons,
+                parameters=pool.site.dendrite_parameters(pool.dendrites),
+                correlation=correlations[name],
+                gain=promise.gain,
+                slope=promise.slope,
+                heldout=heldout,
+                heldout_batches=batches,
+                p_value=p_value,
+            )
+        )
+    return tuple(found)
 
 
 @torch.no_grad()

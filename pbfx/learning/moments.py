@@ -16,7 +16,7 @@ from pbfx_kernels import Moment
 
 # A variance below this share of E[a²] is rounding error: the unit is constant (a saturated tanh, a
 # dead relu), its correlation would be noise divided by nothing.
-from pbfx_kernels.turns import CONSTANT
+from pbfx_kernels.booking import CONSTANT
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,11 +13,16 @@ and the candidates then learn from there.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from pbfx.candidates import Candidates, bend_of
 from pbfx.config import Config
 from pbfx.learning.moments import CONSTANT
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def scaling_batches(config: Config, dendrites: int) -> int:
@@ -38,12 +43,18 @@ def resume_scaling(pool: Candidates, batches: int, config: Config) -> None:
 
 
 @torch.no_grad()
-def scale_candidates(pool: Candidates, config: Config) -> None:
+def scale_candidates(pool: Candidates, config: Config, group: ProcessGroup | None = None) -> None:
     """Fold mean and spread of the preactivations into the weights when enough batches have passed.
 
     To be called once after each backward pass; the passes are counted here, on the host. What was
     measured of the candidates as they were is forgotten. A candidate whose preactivation does not
     vary stays as it is.
+
+    Args:
+        pool: the candidates of a site.
+        config: says how many batches show the scale.
+        group: of the processes that train the model together. Each sees other batches; the first
+            one's show the scale for all.
     """
     spread = pool.spread
     if spread is None or not spread.open:
@@ -52,6 +63,8 @@ def scale_candidates(pool: Candidates, config: Config) -> None:
     if spread.batches < scaling_batches(config, pool.dendrites):
         return
     spread.open = False
+    if group is not None:
+        spread.follow(group)
     variance = spread.variance
     varies = variance > CONSTANT * (variance + spread.mean**2)
     scale = torch.where(varies, variance.clamp_min(torch.finfo(variance.dtype).tiny).rsqrt(), 1.0)

@@ -35,6 +35,7 @@ import torch
 
 from pbfx.learning.learner import SiteLearner
 from pbfx.sites import channels_together
+from pbfx.wording import counted
 from pbfx_kernels import Moment
 
 # What a parameter has to bring over the samples of an epoch, in nats.
@@ -209,8 +210,9 @@ def _choice(prospect: Prospect, units: Sequence[_Unit], why_none: str) -> Choice
     channels = tuple(sorted(channel for unit in units for channel in unit.channels))
     gain, cost = sum(unit.gain for unit in units), sum(unit.cost for unit in units)
     reason = (
-        f"dendrites at {prospect.site} on {len(channels)} of {len(prospect.correlations)} channels:"
-        f" a predicted gain of {gain:.3g} nats per sample for {cost:,} parameters"
+        f"dendrites at {prospect.site} on {len(channels)} of "
+        f"{counted(len(prospect.correlations), 'channel')}: a predicted gain of {gain:.3g} nats "
+        f"per sample for {cost:,} parameters"
         if channels
         else f"no dendrite at {prospect.site}: {why_none}"
     )

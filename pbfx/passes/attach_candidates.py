@@ -13,19 +13,21 @@ import operator
 
 from torch import fx
 
-from pbfx.passes.context import PassContext, copy_provenance, part
+from pbfx.passes.context import PassContext, call_module, copy_provenance, part
 
 
 def attach_candidates(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Rewrite every dendrites node whose module holds candidates; return how many."""
     rewrites = 0
+    calls: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(node.target, []).append(node)
     for path, (_, module) in ctx.grown(gm).items():
         if module.candidates is None:
             continue
         target = f"{path}.candidates"
-        for dendrites in [
-            node for node in gm.graph.nodes if node.op == "call_module" and node.target == path
-        ]:
+        for dendrites in calls.get(path, ()):
             neuron = part(dendrites, 0)
             assert neuron is not None, "insert_dendrites takes output 0 of every dendrites node"
             if any(user.target == target for user in neuron.users):
@@ -33,7 +35,7 @@ def attach_candidates(gm: fx.GraphModule, ctx: PassContext) -> int:
             with gm.graph.inserting_after(neuron):
                 activations = gm.graph.call_function(operator.getitem, (dendrites, 1))
             with gm.graph.inserting_after(activations):
-                candidates = gm.graph.call_module(target, (neuron, dendrites.args[1], activations))
+                candidates = call_module(gm.graph, target, (neuron, dendrites.args[1], activations))
             copy_provenance(dendrites, activations, candidates)
             neuron.replace_all_uses_with(
                 candidates, delete_user_cb=lambda user, keep=candidates: user is not keep

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
+from typing import Any
 
 from torch import fx
 
 from pbfx.dendrites import Dendrites
-from pbfx.paths import join
+from pbfx.paths import join, module_at
 from pbfx.phase import Phase
 from pbfx.sites import Site
 
@@ -23,6 +24,7 @@ class PassContext:
         phase: that the graph is for.
         lowering: whether it is for inference, in eval mode for good.
         fold_norms: whether lowering may fold norms into weights.
+        portable: whether lowering may ask for nothing that another device would not have.
         notes: what lowering left apart and why, by the name of the site; passes write it.
     """
 
@@ -30,16 +32,18 @@ class PassContext:
     phase: Phase
     lowering: bool = False
     fold_norms: bool = True
+    portable: bool = False
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def grown(self, gm: fx.GraphModule) -> dict[str, tuple[Site, Dendrites]]:
         """Return the sites that own a dendrites module now, by its path."""
-        modules = dict(gm.named_modules())
-        return {
-            site.dendrites: (site, module)
-            for site in self.sites
-            if isinstance(module := modules.get(site.dendrites), Dendrites)
-        }
+        found = {}
+        for site in self.sites:
+            owner, _, name = site.dendrites.rpartition(".")
+            module = module_at(gm, owner)._modules.get(name)
+            if isinstance(module, Dendrites):
+                found[site.dendrites] = site, module
+        return found
 
 
 def copy_provenance(source: fx.Node, *nodes: fx.Node) -> None:
@@ -52,6 +56,19 @@ def copy_provenance(source: fx.Node, *nodes: fx.Node) -> None:
                 if key in source.meta
             }
         )
+
+
+def call_module(graph: fx.Graph, path: str, args: tuple[Any, ...]) -> fx.Node:
+    """Return a new call of the module at `path`, as `graph.call_module` does.
+
+    That one, and `graph.get_attr`, look for the module in a slow way first; lint looks anyway.
+    """
+    return graph.create_node("call_module", path, args)
+
+
+def get_attr(graph: fx.Graph, path: str) -> fx.Node:
+    """Return a new read of the attribute at `path`, as `graph.get_attr` does; see `call_module`."""
+    return graph.create_node("get_attr", path)
 
 
 def part(node: fx.Node, index: int) -> fx.Node | None:

@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from pbfx.cells import cell_map
 from pbfx.dendrites import Dendrites
-from pbfx.neurons import Neurons, reaching
+from pbfx.neurons import Neurons, neurons_of, reaching
 from pbfx.passes.affine import Affine, affine_of, read_tensor
 from pbfx.passes.context import PassContext, copy_provenance, free_path
 from pbfx.sites import (
@@ -80,7 +80,7 @@ def fuse_neurons(gm: fx.GraphModule, ctx: PassContext) -> int:
         key = path, _bias(soma), "" if join is None else _identity(join.norm)
         if key not in made:
             made[key] = free_path(gm, site.dendrites, "neurons")
-            gm.add_submodule(made[key], _neurons(gm, soma, site, dendrites, affine))
+            gm.add_submodule(made[key], _neurons(gm, soma, site, dendrites, affine, ctx.portable))
         _rewrite(gm.graph, soma, made[key], join)
         rewrites += 1
     return rewrites
@@ -130,6 +130,7 @@ def _neurons(
     site: Site,
     dendrites: Dendrites | None,
     affine: Affine | None,
+    portable: bool,
 ) -> Neurons:
     owner, _, name = site.weight.rpartition(".")
     weight: Tensor = getattr(gm.get_submodule(owner), name)
@@ -140,11 +141,12 @@ def _neurons(
         bias = None if call is None else read_tensor(gm, call.arguments["bias"])
     bias = bias if isinstance(bias, Tensor) else None
     if affine is None:
-        return Neurons(site, weight, bias, dendrites)
+        return neurons_of(site, weight, bias, dendrites, (), portable)
     dtype, scale = weight.dtype, affine.scale
     wide = weight.to(scale.dtype) * site.along_weight(scale[None])[0]
     shift = affine.shift if bias is None else affine.shift + scale * bias.to(scale.dtype)
-    return Neurons(site, wide.to(dtype), shift.to(dtype), dendrites, affine.ranks)
+    folded = wide.to(dtype), shift.to(dtype)
+    return neurons_of(site, *folded, dendrites, affine.ranks, portable)
 
 
 def _bias(soma: fx.Node) -> str:

@@ -24,7 +24,8 @@ from torch.fx.node import map_arg
 
 from pbfx.candidates import Candidates
 from pbfx.dendrites import Dendrites
-from pbfx.passes.context import PassContext, copy_provenance
+from pbfx.passes.context import PassContext, copy_provenance, get_attr
+from pbfx.paths import module_at, modules_in
 from pbfx.phase import Phase
 from pbfx.sites import is_site_module, read_input
 
@@ -46,7 +47,7 @@ def hold_eval(gm: fx.GraphModule, ctx: PassContext) -> int:
     rewrites = 0
     for node in list(gm.graph.nodes):
         if node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
+            module = module_at(gm, str(node.target))
             if computes_as(module, DROPOUTS):
                 node.replace_all_uses_with(read_input(node))
             elif computes_as(module, NORMS) and module.running_mean is not None:
@@ -73,7 +74,7 @@ def held_by_graph(part: fx.GraphModule, source: fx.Graph) -> list[nn.Module]:
         {str(node.target) for node in graph.nodes if node.op == "call_module"}
         for graph in (source, part.graph)
     )
-    modules = dict(part.named_modules())
+    modules = modules_in(part)
     inert = [m for m in modules.values() if isinstance(m, (Dendrites, Candidates))]
     inert += [m for m in modules.values() if is_site_module(m)]
     return [part, *inert, *(modules[path] for path in before - now if path in modules)]
@@ -90,7 +91,7 @@ def computes_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
 def _eval_norm(graph: fx.Graph, node: fx.Node, module: Any) -> fx.Node:
     with graph.inserting_before(node):
         mean, variance, weight, bias = (
-            graph.get_attr(f"{node.target}.{name}") if getattr(module, name) is not None else None
+            get_attr(graph, f"{node.target}.{name}") if getattr(module, name) is not None else None
             for name in ("running_mean", "running_var", "weight", "bias")
         )
         norm = graph.call_function(

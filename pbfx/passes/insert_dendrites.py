@@ -25,7 +25,7 @@ import operator
 import torch
 from torch import fx
 
-from pbfx.passes.context import PassContext, copy_provenance
+from pbfx.passes.context import PassContext, call_module, copy_provenance
 from pbfx.sites import find_join, is_permutation, leaves, read_input, soma_weight
 
 
@@ -65,7 +65,7 @@ def _insert(
         for view in reversed(views):
             value = _undo(graph, view, value)
             added.append(value)
-        added.append(graph.call_module(path, (value, read_input(soma))))
+        added.append(call_module(graph, path, (value, read_input(soma))))
         value = graph.call_function(operator.getitem, (added[-1], 0))
         added.append(value)
         for view in views:

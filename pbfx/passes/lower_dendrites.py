@@ -259,6 +259,7 @@ def _replace(graph: fx.Graph, node: fx.Node, form: Form, call: _Call, ctx: Lower
             call.neurons,
             call.soma.dtype,
             ctx.products,
+            call.soma.shape if ctx.training else None,
         )
         results = {0: out}
         if part(node, 1) is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import fx
 
 from pbfx.passes.context import PassContext
+from pbfx.paths import module_at
 from pbfx.sites import UNFOLDABLE, unfold
 
 
@@ -22,7 +23,7 @@ def unfold_layers(gm: fx.GraphModule, ctx: PassContext) -> int:
     for node in list(gm.graph.nodes):
         if (
             node.op == "call_module"
-            and isinstance(gm.get_submodule(str(node.target)), UNFOLDABLE)
+            and isinstance(module_at(gm, str(node.target)), UNFOLDABLE)
             and any(weight.startswith(f"{node.target}.") for weight in weights)
         ):
             unfold(gm, gm.graph, node)

@@ -9,6 +9,7 @@ from typing import Protocol
 from pbfx.errors import TrackerError
 from pbfx.figures import SiteFigures
 from pbfx.phase import Phase
+from pbfx.wording import counted
 
 
 class Action(enum.StrEnum):
@@ -117,6 +118,17 @@ def finished(decision: Decision, situation: Situation, finish: bool) -> Decision
     return decision
 
 
+def is_over(epochs: int) -> str:
+    """Say that so many epochs of a neuron phase are over."""
+    return counted(epochs, "epoch is over", "epochs are over")
+
+
+def learning_is_over(epochs: int) -> str:
+    """Say that so many epochs of a dendrite phase are over."""
+    verb = "is" if epochs == 1 else "are"
+    return f"{counted(epochs, 'epoch')} of candidate learning {verb} over"
+
+
 def possible(decision: object, situation: Situation) -> Decision:
     """Return `decision` if it can be carried out in `situation`.
 
@@ -141,7 +153,7 @@ def possible(decision: object, situation: Situation) -> Decision:
         kept = "" if decision.keep else " without keeping the phase's network"
         raise TrackerError(
             f"the policy decided {str(decision.action)!r}{kept} in the {situation.phase} phase, "
-            f"after {len(situation.scores)} epochs; possible there: "
+            f"after {counted(len(situation.scores), 'epoch')}; possible there: "
             f"{', '.join(repr(str(action)) for action in actions)}"
         )
     return decision

@@ -6,7 +6,7 @@ import dataclasses
 
 from pbfx.errors import ConfigError
 from pbfx.phase import Phase
-from pbfx.policy.decision import Action, Decision, Situation
+from pbfx.policy.decision import Action, Decision, Situation, is_over, learning_is_over
 from pbfx.settings import PerDendrite, at, freeze_lists, number_faults
 
 
@@ -39,14 +39,15 @@ class Interval:
             length = at(self.dendrite_epochs, now.dendrites)
             if epochs < length:
                 return Decision(Action.CONTINUE, f"epoch {epochs} of {length}")
-            return Decision(Action.PROMOTE, f"{length} epochs of candidate learning are over")
+            return Decision(Action.PROMOTE, learning_is_over(length))
         length = at(self.neuron_epochs, now.dendrites)
         if epochs < length:
             return Decision(Action.CONTINUE, f"epoch {epochs} of {length}")
+        over = is_over(length)
         if now.dendrites < now.max_dendrites:
-            reason = f"{length} epochs are over: growing dendrite {now.dendrites + 1}"
+            reason = f"{over}: growing dendrite {now.dendrites + 1}"
             return Decision(Action.GROW, reason, now.helped)
-        reason = f"{length} epochs are over; all {now.max_dendrites} dendrites are grown"
+        reason = f"{over}; max_dendrites={now.max_dendrites} is reached"
         return Decision(Action.COMPLETE, reason, now.helped)
 
     def growth_epochs(self, dendrites: int, dendrite_phase: bool) -> int:
@@ -95,7 +96,7 @@ class Never:
         if length is None or epochs < length:
             of = "" if length is None else f" of {length}"
             return Decision(Action.CONTINUE, f"epoch {epochs}{of}")
-        return Decision(Action.COMPLETE, f"{length} epochs are over", now.helped)
+        return Decision(Action.COMPLETE, is_over(length), now.helped)
 
 
 def _check(policy: Interval | Never, **least: float) -> None:

@@ -7,9 +7,10 @@ import math
 
 from pbfx.errors import ConfigError
 from pbfx.phase import Phase
-from pbfx.policy.decision import Action, Decision, Situation
+from pbfx.policy.decision import Action, Decision, Situation, is_over, learning_is_over
 from pbfx.policy.promise import why_not
 from pbfx.settings import PerDendrite, at, freeze_lists, named_values, number_faults
+from pbfx.wording import counted
 
 _LEAST = {
     "patience": 1,
@@ -95,8 +96,11 @@ class Plateau:
         out_of_time = longest is not None and epochs >= longest
         early = waited < patience or epochs <= at(self.grace, now.dendrites)
         if not out_of_time and early:
-            return Decision(Action.CONTINUE, f"{waited} of {patience} epochs without improvement")
-        why = f"{epochs} epochs are over" if out_of_time else f"no improvement for {waited} epochs"
+            reason = f"{waited} of {counted(patience, 'epoch')} without improvement"
+            return Decision(Action.CONTINUE, reason)
+        why = f"no improvement for {counted(waited, 'epoch')}"
+        if out_of_time:
+            why = is_over(epochs)
         if now.accepted is not None and not self._improves(now, now.best, now.accepted):
             gain = (
                 f"dendrite {now.dendrites} did not help ({now.best:.6g} against {now.accepted:.6g})"
@@ -104,10 +108,10 @@ class Plateau:
             tries = at(self.tries, now.dendrites)
             if now.attempt + 1 < tries:
                 return Decision(Action.RETRY, f"{why}; {gain}: dropped, trying another", keep=False)
-            reason = f"{why}; {gain}, the last of {tries} tries"
+            reason = f"{why}; {gain}, the last of {counted(tries, 'try', 'tries')}"
             return Decision(Action.COMPLETE, reason, keep=False)
         if now.dendrites >= now.max_dendrites:
-            return Decision(Action.COMPLETE, f"{why}; all {now.max_dendrites} dendrites are grown")
+            return Decision(Action.COMPLETE, f"{why}; max_dendrites={now.max_dendrites} is reached")
         return Decision(
             Action.GROW, f"{why} at {now.best:.6g}: growing dendrite {now.dendrites + 1}"
         )
@@ -124,7 +128,7 @@ class Plateau:
         longest = at(self.max_candidate_epochs, now.dendrites)
         nothing = None if significance is None else why_not(now.sites, significance)
         if epochs >= longest:
-            why = f"{epochs} epochs of candidate learning are over"
+            why = learning_is_over(epochs)
             if nothing is not None:
                 return Decision(Action.COMPLETE, f"{why}; {nothing}")
             return Decision(Action.PROMOTE, why)

@@ -7,6 +7,7 @@ import dataclasses
 from torch import fx, nn
 
 from pbfx.attention import project_apart
+from pbfx.paths import module_at
 from pbfx.sites.functions import describe_function, read_call
 from pbfx.sites.layers import describe_module
 from pbfx.sites.norms import find_join
@@ -67,7 +68,7 @@ def _describe(root: nn.Module, node: fx.Node) -> Site | Skipped | None:
         reason = "its query is not its key, so that its rows read different inputs"
         return Skipped(path, "linear", reason)
     if node.op == "call_module":
-        return describe_module(root.get_submodule(str(node.target)), str(node.target), node)
+        return describe_module(module_at(root, str(node.target)), str(node.target), node)
     call = read_call(node)
     return None if call is None else describe_function(root, node, call)
 

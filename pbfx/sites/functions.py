@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from pbfx.cells import cell_map
-from pbfx.paths import join
+from pbfx.paths import join, module_at
 from pbfx.sites.layers import MODULES, find_home, is_site_module, weight_shape, why_ineligible
 from pbfx.sites.site import Site, Skipped, convolution_form, leaves
 from pbfx_kernels import LINEAR
@@ -163,7 +163,7 @@ def soma_weight(root: nn.Module, node: fx.Node) -> str | None:
     """
     if node.op == "call_module":
         # An embedding may own the same weight, and computes something else with it.
-        is_soma = is_site_module(root.get_submodule(str(node.target)))
+        is_soma = is_site_module(module_at(root, str(node.target)))
         return join(str(node.target), "weight") if is_soma else None
     call = read_call(node)
     return None if call is None else call.weight
@@ -175,7 +175,7 @@ def describe_function(root: nn.Module, node: fx.Node, call: Call) -> Site | Skip
     if path is None:
         return Skipped(node.name, call.op, "its weight is computed, not a parameter")
     owner_path, _, attribute = path.rpartition(".")
-    owner = root.get_submodule(owner_path)
+    owner = module_at(root, owner_path)
     # The function then stands for a call of the module itself.
     stands_for_module = attribute == "weight" and isinstance(owner, tuple(MODULES))
     name = owner_path if stands_for_module else path

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import map_arg
 
+from pbfx.paths import module_at
 from pbfx.sites.site import leaves
 from pbfx.topology import may_write
 
@@ -107,7 +108,7 @@ def is_permutation(node: fx.Node) -> bool:
 
 def _is_reshape(root: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
+        module = module_at(root, str(node.target))
         return isinstance(module, _VIEW_MODULES) and not (
             module._forward_hooks or module._forward_pre_hooks
         )
@@ -131,7 +132,7 @@ def _norm(root: nn.Module, node: fx.Node) -> str | None:
         return FUNCTIONS.get(node.target)
     if node.op != "call_module":
         return None
-    module = root.get_submodule(str(node.target))
+    module = module_at(root, str(node.target))
     same = "forward" not in module.__dict__ and any(
         isinstance(module, base) and type(module).forward is base.forward for base in NORMS
     )
@@ -142,7 +143,7 @@ def _features(root: nn.Module, norm: fx.Node) -> int | None:
     """Return how many features a norm says that it normalises, None where it does not say."""
     shape: Any
     if norm.op == "call_module":
-        module = root.get_submodule(str(norm.target))
+        module = module_at(root, str(norm.target))
         named = getattr(module, "num_features", getattr(module, "num_channels", None))
         shape = getattr(module, "normalized_shape", named)
     elif FUNCTIONS[norm.target] in ("layer_norm", "rms_norm"):  # pyright: ignore[reportArgumentType]
@@ -158,7 +159,7 @@ def _features(root: nn.Module, norm: fx.Node) -> int | None:
 
 def _attribute(root: nn.Module, path: str) -> Any:
     owner, _, name = path.rpartition(".")
-    return getattr(root.get_submodule(owner), name, None)
+    return getattr(module_at(root, owner), name, None)
 
 
 def _first(node: fx.Node) -> Any:

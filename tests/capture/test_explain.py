@@ -13,40 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pbfx
-from models import CASES, Case, each_case, perceptron
+from models import CASES, Branch, Case, Coder, each_case, perceptron
 from pbfx.capture import Rung
 from pbfx.explain.records import SiteReport
 from pbfx.explain.table import sites_table
 from pbfx.restructure import start_dendrite_phase
-
-
-class Branch(nn.Module):
-    """Asks for the shape of its input, so that no graph can hold it."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) if x.dim() == 2 else x
-
-
-class Coder(nn.Module):
-    """Offers methods of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
-        self.up = nn.Linear(2, 4)
-
-    def encode(self, x: Tensor) -> Tensor:
-        return self.down(x)
-
-    def decode(self, z: Tensor) -> Tensor:
-        return torch.sigmoid(self.up(z))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decode(self.encode(x))
 
 
 def owned(model: nn.Module, site: str, dendrites: str) -> int:

@@ -11,23 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import pbfx
 from checkpoints import continued
 from checkpoints.continued import KINDS, Run
-from learning.loops import Cnn, copied, identical, same
+from learning.loops import Cnn, copied, equal, same
 from pbfx import Phase
-
-
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return identical(a, b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return type(a) is type(b) and a == b
 
 
 def check(found: dict[str, Any], wanted: dict[str, Any], where: str) -> None:

@@ -6,16 +6,17 @@ import csv
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+import pbfx
 from pbfx import PbfxError
 from pbfx.demo.plot import dendrite_spans, growths, plot_png
 from pbfx.demo.report import (
     check_folder,
-    git_revision,
     history_csv,
     report_json,
     write_atomically,
@@ -23,6 +24,7 @@ from pbfx.demo.report import (
 from pbfx.demo.study import EpochRow, Run
 from pbfx.demo.summary import candidate_notes, summarise
 from pbfx.demo.table import print_summary
+from pbfx.machine import git_revision
 
 PHASES = ["neuron"] * 3 + ["dendrite"] * 2 + ["neuron"] * 3 + ["dendrite"] + ["neuron"] * 2
 DENDRITES = [0] * 5 + [1] * 4 + [2] * 2
@@ -188,8 +190,13 @@ def test_folder_is_checked_without_being_made(tmp_path: Path):
 
 
 def test_git_revision_is_a_commit_or_nothing():
-    revision = git_revision()
-    assert revision is None or len(revision.removesuffix("+dirty")) >= 12
+    revision = git_revision(Path(pbfx.__file__))
+    assert revision is None or re.fullmatch("[0-9a-f]{12,}(-dirty)?", revision)
+
+
+def test_a_file_that_is_not_tracked_has_no_revision(tmp_path: Path):
+    (tmp_path / "file.py").write_text("")
+    assert git_revision(tmp_path / "file.py") is None
 
 
 def _umask() -> int:

@@ -66,6 +66,68 @@ def test_the_epilogue_is_one_kernel():
     assert not any("tanh" in name for name in names)
 
 
+LOW = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+fused = pytest.mark.skipif(not _HOPPER, reason="the fused kernel runs on Hopper")
+
+
+def linear(dtype: torch.dtype, dendrites: int) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    """Return a grown model of linear layers, its twin in float64, and an input."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Linear(64, 96), nn.BatchNorm1d(96), nn.ReLU()), nn.Linear(96, 130), nn.Linear(130, 10)
+    )
+    model, x = pbfx.transform(net), torch.randn(33, 64)
+    with torch.no_grad():
+        model(x)
+    randomise(pbfx.grow(model, dendrites), scale=0.2)
+    model = model.to(dtype).eval()
+    return copy.deepcopy(model).cuda(), copy.deepcopy(model).double(), x.to(dtype)
+
+
+def launched(call: nn.Module, x: torch.Tensor) -> list[str]:
+    call(x)
+    with torch.profiler.profile(acc_events=True) as profile:
+        call(x)
+    return [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+
+
+@fused
+@LOW
+@pytest.mark.parametrize("dendrites", [1, 2, 3])
+def test_linear_neurons_are_one_kernel(dendrites: int, dtype: torch.dtype):
+    model, wide, x = linear(dtype, dendrites)
+    with torch.no_grad():
+        expected = [wide(x.double())]
+        eager = error([model(x.cuda())], expected)
+        lowered = pbfx.lower(model)
+        # Rows of 130 elements do not start at multiples of 16 bytes.
+        kinds = [type(m).__name__ for m in lowered.modules() if hasattr(m, "to_soma")]
+        assert kinds == ["FusedNeurons", "FusedNeurons", "Neurons"]
+        limit = max(TOLERANCES[dtype], 2 * eager)
+        assert error([lowered(x.cuda())], expected) <= limit
+        names = launched(lowered, x.cuda())
+        assert sum("_neuron_kernel" in name for name in names) == 2
+        assert sum("_dendrites_epilogue_kernel" in name for name in names) == 1
+        compiled = torch.compile(lowered, fullgraph=True)
+        assert error([compiled(x.cuda())], expected) <= limit
+        program = torch.export.export(lowered, (x.cuda(),))
+        assert not any("pbfx" in str(node.target) for node in program.graph.nodes)
+        assert error([program.module()(x.cuda())], expected) <= limit
+        portable = pbfx.lower(model, portable=True)
+        assert not any("_neuron_kernel" in name for name in launched(portable, x.cuda()))
+        # Elsewhere it is plain torch over the same weights.
+        assert error([lowered.float().cpu()(x.float())], expected) <= limit
+
+
+@fused
+def test_a_compiled_model_launches_it_too():
+    model, _, x = linear(torch.bfloat16, 3)
+    with torch.no_grad():
+        names = launched(torch.compile(pbfx.lower(model), fullgraph=True), x.cuda())
+    assert sum("_neuron_kernel" in name for name in names) == 2
+
+
 @pytest.mark.parametrize("name", ["convolutional", "attention"])
 def test_compiled(name: str):
     model, x = grown(name), CASES[name].input()
@@ -73,6 +135,17 @@ def test_compiled(name: str):
         expected = outputs(copy.deepcopy(model).double()(x.double()))
         lowered = torch.compile(pbfx.lower(model.cuda()), fullgraph=name != "attention")
         assert error(outputs(lowered(x.cuda())), expected) <= TOLERANCES[torch.float32]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ["perceptron", "convolutional"])
+def test_a_tracer_that_cannot_look_into_a_launch_sees_plain_torch(name: str):
+    lowered, case = pbfx.lower(grown(name).cuda()), CASES[name]
+    with torch.no_grad():
+        traced = torch.jit.trace(lowered, (case.input(0).cuda(),), check_trace=False)
+        x = case.input(1).cuda()
+        assert error(outputs(traced(x)), outputs(lowered(x))) <= TOLERANCES[torch.float32]
 
 
 @pytest.mark.parametrize("name", ["resnet", "unet", "mobilenet", "vit"])

@@ -15,8 +15,9 @@ from tolerances import assert_close
 from torch import Tensor
 
 from pbfx_kernels import ACTIVATIONS, candidate_autograd, reference
+from pbfx_kernels.booking import Memory, Rules
 from pbfx_kernels.candidate_moments import candidate_moments
-from pbfx_kernels.turns import Memory, Rules, take_turn
+from pbfx_kernels.turns import take_turn
 from pbfx_kernels.turns_kernel import line_of, table_of, take_turns_fused
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -19,7 +19,7 @@ from kernel_cases import (
 from tolerances import assert_close, relative_error
 from torch import Tensor
 
-from pbfx_kernels import ACTIVATIONS, Geometry, neurons, packed, reference
+from pbfx_kernels import ACTIVATIONS, Geometry, frozen, neurons, packed, reference
 from pbfx_kernels.dispatch import evaluate_dendrites, recompute_to_soma_gradient
 from pbfx_kernels.fused_neuron import fused_neuron, interleave
 from pbfx_kernels.strategy import Strategy
@@ -237,6 +237,28 @@ def test_fused_neuron(form: tuple[int, int, int], d: int, dtype: torch.dtype) ->
     wanted, wanted_activations = oracle_dendrites(site, upcast, "tanh")
     assert_close(out, wanted)
     assert_close(kept, torch.stack(wanted_activations))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_frozen_neurons(d: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is laid out in plain torch for good is what the kernel lays out at every call."""
+    site = Site("frozen", (3, 5, 48), (37, 48))
+    case = make_neurons(site, d, d != 2, dtype)
+    x, packed, *links = case.together
+    stacked = packed.unflatten(0, (1 + d, -1))
+    rows = frozen.lay(stacked)
+    assert torch.equal(rows, interleave(stacked[0], stacked[1:]))
+    plain = frozen.frozen_neurons(x, rows, *links, "tanh")
+    monkeypatch.setattr(frozen, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(frozen, "fuses_frozen", lambda problem: True)
+    monkeypatch.setattr(frozen, "_plain", None)
+    # Rows that start anywhere have to be copied for the descriptors.
+    for given in (x, torch.cat([x[..., :1], x], -1)[..., 1:]):
+        out = frozen.frozen_neurons(given, rows, *links, "tanh")
+        assert out.dtype == dtype
+        assert_close(out, case.expected)
+        assert_close(out, plain.double(), dtype)
 
 
 def test_many_dendrites() -> None:

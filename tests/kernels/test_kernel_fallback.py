@@ -41,7 +41,7 @@ def test_a_failed_launch_falls_back_once(monkeypatch):
     monkeypatch.setattr(dispatch, "_launch", refuses)
     monkeypatch.setattr(dispatch, "_launch_gradient", refuses)
     given = arguments(4)
-    with pytest.warns(RuntimeWarning, match=r"3 neurons, 5 inputs and 2 dendrites.*reference"):
+    with pytest.warns(RuntimeWarning, match=r"N=3, K=5, D=2 in .*reference"):
         out = pbfx_kernels.dendrites(*given)[0]
     assert torch.equal(
         out, pbfx_kernels.reference.dendrites(*given, "tanh", pbfx_kernels.LINEAR)[0]

@@ -44,6 +44,7 @@ def test_public_names() -> None:
         "Moment",
         "candidates",
         "dendrites",
+        "full_dendrites",
         "perforated_conv2d",
         "perforated_linear",
         "reference",

@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pbfx_kernels.flops
 from pbfx_kernels import LINEAR, Geometry, dendrites, strategy
-from pbfx_kernels.layout import Grid, grid_of, is_regular, merged_stride
+from pbfx_kernels.layout import Grid, grid_of, is_regular
 from pbfx_kernels.strategy import Problem, Strategy, choose
+from pbfx_kernels.walking import merged_stride
 
 H200 = Problem("cuda", (9, 0), torch.bfloat16, False, LINEAR, 65536, 256, 64, 1, 3)
 

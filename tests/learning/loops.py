@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,6 +158,17 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def identical(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bool((bits(a) == bits(b)).all())
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Return whether two trees of plain data and tensors are the same to the last bit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return identical(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and a == b
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from learning.loops import (
 from pbfx.candidates import Candidates
 from pbfx.learning import statistics
 from pbfx_kernels import Moment
-from pbfx_kernels.turns import Memory, Rules, take_turn
+from pbfx_kernels.booking import Memory, Rules
+from pbfx_kernels.turns import take_turn
 
 
 def started(kind: type[nn.Module], **settings: object) -> tuple[nn.Module, pbfx.Tracker]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import pbfx
 from models import CASES, assert_near, randomise
+from pbfx_kernels import frozen
 from zoo.registry import ZOO
 
 BARE = Path(__file__).with_name("bare.py")
@@ -62,14 +63,33 @@ def called(program: torch.export.ExportedProgram) -> set[str]:
     return {str(n.target) for g in graphs for n in g.nodes if n.op == "call_function"}
 
 
+class KilledError(AssertionError):
+    """A bare process died of a signal."""
+
+
 def run_bare(kind: str, folder: Path, inputs: list[tuple[Tensor, ...]]) -> list[Tensor]:
     torch.save(inputs, folder / "inputs.pt")
     # -I leaves out PYTHONPATH and the current folder; where torch lies outside of the
     # interpreter's own folders, its path is handed on.
     command = [sys.executable, "-I", "-W", "ignore", str(BARE), kind, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode < 0:
+        raise KilledError(f"signal {-done.returncode}, {done.stderr or 'without a word'}")
     assert done.returncode == 0, done.stderr
     return torch.load(folder / "outputs.pt")
+
+
+def a_plain_package_kills(folder: Path) -> bool:
+    """Return whether a process dies of what torch itself packages of a plain model for a GPU."""
+    folder.mkdir()
+    model, x = MODELS["perceptron"](3)
+    program = torch.export.export(model.cuda().eval(), (x.cuda(),))
+    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
+    try:
+        run_bare("inductor", folder, [(x.cuda(),)])
+    except KilledError:
+        return True
+    return False
 
 
 @pytest.mark.filterwarnings(RECURRENT)
@@ -94,6 +114,22 @@ def test_an_exported_program_needs_no_pbfx(tmp_path: Path):
     program = torch.export.export(pbfx.lower(model), (x,), dynamic_shapes=({0: BATCH},))
     torch.export.save(program, tmp_path / "model.pt2")
     inputs = [(MODELS["vit"](batch)[1],) for batch in (2, 5)]
+    with torch.no_grad():
+        expected = [model(*given) for given in inputs]
+    assert_near(run_bare("export", tmp_path, inputs), expected)
+
+
+@pytest.mark.filterwarnings(TREES)
+def test_a_program_in_the_layout_of_a_kernel_needs_no_pbfx(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # As if the model were on a GPU that has the kernel.
+    monkeypatch.setattr(frozen, "wins", lambda stacked: True)
+    monkeypatch.setattr(frozen, "_on_gpu", lambda x: True)
+    model, (_, x) = grown("perceptron"), MODELS["perceptron"](3)
+    program = torch.export.export(pbfx.lower(model), (x,), dynamic_shapes=({0: BATCH},))
+    torch.export.save(program, tmp_path / "model.pt2")
+    inputs = [(MODELS["perceptron"](batch)[1],) for batch in (2, 5)]
     with torch.no_grad():
         expected = [model(*given) for given in inputs]
     assert_near(run_bare("export", tmp_path, inputs), expected)
@@ -126,7 +162,14 @@ def test_a_package_compiled_for_a_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
     inputs = [(MODELS["resnet"](batch)[1].cuda(),) for batch in (2, 5)]
     with torch.no_grad():
         expected = [model(*given) for given in inputs]
-    assert_near(run_bare("inductor", tmp_path, inputs), expected)
+    try:
+        found = run_bare("inductor", tmp_path, inputs)
+    except KilledError as fault:
+        if not a_plain_package_kills(tmp_path / "plain"):
+            raise
+        # Seen on torch 2.11.0+cu130: the loader dies before any model runs.
+        pytest.xfail(f"torch cannot load its own package of a plain model here: {fault}")
+    assert_near(found, expected)
 
 
 @pytest.mark.skipif(NO_ONNX, reason="needs pbfx[onnx]")

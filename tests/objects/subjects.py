@@ -10,19 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import pbfx
-from models import CASES, Case, outputs, randomise
+from models import CASES, Branch, Case, outputs, randomise
 from pbfx.restructure import start_dendrite_phase
-
-
-class Branch(nn.Module):
-    """Asks for the shape of its input, so that no graph can hold it."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.drop = inner, nn.Dropout(0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.inner(x)) if x.dim() == 2 else x
 
 
 class Coder(nn.Module):

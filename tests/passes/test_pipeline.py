@@ -48,7 +48,7 @@ def calls_what_is_not_there(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 BAD = {
     raises: "KeyError: 'no such thing'",
-    never_done: "not idempotent on Sequential: a second run made 1 rewrites",
+    never_done: "not idempotent on Sequential: a second run made 1 rewrite",
     breaks_the_graph: "RuntimeError: Argument '_4_dendrites' of Node",
     calls_what_is_not_there: "nowhere",
 }

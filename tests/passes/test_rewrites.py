@@ -157,7 +157,7 @@ def test_another_weight_of_the_same_function_is_not_touched():
 def test_inserted_nodes_point_to_the_line_of_their_soma():
     model = pbfx.transform(nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.ReLU()))
     pbfx.grow(model)
-    model.new_candidates(model.perforation.sites[0], 2)
+    model.new_candidates([(model.perforation.sites[0], 2)])
     model.rebuild()
     nodes = {node.name: node for node in model.graph.nodes}
     soma = nodes["_0_0"]

@@ -48,7 +48,7 @@ class TestParameters:
         step = tracker.step(0.4)
         assert (step.complete, step.dendrites) == (True, 0)
         assert step.reason == (
-            "no improvement for 1 epochs at 0.5: growing dendrite 1; declined: it would have 153 "
+            "no improvement for 1 epoch at 0.5: growing dendrite 1; declined: it would have 153 "
             "parameters, max_parameters=100"
         )
         assert same(network(model), before)
@@ -116,7 +116,7 @@ class TestEpochs:
         optimizer, tracker = tracked(model, pbfx.Never(), max_epochs=3)
         run(model, optimizer, tracker, TASK)
         assert len(tracker.history) == 3
-        assert tracker.history[-1].reason == "epoch 3; all of max_epochs=3 are over"
+        assert tracker.history[-1].reason == "epoch 3; max_epochs=3 is reached"
 
     def test_in_a_dendrite_phase_the_network_before_comes_back(self) -> None:
         torch.manual_seed(0)

@@ -126,7 +126,7 @@ def test_it_says_what_a_real_run_needs(caplog: pytest.LogCaptureFixture) -> None
     assert step.reason == str(found)
     assert step.reason in caplog.text
     assert step.reason.startswith("capacity test passed: 3 dendrites grew in 7 epochs (")
-    assert "were taken back" in step.reason
+    assert "was taken back" in step.reason
     assert "make the tracker with test_capacity=False" in step.reason
     assert found.parameters == parameter_count(pbfx.grow(pbfx.transform(Mlp()), 5))
     assert f"{found.parameters:,} parameters" in step.reason
@@ -254,7 +254,7 @@ def test_more_than_the_device_has_is_said() -> None:
 def test_where_nothing_grows_it_ends_all_the_same() -> None:
     """As with settings that leave no site to grow: it does not wait for a third dendrite."""
     run = Run()
-    test = run.tracker._capacity
+    test = run.tracker._run.test
     assert isinstance(test, CapacityTest)
     row = Measured(Phase.NEURON, 0, 1.0, 10, 10, None)
     situation = pbfx.Situation(Phase.NEURON, (0.1,))

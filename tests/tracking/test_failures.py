@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import pbfx
-from learning.loops import Mlp, identical, regression
-from pbfx import Action, Decision, RestructureError, pipeline
+from learning.loops import Mlp, equal, identical, regression
+from pbfx import Action, Decision, RestructureError, pipeline, snapshot
 from pbfx.candidates import Candidates
 from pbfx.dendrites import Dendrites
 from pbfx.perforated import PerforatedModule
@@ -137,16 +136,6 @@ class Run:
 CHECKED = ("last_epoch", "_step_count", "_last_lr", "base_lrs", "_milestones", "factor", "gamma")
 
 
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return identical(a, b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return type(a) is type(b) and a == b
-
-
 @contextmanager
 def failing_pass(_: Run) -> Iterator[None]:
     """Let the last pass raise, when the modules have been changed already."""
@@ -196,8 +185,9 @@ def failing_state(run: Run) -> Iterator[None]:
     run.optimizer.state = state
 
 
-def failing_call(owner: type, name: str, successes: int) -> Callable[[Run], Any]:
-    """Let a method work so many times, and raise after the next one has done its work."""
+def failing_call(owner: Any, name: str, successes: int) -> Callable[[Run], Any]:
+    """Let a method, or a function of a module, work so many times; the next call raises when it has
+    done its work."""
 
     @contextmanager
     def broken(_: Run) -> Iterator[None]:
@@ -221,16 +211,16 @@ def failing_call(owner: type, name: str, successes: int) -> Callable[[Run], Any]
 def interrupted(_: Run) -> Iterator[None]:
     """Ctrl-C, in the middle."""
     calls = []
-    resize = Dendrites.resize
+    resized = Dendrites._resized
 
     def raising(self: Dendrites, count: int) -> None:
-        resize(self, count)
+        resized(self, count)
         calls.append(count)
         if len(calls) == 2:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Dendrites, "resize", raising)
+        patch.setattr(Dendrites, "_resized", raising)
         yield
 
 
@@ -260,7 +250,7 @@ CASES = [
             ["first growth", "second growth", "rollback"],
         ),
         (
-            {"loading the best weights": failing_call(nn.Module, "load_state_dict", 0)},
+            {"loading the best weights": failing_call(snapshot, "copy_into", 0)},
             ["first growth", "second growth", "rollback", "completion"],
         ),
         (
@@ -353,3 +343,14 @@ def test_an_optimizer_that_lost_a_group_is_put_back() -> None:
     after = run.record()
     for part in before:
         assert equal(before[part], after[part]), part
+
+
+def test_a_model_that_loads_in_its_own_way_does_so_when_it_returns_to_its_best() -> None:
+    run = Run("continue", "grow")
+    loaded = []
+    run.model.fc1.register_load_state_dict_post_hook(lambda *_: loaded.append("fc1"))
+    best = {name: t.clone() for name, t in run.tracker._run.current.tensors.items()}
+    assert not identical(best["fc1.weight"], run.model.fc1.weight)
+    assert run.tracker.step(-2.0).restructured
+    assert loaded == ["fc1"]
+    assert all(identical(run.model.state_dict()[name], value) for name, value in best.items())

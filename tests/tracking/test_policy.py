@@ -116,7 +116,7 @@ class TestPlateau:
     def test_enough_dendrites(self) -> None:
         decision = Plateau(patience=1).decide(neuron(2, 1, dendrites=3, accepted=1.0))
         assert decision == Decision(
-            Action.COMPLETE, "no improvement for 1 epochs; all 3 dendrites are grown", keep=True
+            Action.COMPLETE, "no improvement for 1 epoch; max_dendrites=3 is reached", keep=True
         )
         assert Plateau(patience=1).decide(neuron(1, 1, max_dendrites=0)).action is Action.COMPLETE
 
@@ -245,7 +245,7 @@ class TestInterval:
     def test_completes_after_the_last_dendrite(self) -> None:
         decision = Interval(2).decide(neuron(2, 1, dendrites=3, accepted=1.5))
         assert decision == Decision(
-            Action.COMPLETE, "2 epochs are over; all 3 dendrites are grown", keep=True
+            Action.COMPLETE, "2 epochs are over; max_dendrites=3 is reached", keep=True
         )
 
     @pytest.mark.parametrize(
@@ -502,7 +502,7 @@ def test_decisions_can_be_carried_out_and_say_why(
             neuron(1.0),
             Decision(Action.RETRY, "x", keep=False),
             "decided 'retry' without keeping the phase's network in the neuron phase, after 1 "
-            "epochs; possible there: 'continue', 'grow'",
+            "epoch; possible there: 'continue', 'grow'",
         ),
         (neuron(1.0), Decision(Action.COMPLETE, "x", keep=False), "decided 'complete' without"),
         (dendrite(0.1), Decision(G, "x"), "decided 'grow' in the dendrite phase"),

@@ -86,7 +86,7 @@ def test_it_stops_at_the_first_that_is_worse_and_goes_back_to_the_best() -> None
     assert same(state(run), best)
     assert run.rate == pytest.approx(0.05)
     assert "going on with x0.5; 2 of 3 epochs were spent on others" in step.reason
-    assert run.tracker._search is None
+    assert run.tracker._run.search is None
 
 
 def test_the_policy_sees_the_epochs_of_the_best_trial_only() -> None:
@@ -175,9 +175,9 @@ def test_it_follows_the_dendrite_phase(learning: str) -> None:
     run = Run(RateSearch((1.0, 0.5)), learning=learning)
     phases = [run.epoch(score).phase for score in (0.1, 0.2)]
     assert phases == [Phase.NEURON, Phase.DENDRITE]
-    assert run.tracker._search is None
+    assert run.tracker._run.search is None
     assert run.epoch(0.0).phase is Phase.NEURON
-    assert run.tracker._search is not None
+    assert run.tracker._run.search is not None
     run.epoch(0.3)
     assert run.rate == pytest.approx(0.05)
     assert run.tracker.history[-1].rate_factor == 1.0
@@ -192,7 +192,7 @@ def test_a_budget_of_epochs_ends_a_search() -> None:
         run.epoch(score)
     step = run.epoch(0.5)
     assert step.complete
-    assert "all of max_epochs=4 are over" in step.reason
+    assert "max_epochs=4 is reached" in step.reason
     assert run.tracker.best_score == 0.5
 
 
@@ -303,4 +303,6 @@ def test_a_search_keeps_the_network_that_it_starts_from() -> None:
     run = Run(RateSearch((1.0, 0.5)))
     run.epoch(0.1)
     run.epoch(0.2)
-    assert identical(run.tracker._search.start.network.tensors["fc1.weight"], run.model.fc1.weight)
+    assert identical(
+        run.tracker._run.search.start.network.tensors["fc1.weight"], run.model.fc1.weight
+    )

@@ -233,17 +233,17 @@ class TestRestoring:
         model, optimizer, tracker = started("continue", "continue", "grow", "promote")
         tracker.step(0.5)
         live = {t.data_ptr() for t in model.state_dict().values()}
-        snapshot = tracker._current.tensors
+        snapshot = tracker._run.current.tensors
         assert not live & {t.data_ptr() for t in snapshot.values()}
         kept = copied(snapshot)
         train(model, optimizer, TASK)
         tracker.step(0.4)
-        assert same(tracker._current.tensors, kept)
+        assert same(tracker._run.current.tensors, kept)
         tracker.step(0.4)
         train(model, optimizer, TASK)
         tracker.step(0.4)
         train(model, optimizer, TASK)
-        assert same(tracker._best.tensors, kept)
+        assert same(tracker._run.accepted.tensors, kept)
 
     @pytest.mark.parametrize("decision", ["complete", "retry"])
     def test_a_policy_may_leave_the_dendrite_phase_without_promoting(self, decision: str) -> None:
@@ -287,19 +287,19 @@ class TestReasons:
         script = [0.5, 0.5, 0, 0.4, 0.4, 0, 0.7, 0.7, 0, 0.6, 0.6, 0, 0.65, 0.6]
         steps = [quiet_step(tracker, score) for score in script]
         reasons = [step.reason for step in steps if step.restructured]
-        over = "1 epochs of candidate learning are over"
+        over = "1 epoch of candidate learning is over"
         assert reasons == [
-            "no improvement for 1 epochs at 0.5: growing dendrite 1",
+            "no improvement for 1 epoch at 0.5: growing dendrite 1",
             over,
-            "no improvement for 1 epochs; dendrite 1 did not help (0.4 against 0.5): dropped, "
+            "no improvement for 1 epoch; dendrite 1 did not help (0.4 against 0.5): dropped, "
             "trying another",
             over,
-            "no improvement for 1 epochs at 0.7: growing dendrite 2",
+            "no improvement for 1 epoch at 0.7: growing dendrite 2",
             over,
-            "no improvement for 1 epochs; dendrite 2 did not help (0.6 against 0.7): dropped, "
+            "no improvement for 1 epoch; dendrite 2 did not help (0.6 against 0.7): dropped, "
             "trying another",
             over,
-            "no improvement for 1 epochs; dendrite 2 did not help (0.65 against 0.7), the last of "
+            "no improvement for 1 epoch; dendrite 2 did not help (0.65 against 0.7), the last of "
             "2 tries",
         ]
         assert tracker.complete
@@ -699,16 +699,16 @@ def test_a_better_epoch_overwrites_the_copy_of_the_last() -> None:
     optimizer = sgd(model)
     tracker = pbfx.Tracker(model, optimizer, policy=Plateau(patience=1000))
     tracker.step(0.0)
-    places = {name: tensor.data_ptr() for name, tensor in tracker._current.tensors.items()}
+    places = {name: tensor.data_ptr() for name, tensor in tracker._run.current.tensors.items()}
     train(model, optimizer, TASK)
     tracker.step(1.0)
-    assert tracker._current.score == 1.0
-    assert same(tracker._current.tensors, network(model))
-    assert places == {name: t.data_ptr() for name, t in tracker._current.tensors.items()}
+    assert tracker._run.current.score == 1.0
+    assert same(tracker._run.current.tensors, network(model))
+    assert places == {name: t.data_ptr() for name, t in tracker._run.current.tensors.items()}
     # Into another dtype there is no copying over.
     model.double()
     tracker.step(2.0)
-    assert tracker._current.tensors["fc1.weight"].dtype is torch.float64
+    assert tracker._run.current.tensors["fc1.weight"].dtype is torch.float64
 
 
 def test_entering_twice_is_one_phase() -> None:

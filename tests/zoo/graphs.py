@@ -39,11 +39,9 @@ class GraphAttention(nn.Module):
         source, target = edge_index[0], edge_index[1]
         hidden = self.lin(x)
         score = F.leaky_relu(self.att(torch.cat([hidden[source], hidden[target]], -1))).squeeze(-1)
-        top = torch.full((x.shape[0],), -1e9, dtype=x.dtype).scatter_reduce(
-            0, target, score, "amax"
-        )
+        top = x.new_full((x.shape[0],), -1e9).scatter_reduce(0, target, score, "amax")
         weight = (score - top[target]).exp()
-        total = torch.zeros(x.shape[0], dtype=x.dtype).scatter_add(0, target, weight)
+        total = x.new_zeros(x.shape[0]).scatter_add(0, target, weight)
         alpha = weight / (total[target] + 1e-12)
         index = target.unsqueeze(-1).expand(-1, hidden.shape[-1])
         return torch.zeros_like(hidden).scatter_add(0, index, alpha.unsqueeze(-1) * hidden[source])
@@ -63,7 +61,7 @@ class GraphNet(nn.Module):
         x = F.dropout(x, p=0.2, training=self.training)
         x = self.norm(self.conv2(x, edge_index))
         if batch is None:
-            batch = torch.zeros(x.size(0), dtype=torch.long)
+            batch = x.new_zeros(x.size(0), dtype=torch.long)
         graphs = int(batch.max()) + 1
         pooled = x.new_zeros(graphs, x.size(1)).index_add_(0, batch, x)
         return self.classifier(pooled)

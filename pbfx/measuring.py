@@ -1,0 +1,52 @@
+"""Close an epoch of a dendrite phase: what has each site's pool of candidates come to?"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+
+from torch import nn
+
+from pbfx.figures import SiteFigures
+from pbfx.learning import SiteLearner, figures_of, measure_all, reached
+from pbfx.parts import parts_of
+
+
+def measure(
+    model: nn.Module, learners: Mapping[str, SiteLearner]
+) -> tuple[float | None, tuple[SiteFigures, ...]]:
+    """Let every learner close its epoch, and let the parts of `model` show what came of it.
+
+    Args:
+        model: in either phase.
+        learners: of its candidates, by the full path of the site; none in a neuron phase.
+
+    Returns:
+        The mean over sites of the candidates' score, None where no batch measured; and the figures
+        of the sites that an error has reached.
+    """
+    if not learners:
+        return None, ()
+    heard = reached(learners)
+    if not heard:
+        warnings.warn(
+            "pbfx: no error has reached any candidate since the dendrite phase began; the "
+            "training loop must call loss.backward() on the model's output in this phase too",
+            stacklevel=3,
+        )
+    measured = measure_all(learners)
+    known = [score for score in measured.values() if score is not None]
+    figures = tuple(
+        # As `torch.compile` leaves them in peace, paths do not show that it was there.
+        dataclasses.replace(found, site=found.site.replace("_orig_mod.", ""))
+        for found in figures_of(heard, measured)
+    )
+    show_figures(model, figures)
+    return sum(known) / len(known) if known else None, figures
+
+
+def show_figures(model: nn.Module, figures: tuple[SiteFigures, ...]) -> None:
+    """Let the parts of `model` show these figures, as `pbfx.explain` does."""
+    for part in parts_of(model).values():
+        part.perforation.figures = figures
