@@ -313,7 +313,7 @@ def _prepare(
                 sums,
                 groups > 1,
                 even,
-                _STAGES,
+                plan.stages,
             ),
             *(plan.tile_neurons, plan.tile_inner),
         ),
