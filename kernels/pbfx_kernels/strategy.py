@@ -37,6 +37,9 @@ _DESCRIBED_BYTES = 16
 _LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO = 4096, 4
 # Inputs of a convolution up to which one kernel is faster than cuDNN for soma and dendrites.
 _MOST_FUSED_INPUTS = 2304
+# Inputs of a linear op in TF32 up to which it is faster: a half at 64, a quarter at 256, level with
+# the library's product from 768 on.
+_MOST_FUSED_TF32 = 256
 # Dendrites up to which it was measured; more share a product of eight roles.
 _MOST_FUSED_MEASURED = 3
 # Inputs, by D, up to which it is faster if the weights lie so already, whatever the number of
@@ -336,6 +339,9 @@ def fuses(problem: Problem) -> bool:
         enough = problem.positions >= _LEAST_FUSED_POSITIONS
         return _knows_fused(problem) and read and enough and problem.inputs <= _MOST_FUSED_INPUTS
     least = max(_LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO * problem.inputs)
+    if problem.dtype.itemsize == 4:
+        few = problem.dendrites <= _MOST_FUSED_MEASURED and problem.inputs <= _MOST_FUSED_TF32
+        return few and problem.positions >= least and _launches(problem)
     return _knows_fused(problem) and problem.positions >= least
 
 

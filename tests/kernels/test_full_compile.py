@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from ahead_of_time import CAPABILITIES, compile_kernel
 
 from pbfx_kernels import ACTIVATIONS, cascade_gradient
@@ -90,3 +91,36 @@ def test_every_layout(capability: int, d: int, frozen: int, layout: str) -> None
 @capabilities
 def test_without_sums(capability: int) -> None:
     check(capability, "bfloat16", "silu", 3, sums=False)
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_what_is_launched_is_what_was_planned(d: int) -> None:
+    """The compilations above name their constants; a launch gives them by position."""
+    shape, dtype = (4096, 64), torch.float32
+    stack = (4096, d * 64)
+    form = [(sizes, (sizes[1], 1), dtype) for sizes in (shape, stack)]
+    prepared = cascade_gradient._prepare(
+        *form, (dtype, dtype, dtype), (d, 0, True), "tanh", -1, 1, False, 0
+    )
+    kernel = cascade_gradient._cascade_gradient_kernel
+    given = prepared.launch._arguments
+    found = dict(zip(kernel.arg_names[-len(given) :], given, strict=True))
+    constants = {
+        name: found[name]
+        for name, p in zip(kernel.arg_names, kernel.params, strict=True)
+        if p.is_constexpr
+    }
+    plan = cascade_gradient._plan(1, 4096, 64, d, 0, True)
+    assert constants == {
+        "D": d,
+        "FROZEN": 0,
+        "ACTIVATION": "tanh",
+        "FAST": False,
+        "HAS_BIAS": True,
+        "SUMS": True,
+        "GROUPED": False,
+        "EVEN": 64 % plan.tile_neurons == 4096 % plan.tile_inner == 0,
+        "STAGES": plan.stages,
+        "TILE_N": plan.tile_neurons,
+        "TILE_I": plan.tile_inner,
+    }

@@ -24,6 +24,28 @@ def but(**changes: object) -> Problem:
 @pytest.mark.parametrize(
     ("problem", "expected"),
     [
+        (H200, True),
+        (but(dendrites=4), False),
+        (but(positions=2048), False),
+        (but(positions=8192, channels=4096), False),
+        (but(capability=(8, 0)), False),
+        # Without TF32 the kernel would round what the user wants exact.
+        (but(dtype=torch.float32), False),
+        (but(dtype=torch.float32, tf32=True), True),
+        (but(dtype=torch.float32, tf32=True, channels=256), True),
+        (but(dtype=torch.float32, tf32=True, channels=768), False),
+        (but(dtype=torch.float32, tf32=True, dendrites=4), False),
+        (but(dtype=torch.float64, tf32=True), False),
+    ],
+    ids=str,
+)
+def test_where_linear_somas_are_fused(problem: Problem, expected: bool) -> None:
+    assert strategy.fuses(problem) is expected
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
         (H200, Strategy.SPLIT),
         (but(channels=4096), Strategy.PACKED),
         (but(channels=2048, positions=256), Strategy.SPLIT),
