@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -245,6 +246,9 @@ def functions_refused(name: str, traced: Callable[[Any], bool] = _is_proxy) -> I
     def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
         if not any(map(traced, (*args, *kwargs.values()))):
             return original.__get__(None, cls)(*args, **kwargs)
+        if cls.__module__ == torch.utils.checkpoint.__name__:
+            # Up to torch 2.11 it calls a function of its own before it sets its hooks.
+            raise _checkpointed(name)
         raise CaptureError(
             f"cannot capture {name}: forward calls the autograd.Function {cls.__name__}, whose "
             "backward tracing would lose; write it as a torch.library.custom_op, which stays one "
@@ -265,16 +269,20 @@ def contexts_refused(name: str) -> Iterator[None]:
     original = hooks.__enter__
 
     def refuse(self: Any) -> Any:
-        raise CaptureError(
-            f"cannot capture {name}: forward computes inside torch.utils.checkpoint (or another "
-            "hook on saved tensors), which the graph would not enter again"
-        )
+        raise _checkpointed(name)
 
     hooks.__enter__ = refuse
     try:
         yield
     finally:
         hooks.__enter__ = original
+
+
+def _checkpointed(name: str) -> CaptureError:
+    return CaptureError(
+        f"cannot capture {name}: forward computes inside torch.utils.checkpoint (or another "
+        "hook on saved tensors), which the graph would not enter again"
+    )
 
 
 # What a forward may ask of its surroundings, and a graph would answer once and for all.
