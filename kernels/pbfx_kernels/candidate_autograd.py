@@ -19,16 +19,11 @@ from torch import Tensor
 
 from pbfx_kernels import reference
 from pbfx_kernels.geometry import Geometry
-from pbfx_kernels.validation import check_candidates
+from pbfx_kernels.validation import check_candidates, check_once
 
 # What the kernels compute in; float64 runs the reference.
 _FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# A training loop meets a handful of shapes; past this many the check runs again.
-_MOST_CHECKED = 4096
-
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
-
-_checked: set[Any] = set()
 
 
 def preactivate(
@@ -154,13 +149,7 @@ def apply(
         *(neuron, x, activations, weight, bias),
         *(to_dendrite, moments, direction, error_mean, regression),
     )
-    form = [None if t is None else (t.shape, t.dtype, t.get_device()) for t in tensors]
-    key = (*form, activation, geometry)
-    if key not in _checked:
-        check_candidates(*tensors, activation, geometry)
-        if len(_checked) >= _MOST_CHECKED:
-            _checked.clear()
-        _checked.add(key)
+    check_once(check_candidates, tensors, activation, geometry)
     return _cxx_apply(*tensors, activation, geometry)
 
 

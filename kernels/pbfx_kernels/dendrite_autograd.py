@@ -18,12 +18,7 @@ from pbfx_kernels.dispatch import (
 )
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like
-from pbfx_kernels.validation import check_dendrites
-
-# A training loop meets a handful of shapes; past this many the check runs again.
-_MOST_CHECKED = 4096
-
-_checked: set[Any] = set()
+from pbfx_kernels.validation import check_dendrites, check_once
 
 
 def apply(
@@ -54,13 +49,7 @@ def apply(
         ArgumentError: shapes, dtypes, devices or names do not fit.
     """
     tensors = soma, x, weight, bias, to_soma, to_dendrite
-    form = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
-    key = (*form, activation, geometry)
-    if key not in _checked:
-        check_dendrites(*tensors, activation, geometry)
-        if len(_checked) >= _MOST_CHECKED:
-            _checked.clear()
-        _checked.add(key)
+    check_once(check_dendrites, tensors, activation, geometry)
     if torch.is_grad_enabled():
         return _cxx_apply(*tensors, activation, geometry, keep)
     return _evaluate(*tensors, activation, geometry, keep)

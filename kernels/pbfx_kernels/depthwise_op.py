@@ -41,18 +41,6 @@ def runs_depthwise(x: Tensor, weight: Tensor, dendrite_weight: Tensor, geometry:
     return choose(problem_of(x, dendrite_weight, geometry)) is Strategy.DEPTHWISE
 
 
-def computes_depthwise(
-    x: Tensor, weight: Tensor, dendrite_weight: Tensor, geometry: Geometry
-) -> bool:
-    """Return whether the op is the way to compute this neuron, here and now; as `runs_depthwise`.
-
-    A compiler decides for itself, with what follows in view, and autocast casts at the soma.
-    """
-    if not x.is_cuda or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
-        return False
-    return runs_depthwise(x, weight, dendrite_weight, geometry)
-
-
 @custom_op("pbfx::perforated_depthwise", mutates_args=())
 def perforated_depthwise_op(
     x: Tensor,

@@ -17,12 +17,7 @@ from pbfx_kernels.errors import ArgumentError
 from pbfx_kernels.full_gradient import differentiate_full, evaluate_full
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.ops import laid_out, strides_of
-from pbfx_kernels.validation import check_dendrites
-
-# A training loop meets a handful of shapes; past this many the check runs again.
-_MOST_CHECKED = 4096
-
-_checked: set[Any] = set()
+from pbfx_kernels.validation import check_dendrites, check_once
 
 
 def apply(
@@ -55,13 +50,7 @@ def apply(
         ArgumentError: shapes, dtypes, devices or names do not fit.
     """
     tensors = soma, x, weight, bias, to_soma, to_dendrite
-    form = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
-    key = (*form, activation, geometry, frozen)
-    if key not in _checked:
-        check_full(*tensors, activation, geometry, frozen)
-        if len(_checked) >= _MOST_CHECKED:
-            _checked.clear()
-        _checked.add(key)
+    check_once(check_full, tensors, activation, geometry, frozen)
     return _cxx_apply(*tensors, activation, geometry, frozen, keep)
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import pbfx_kernels.conv_neuron_op
 import pbfx_kernels.neuron_op  # noqa: F401  registers its op and those of `pbfx_kernels.ops`
 from pbfx_kernels import candidate_autograd, dendrite_autograd
-from pbfx_kernels.depthwise_op import computes_depthwise
+from pbfx_kernels.depthwise_op import runs_depthwise
 from pbfx_kernels.geometry import LINEAR, Geometry
 from pbfx_kernels.strategy import Problem, conv2d_problem, fuses, linear_problem, recomputes, route
 
@@ -233,7 +233,7 @@ def perforated_conv2d(
     geometry = Geometry.convolution(2, stride, padding, dilation, groups)
     form = geometry.stride, geometry.padding, geometry.dilation
     links = dendrite_bias, to_soma, to_dendrite, activation
-    if computes_depthwise(x, weight, dendrite_weight, geometry):
+    if _may_fuse(x) and runs_depthwise(x, weight, dendrite_weight, geometry):
         keep = _backward_wants_activations(x, dendrite_weight, to_soma, geometry)
         op = torch.ops.pbfx.perforated_depthwise.default
         return op(x, weight, bias, dendrite_weight, *links, *form, keep)[0]

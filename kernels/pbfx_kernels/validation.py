@@ -5,7 +5,8 @@ but not on the proxies of a symbolic trace. They compare shapes, dtypes and devi
 synchronisation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,27 @@ from pbfx_kernels.errors import ArgumentError
 from pbfx_kernels.geometry import Geometry
 
 _MOMENT_DTYPES = (torch.float32, torch.float64)
+# A training loop meets a handful of shapes; past this many the checks run again.
+_MOST_CHECKED = 4096
+
+_checked: set[Any] = set()
+
+
+def check_once(check: Callable[..., None], tensors: Sequence[Tensor | None], *form: object) -> None:
+    """Call `check(*tensors, *form)`, unless it has passed tensors of these shapes before.
+
+    Args:
+        check: one of this package's, which reads shapes, dtypes and devices only.
+        tensors: what it checks.
+        form: what else it is given; hashable.
+    """
+    seen = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+    key = (check, *seen, *form)
+    if key not in _checked:
+        check(*tensors, *form)
+        if len(_checked) >= _MOST_CHECKED:
+            _checked.clear()
+        _checked.add(key)
 
 
 def check_dendrites(
