@@ -97,6 +97,8 @@ _ABLATIONS = (
     *("perforated[objective=correlation]", "perforated[initial_link=0.1]"),
     *("perforated[policy.dendrite_epochs=2]", "perforated[policy.dendrite_epochs=8]"),
     *("perforated[max_dendrites=5]", "sham[max_dendrites=5]"),
+    *("perforated[finish=True,max_dendrites=5]", "sham[finish=True,max_dendrites=5]"),
+    "perforated[activation=relu]",
 )
 
 STUDIES = {
@@ -149,7 +151,7 @@ STUDIES = {
             "compression",
             data="mnist",
             arms=("plain", "perforated", "perforated-cheap", "perforated-last"),
-            widths=(1.0, 0.8, 0.61, 0.5, 0.35, 0.25, 0.165, 0.1),
+            widths=(1.0, 0.8, 0.73, 0.61, 0.5, 0.35, 0.25, 0.165, 0.1),
             optimizer="adadelta",
             rate=1.0,
             gamma=0.7,
