@@ -18,14 +18,12 @@ from torch import Tensor, nn
 
 import pbfx_kernels
 from pbfx.config import Config
+from pbfx.copies import Filling
 from pbfx.reserve import padded
 from pbfx.sited import Sited, fit_form, in_torch_func, pad, per_dendrite
 from pbfx.sites import Site
 from pbfx.spread import Spread
 from pbfx_kernels import Moment
-
-# It has no public name.
-_foreach_zero_: Any = torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
 
 # What candidates hold for each older dendrite.
 _LINKS = ("to_dendrite", "best_to_dendrite")
@@ -74,6 +72,7 @@ class Candidates(Sited):
         bias: Tensor | None,
         dendrites: int,
         reserved: int = 0,
+        filling: Filling | None = None,
     ) -> None:
         super().__init__(site, weight.device)
         # Which of the dendrites that they read exist; None without a reserve.
@@ -82,16 +81,15 @@ class Candidates(Sited):
         count, neurons = weight.shape[0], site.neurons
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias)
-        links = weight.new_zeros(count, reserved or dendrites, neurons)
+        memory = Filling() if filling is None else filling
+        links = memory.zeros(weight, (count, reserved or dendrites, neurons))
         self.to_dendrite = nn.Parameter(links)
         sums = len(Moment), count, neurons
         # Sums over many batches of small numbers: float32 at least, whatever the model's dtype.
         precise = torch.promote_types(weight.dtype, torch.float32)
         # 2-D, because an optimizer may take matrices only (Muon), and the user's optimizer holds
         # this parameter.
-        moments = weight.new_empty(sums[0] * count, neurons, dtype=precise)
-        self.moments = nn.Parameter(moments)
-        memory = [moments]
+        self.moments = nn.Parameter(memory.zeros(weight, (sums[0] * count, neurons), precise))
         shapes: dict[str, tuple[int, ...]] = {
             "direction": (count, neurons),
             "error_mean": (neurons,),
@@ -107,17 +105,16 @@ class Candidates(Sited):
         if climbs:
             shapes["regression"] = (2, count, neurons)
         for name, shape in shapes.items():
-            memory.append(weight.new_empty(shape, dtype=precise))
-            self.register_buffer(name, memory[-1])
+            self._buffers[name] = memory.zeros(weight, shape, precise)
         if not climbs:
-            self.register_buffer("regression", None)
-        # One launch for all.
-        _foreach_zero_(memory)
+            self._buffers["regression"] = None
         # A norm scales what its neuron computes; dendrites join after it and have to come scaled.
-        self.spread = Spread(count, neurons, weight, precise) if site.norm else None
-        self.register_buffer("best_weight", weight.detach().clone())
-        self.register_buffer("best_bias", None if bias is None else bias.detach().clone())
-        self.register_buffer("best_to_dendrite", links.clone())
+        self.spread = Spread(count, neurons, weight, precise, memory) if site.norm else None
+        self._buffers["best_weight"] = memory.copy(weight)
+        self._buffers["best_bias"] = None if bias is None else memory.copy(bias)
+        self._buffers["best_to_dendrite"] = memory.zeros_like(links)
+        if filling is None:
+            memory.fill()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Candidates:
         # Sums over many batches keep their float32 under `half` and `bfloat16`.

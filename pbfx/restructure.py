@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pbfx.absorbed import Absorbed
 from pbfx.config import Config
+from pbfx.copies import Filling
 from pbfx.dendrites import Dendrites
 from pbfx.learning import SiteLearner, new_cohort, prospect_of, reached, select
 from pbfx.optimizers import Schedule, sync_optimizer
@@ -122,20 +123,25 @@ def start_dendrite_phase(model: nn.Module) -> tuple[Frozen, dict[str, SiteLearne
 
 def learners_of(model: nn.Module) -> dict[str, SiteLearner]:
     """Return a new learner, not yet attached, for every pool of candidates in `model`."""
-    cohort = new_cohort()
-    return {
-        join(path, name): SiteLearner(dendrites.candidates, part.perforation.config, cohort)
+    cohort, filling = new_cohort(), Filling()
+    learners = {
+        join(path, name): SiteLearner(
+            dendrites.candidates, part.perforation.config, cohort, filling
+        )
         for path, part in parts_of(model).items()
         for name, dendrites in part.grown().items()
         if dendrites.candidates is not None
     }
+    filling.fill()
+    return learners
 
 
 def freeze(model: nn.Module) -> None:
     """Let only candidates require gradients, drop every gradient, hold the parts in eval."""
     learning = {id(p) for p in candidate_parameters(model).values()}
     for parameter in parameters_in(model).values():
-        parameter.requires_grad_(id(parameter) in learning)
+        if parameter.requires_grad != (id(parameter) in learning):
+            parameter.requires_grad_(not parameter.requires_grad)
         # A zero left behind would still move a parameter under momentum or weight decay.
         parameter.grad = None
     for part in parts_of(model).values():

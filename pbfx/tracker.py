@@ -25,6 +25,7 @@ from pbfx.listening import Listening, resumed
 from pbfx.measuring import measure, show_figures
 from pbfx.optimizers import Schedule, Stepping, hold
 from pbfx.parts import Survey, parts_of, survey
+from pbfx.paths import parameters_in
 from pbfx.phase import Phase
 from pbfx.policy import Action, Decision, Plateau, PolicyLike, Situation, possible
 from pbfx.ranks import (
@@ -208,7 +209,7 @@ class Tracker:
         run, phase = self._run, self.phase
         improved = phase is Phase.NEURON and run.improves(value)
         if phase is Phase.NEURON:
-            run.keep(self.model, value)
+            run.keep(self.model, value, found)
         seconds = time.perf_counter() - self._since
         candidate_score, sites = measure(self.model, self._learners)
         check_candidates(candidate_score, wrappers)
@@ -231,8 +232,7 @@ class Tracker:
             if run.search is not None:
                 self._carry_on(run.search)
         else:
-            self._restructure(decision, wrappers)
-            found = survey(self.model)
+            found = self._restructure(decision, wrappers)
             logger.info("%s", decision.reason)
         if self.complete:
             write_best(self.directory, self.model)
@@ -303,8 +303,12 @@ class Tracker:
             decision = Decision(Action.COMPLETE, str(self.capacity), decision.keep)
         return possible(decision, situation)
 
-    def _restructure(self, decision: Decision, wrappers: Wrappers) -> None:
-        """Carry out a decision; the tracker's own state changes only when the model's has."""
+    def _restructure(self, decision: Decision, wrappers: Wrappers) -> Survey:
+        """Carry out a decision; the tracker's own state changes only when the model's has.
+
+        Returns:
+            What a walk over the model finds then.
+        """
         check_renewable(wrappers)
         run, over = self._run, decision.action is Action.COMPLETE
         source = run.current if decision.action is Action.GROW else run.kept(decision)
@@ -331,15 +335,16 @@ class Tracker:
                         restructure.set_finishing(self.model, decision.action is Action.FINISH)
                     elif not over:
                         frozen, learners = self._grow()
+                found = survey(self.model)
                 if not over:
-                    dendrites = self.dendrites
-                    if at(self.reset_learning_rate, dendrites):
+                    if at(self.reset_learning_rate, found.dendrites):
                         self._schedule.reset()
-                    if at(self.reset_optimizer_state, dendrites):
+                    if at(self.reset_optimizer_state, found.dendrites):
                         self.optimizer.state.clear()
             if start is not None:
                 start.restore(*parts)
-                for path, part in parts_of(self.model).items():
+                found = survey(self.model)
+                for path, part in found.parts.items():
                     part.perforation.draws = start.draws[path]
                 show_figures(self.model, ())
             elif not over and not learners and decision.action is not Action.FINISH:
@@ -347,8 +352,9 @@ class Tracker:
         renew(wrappers)
         listen_together(learners, wrappers)
         self._listening.change(self.model, self.optimizer, frozen, learners)
-        self._parameters = dict(self.model.named_parameters())
+        self._parameters = parameters_in(self.model)
         run.turn(decision, search)
+        return found
 
     def _grow(self) -> tuple[Frozen | None, dict[str, SiteLearner]]:
         """Start a dendrite phase, or add dendrites at once where the mode of learning has none."""
