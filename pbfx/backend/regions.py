@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 
+from pbfx.backend.overlap import overlapping
 from pbfx.backend.settings import Compiled, Settings
 from pbfx.errors import PassError
 from pbfx.passes.lower_dendrites import module_path
@@ -55,12 +56,14 @@ def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Set
     """
     region_of = assign_regions(gm.graph)
     if len(set(region_of.values())) < 2:
-        return settings.inner(gm, example_inputs)
+        with overlapping():
+            return settings.inner(gm, example_inputs)
     split = split_module(
         gm, nn.Module(), lambda node: region_of[node.name], keep_original_order=True
     )
     mode, inputs = _as_fake(example_inputs)
-    _Compilation(split, settings, mode).run(*inputs)
+    with overlapping():
+        _Compilation(split, settings, mode).run(*inputs)
     return split
 
 
