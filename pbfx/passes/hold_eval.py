@@ -1,7 +1,7 @@
 """Hold the network in eval mode, whatever `model.train()` says.
 
     dropout(x)                        ->    x
-    batch_norm(x)                     ->    held_norm(batch_norm, x), with its running statistics
+    batch_norm(x)                     ->    held_norm(x, batch_norm), with its running statistics
     f(x, training=self.training)      ->    f(x, training=False)
 
 In the dendrite phase the network is frozen, and freezing has to include its noise: with dropout
@@ -22,7 +22,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.node import map_arg
 
 from pbfx.candidates import Candidates
@@ -30,7 +30,7 @@ from pbfx.dendrites import Dendrites
 from pbfx.passes.context import PassContext, copy_provenance, get_attr
 from pbfx.paths import module_at, modules_in
 from pbfx.phase import Phase
-from pbfx.sites import is_site_module, read_input
+from pbfx.sites import held_norm, is_site_module, read_input
 
 DROPOUTS = (
     nn.Dropout,
@@ -94,16 +94,10 @@ def computes_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     )
 
 
-def held_norm(norm: Any, x: Tensor) -> Tensor:
-    """Return what the batch norm `norm` gives for `x` in eval."""
-    statistics = norm.running_mean, norm.running_var
-    return F.batch_norm(x, *statistics, norm.weight, norm.bias, False, 0.0, norm.eps)
-
-
 def _norm(graph: fx.Graph, node: fx.Node) -> fx.Node:
     with graph.inserting_before(node):
         norm = get_attr(graph, str(node.target))
-        held = graph.call_function(held_norm, (norm, read_input(node)))
+        held = graph.call_function(held_norm, (read_input(node), norm))
     copy_provenance(node, held)
     return held
 
