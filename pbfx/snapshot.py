@@ -55,7 +55,9 @@ class Snapshot:
         if not self._fits(state):
             return Snapshot.take(model, score)
         copy_into(list(self.tensors.values()), list(state.values()))
-        return dataclasses.replace(self, score=score)
+        # It may have come from a file.
+        origin = _Origin.of(modules, state, self.tensors)
+        return dataclasses.replace(self, score=score, origin=origin)
 
     def _fits(self, state: dict[str, Any]) -> bool:
         """Return whether `state` is of the tensors that are held here, no others, and only them."""
