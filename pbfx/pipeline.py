@@ -115,7 +115,8 @@ def run_passes(
         PassError: naming the pass, if it raised, broke the graph, or is not idempotent.
     """
     records = []
-    before, content = _ops(gm), _content(gm.graph)
+    names: dict[_Op, str] = {}
+    before, content = _ops(gm, names), _content(gm.graph)
     for rewrite in passes:
         name, started, again = rewrite.__name__, time.perf_counter(), 0
         try:
@@ -137,12 +138,14 @@ def run_passes(
                 f"pass {name} is not idempotent on {type(gm).__name__}: a second run made "
                 f"{counted(again, 'rewrite')}"
             )
-        after = before if untouched else _ops(gm)
+        after = before if untouched else _ops(gm, names)
+        added = collections.Counter(names[op] for op in after if op not in before)
+        removed = collections.Counter(names[op] for op in before if op not in after)
         record = PassRecord(
             name,
             rewrites,
-            dict(after - before),
-            dict(before - after),
+            dict(added - removed),
+            dict(removed - added),
             time.perf_counter() - started,
         )
         milliseconds = record.seconds * 1e3
@@ -164,8 +167,17 @@ def _equal(one: list[Any], other: list[Any]) -> bool:
     return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
-def _ops(gm: fx.GraphModule) -> collections.Counter[str]:
-    return collections.Counter(op_name(gm, node) for node in gm.graph.nodes)
+_Op = tuple[fx.Node, Any]
+
+
+def _ops(gm: fx.GraphModule, names: dict[_Op, str]) -> dict[_Op, None]:
+    """Return what the nodes compute, in order; `names` gets a word for each that has none yet.
+
+    A pass may drop the module of a node that it drops, so words are found while it is there.
+    """
+    ops = dict.fromkeys((node, node.target) for node in gm.graph.nodes)
+    names.update({op: op_name(gm, op[0]) for op in ops if op not in names})
+    return ops
 
 
 def op_name(root: nn.Module, node: fx.Node) -> str:

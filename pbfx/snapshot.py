@@ -124,9 +124,10 @@ class _Origin:
         columns: dict[Any, tuple[list[int], list[Tensor], list[_Look]]] = {}
         for tensor, copied in zip(tensors, kept.values(), strict=True):
             look = _look_of(tensor)
-            column = columns.setdefault(look[1:], ([], [], []))
-            for members, member in zip(column, (places[id(tensor)], copied, look), strict=True):
-                members.append(member)
+            where, targets, looks = columns.setdefault(look[1:], ([], [], []))
+            where.append(places[id(tensor)])
+            targets.append(copied)
+            looks.append(look)
         return cls(_identities(modules, held), list(columns.values()))
 
     def copy(self, modules: Sequence[nn.Module]) -> bool:

@@ -11,7 +11,7 @@ runs before all of it has been compiled, so all can be waited for at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,8 @@ from typing import Any
 def overlapping() -> Iterator[None]:
     """Compile forwards and backwards in the body, and wait for their kernels when it is over.
 
-    Where Inductor does not wait as expected, it waits as ever.
+    Raises:
+        Whatever the body raises, or the first of the kernels that cannot be compiled.
     """
     import torch._functorch.config as autograd
     from torch._inductor.async_compile import AsyncCompile
@@ -31,11 +32,29 @@ def overlapping() -> Iterator[None]:
     def later(self: Any, scope: dict[str, Any]) -> None:
         waiting.append((self, scope))
 
-    with autograd.patch(force_non_lazy_backward_lowering=True):
-        AsyncCompile.wait = later
-        try:
+    AsyncCompile.wait = later
+    try:
+        with autograd.patch(force_non_lazy_backward_lowering=True):
             yield
-        finally:
-            AsyncCompile.wait = wait
+    finally:
+        AsyncCompile.wait = wait
+        # Whatever has failed: what was compiled before stays in Inductor's caches.
+        _finish(waiting, wait)
+
+
+def _finish(waiting: list[tuple[Any, dict[str, Any]]], wait: Callable[..., None]) -> None:
+    """Wait for the kernels of all modules, and forget those whose kernels fail."""
+    from torch._inductor.codecache import PyCodeCache
+
+    faults: list[BaseException] = []
     for kernels, scope in waiting:
-        wait(kernels, scope)
+        try:
+            wait(kernels, scope)
+        # A worker that has died, Ctrl-C: the others are waited for, then it is raised.
+        except BaseException as error:
+            faults.append(error)
+            loaded = PyCodeCache.modules_no_attr
+            for path in [path for path, module in loaded.items() if vars(module) is scope]:
+                del loaded[path]
+    if faults:
+        raise faults[0]

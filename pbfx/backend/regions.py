@@ -62,8 +62,15 @@ def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Set
         gm, nn.Module(), lambda node: region_of[node.name], keep_original_order=True
     )
     mode, inputs = _as_fake(example_inputs)
-    with overlapping():
-        _Compilation(split, settings, mode).run(*inputs)
+    before = set(_compiled)
+    try:
+        with overlapping():
+            _Compilation(split, settings, mode).run(*inputs)
+    except BaseException:
+        # Some of it may have no kernels.
+        for key in _compiled.keys() - before:
+            del _compiled[key]
+        raise
     return split
 
 
