@@ -51,6 +51,9 @@ class Candidates(Sited):
     them. `spread` measures the preactivations of candidates that join after a norm.
     """
 
+    bias: nn.Parameter | None
+    to_dendrite: nn.Parameter
+    moments: nn.Parameter
     direction: Tensor
     error_mean: Tensor
     regression: Tensor | None
@@ -79,17 +82,19 @@ class Candidates(Sited):
         self.alive = dendrites if reserved else None
         self.activation = config.activation
         count, neurons = weight.shape[0], site.neurons
-        self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        # As attributes they cost a restructure several times as much.
+        own = self._parameters
+        own["weight"] = nn.Parameter(weight)
+        own["bias"] = None if bias is None else nn.Parameter(bias)
         memory = Filling() if filling is None else filling
         links = memory.zeros(weight, (count, reserved or dendrites, neurons))
-        self.to_dendrite = nn.Parameter(links)
+        own["to_dendrite"] = nn.Parameter(links)
         sums = len(Moment), count, neurons
         # Sums over many batches of small numbers: float32 at least, whatever the model's dtype.
         precise = torch.promote_types(weight.dtype, torch.float32)
         # 2-D, because an optimizer may take matrices only (Muon), and the user's optimizer holds
         # this parameter.
-        self.moments = nn.Parameter(memory.zeros(weight, (sums[0] * count, neurons), precise))
+        own["moments"] = nn.Parameter(memory.zeros(weight, (sums[0] * count, neurons), precise))
         shapes: dict[str, tuple[int, ...]] = {
             "direction": (count, neurons),
             "error_mean": (neurons,),

@@ -8,15 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Elements: 512 bytes of float32, as torch's allocator aligns.
+_ALIGNED = 128
+_SMALL = 2**20
+
 
 @torch.no_grad()
 def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return a copy of each tensor, detached, in memory of its own."""
+    """Return a copy of each tensor, detached. They share memory with each other only."""
     if not are_plain(tensors):
         return [tensor.detach().clone() for tensor in tensors]
-    copies = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
-    copy_into(copies, tensors)
-    return copies
+    copies: dict[int, Tensor] = {}
+    alike: dict[Any, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        # Large ones gain nothing, and need not find so much memory in one piece.
+        if tensor.is_contiguous() and tensor.numel() <= _SMALL:
+            alike.setdefault((tensor.dtype, tensor.device), []).append(index)
+        else:
+            copies[index] = torch.empty_like(tensor, requires_grad=False)
+    for (dtype, device), indices in alike.items():
+        # Where the parts begin, a kernel may read several numbers at once.
+        sizes = [-(-tensors[index].numel() // _ALIGNED) * _ALIGNED for index in indices]
+        memory = torch.empty(sum(sizes), dtype=dtype, device=device)
+        for index, part in zip(indices, memory.split(sizes), strict=True):
+            tensor = tensors[index]
+            copies[index] = part[: tensor.numel()].view(tensor.shape)
+    ordered = [copies[index] for index in range(len(tensors))]
+    copy_into(ordered, tensors)
+    return ordered
 
 
 @torch.no_grad()

@@ -50,6 +50,9 @@ class Dendrites(Sited):
     """
 
     lists_channels = True
+    bias: nn.Parameter | None
+    to_soma: nn.Parameter
+    to_dendrite: nn.Parameter
     candidates: Candidates | None
     mask: Tensor | None
     # Whether the last neuron phase has begun, in which perforated dendrites train by
@@ -63,10 +66,12 @@ class Dendrites(Sited):
         neurons = site.neurons
         like = weight.detach()
         slots = config.reserve
-        self.weight = nn.Parameter(like.new_zeros(slots, *site.shape))
-        self.bias = nn.Parameter(like.new_zeros(slots, neurons)) if site.biased else None
-        self.to_soma = nn.Parameter(like.new_zeros(slots, neurons))
-        self.to_dendrite = nn.Parameter(like.new_zeros(slots, slots, neurons))
+        # As attributes they cost a restructure several times as much.
+        own = self._parameters
+        own["weight"] = nn.Parameter(like.new_zeros(slots, *site.shape))
+        own["bias"] = nn.Parameter(like.new_zeros(slots, neurons)) if site.biased else None
+        own["to_soma"] = nn.Parameter(like.new_zeros(slots, neurons))
+        own["to_dendrite"] = nn.Parameter(like.new_zeros(slots, slots, neurons))
         # How many slots are dendrites, and ones for those: a number in the graph would be a new
         # graph with every dendrite. None without a reserve.
         self.alive = 0 if slots else None

@@ -117,9 +117,12 @@ def assign_regions(graph: fx.Graph) -> dict[str, int]:
     block of its container has: the mean over the last block's output is no part of that block.
     """
     computed = [node for node in graph.nodes if node.op not in _NOT_COMPUTED]
-    paths = [module_path(node).removesuffix(".dendrites") for node in computed]
+    given = [module_path(node) for node in computed]
+    paths = [path.removesuffix(".dendrites") for path in given]
     inside = {path: match[1] for path in paths if (match := _BLOCK.fullmatch(path))}
     blocks = set(inside.values())
+    if len(blocks) < 2:
+        return _whole_mutations(graph, _by_site(computed, given))
     runs: list[_Run] = []
     for node, path in zip(computed, paths, strict=True):
         here = path if path in blocks else inside.get(path, "")
@@ -129,6 +132,19 @@ def assign_regions(graph: fx.Graph) -> dict[str, int]:
     runs = _cut(runs)
     regions = {node.name: number for number, run in enumerate(runs) for node in run.nodes}
     return _whole_mutations(graph, regions)
+
+
+def _by_site(nodes: Sequence[fx.Node], paths: Sequence[str]) -> dict[str, int]:
+    """Return the number of the region of each node, where every site but the first begins one."""
+    sites = {path.removesuffix(".dendrites") for path in paths if path.endswith(".dendrites")}
+    here, number, regions = None, 0, {}
+    for node, path in zip(nodes, paths, strict=True):
+        site = path.removesuffix(".dendrites")
+        if site in sites and site != here:
+            number += here is not None
+            here = site
+        regions[node.name] = number
+    return regions
 
 
 @dataclasses.dataclass
