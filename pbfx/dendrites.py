@@ -193,11 +193,12 @@ class Dendrites(Sited):
             links = F.pad(self.to_dendrite[:old, :old], (0, 0, 0, 1, 0, 1))
             if old:
                 links[old, :old] = to_dendrite[:old]
-        self.to_soma = stacked(self.to_soma, to_soma)
-        self.to_dendrite = nn.Parameter(links)
+        own = self._parameters
+        own["to_soma"] = stacked(self.to_soma, to_soma)
+        own["to_dendrite"] = nn.Parameter(links)
         if self.bias is not None and bias is not None:
-            self.bias = stacked(self.bias, bias)
-        self.weight = stacked(self.weight, weight)
+            own["bias"] = stacked(self.bias, bias)
+        own["weight"] = stacked(self.weight, weight)
         self._resized(old + 1)
 
     def resize(self, count: int) -> None:

@@ -29,7 +29,7 @@ from pbfx.copies import Filling
 from pbfx.errors import RestructureError
 from pbfx.figures import SiteFigures
 from pbfx.learning.cohort import Cohort
-from pbfx.learning.epoch import measure, numbers, picked, promises
+from pbfx.learning.epoch import Chosen, chosen, measure, numbers, picked, promises
 from pbfx.learning.evidence import Evidence, collect, judge, weigh
 from pbfx.learning.moments import Statistics, statistics
 from pbfx.learning.scaling import resume_scaling, scale_candidates, scaling_batches
@@ -189,22 +189,9 @@ class SiteLearner:
         """Close an epoch at this site alone; see `pbfx.learning.epoch.measure`."""
         return measure([self.candidates])[0]
 
-    @torch.no_grad()
-    def chosen(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the best candidate of each neuron: weight (*W), bias (N,) or None, to_dendrite
-        (D, N).
-
-        Where no batch ever measured, or every candidate of a neuron is constant, the first stands
-        in.
-        """
-        pool = self.candidates
-        winner = pool.best_score.argmax(0)
-        neurons = torch.arange(winner.numel(), device=winner.device)
-        best_bias = pool._buffers["best_bias"]
-        bias = None if best_bias is None else best_bias[winner, neurons]
-        rows = pool.site.along_weight(winner[None]).expand(1, *pool.site.shape)
-        weight = pool.best_weight.gather(0, rows)[0]
-        return weight, bias, pool.best_to_dendrite[winner, :, neurons].T
+    def chosen(self) -> Chosen:
+        """Return the best candidate of each neuron; see `pbfx.learning.epoch.chosen`."""
+        return chosen([self.candidates])[0]
 
     @torch.no_grad()
     def prospects(self) -> tuple[Statistics, Tensor]:
