@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 
+from pbfx.backend.overlap import overlapping
+from pbfx.backend.scouts import await_scouts, send_scouts
 from pbfx.backend.settings import Compiled, Settings
 from pbfx.errors import PassError
 from pbfx.passes.lower_dendrites import module_path
@@ -55,12 +57,23 @@ def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Set
     """
     region_of = assign_regions(gm.graph)
     if len(set(region_of.values())) < 2:
-        return settings.inner(gm, example_inputs)
+        with overlapping():
+            return settings.inner(gm, example_inputs)
     split = split_module(
         gm, nn.Module(), lambda node: region_of[node.name], keep_original_order=True
     )
     mode, inputs = _as_fake(example_inputs)
-    _Compilation(split, settings, mode).run(*inputs)
+    before = set(_compiled)
+    try:
+        with overlapping():
+            compilation = _Compilation(split, settings, mode)
+            compilation.run(*inputs)
+            compilation.compile()
+    except BaseException:
+        # Some of it may have no kernels.
+        for key in _compiled.keys() - before:
+            del _compiled[key]
+        raise
     return split
 
 
@@ -104,9 +117,12 @@ def assign_regions(graph: fx.Graph) -> dict[str, int]:
     block of its container has: the mean over the last block's output is no part of that block.
     """
     computed = [node for node in graph.nodes if node.op not in _NOT_COMPUTED]
-    paths = [module_path(node).removesuffix(".dendrites") for node in computed]
+    given = [module_path(node) for node in computed]
+    paths = [path.removesuffix(".dendrites") for path in given]
     inside = {path: match[1] for path in paths if (match := _BLOCK.fullmatch(path))}
     blocks = set(inside.values())
+    if len(blocks) < 2:
+        return _whole_mutations(graph, _by_site(computed, given))
     runs: list[_Run] = []
     for node, path in zip(computed, paths, strict=True):
         here = path if path in blocks else inside.get(path, "")
@@ -116,6 +132,19 @@ def assign_regions(graph: fx.Graph) -> dict[str, int]:
     runs = _cut(runs)
     regions = {node.name: number for number, run in enumerate(runs) for node in run.nodes}
     return _whole_mutations(graph, regions)
+
+
+def _by_site(nodes: Sequence[fx.Node], paths: Sequence[str]) -> dict[str, int]:
+    """Return the number of the region of each node, where every site but the first begins one."""
+    sites = {path.removesuffix(".dendrites") for path in paths if path.endswith(".dendrites")}
+    here, number, regions = None, 0, {}
+    for node, path in zip(nodes, paths, strict=True):
+        site = path.removesuffix(".dendrites")
+        if site in sites and site != here:
+            number += here is not None
+            here = site
+        regions[node.name] = number
+    return regions
 
 
 @dataclasses.dataclass
@@ -189,16 +218,38 @@ def _in_place(node: fx.Node) -> bool:
     return written or augmented or name == "setitem" or node.kwargs.get("inplace") is True
 
 
+@dataclasses.dataclass
+class _Job:
+    """A region that has to be compiled, and those after it that it stands for as well."""
+
+    region: fx.GraphModule
+    args: list[Any]
+    outputs: tuple[_Output, ...] | None
+    key: Any
+    settings: Settings
+    places: list[tuple[str, bool]] = dataclasses.field(default_factory=list)
+
+    def compile(self) -> Compiled:
+        return self.settings.inner(self.region, list(self.args))
+
+
 class _Compilation(fx.Interpreter):
-    """Runs a split graph on fake tensors, and compiles each region as its inputs are known."""
+    """Runs a split graph on fake tensors, and notes what each region is and has to be given.
+
+    Attributes:
+        jobs: what has to be compiled, by content, or by name where content is not known.
+        places: where known regions stand: names, whether they return one tensor, and their code.
+    """
 
     def __init__(self, split: fx.GraphModule, settings: Settings, mode: Any) -> None:
         super().__init__(split)
         self.settings, self.mode = settings, mode
         self.extra_traceback = False
+        self.jobs: dict[Any, _Job] = {}
+        self.places: list[tuple[str, bool, _Known]] = []
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compile the region `target`, and return what it gives for `args`."""
+        """Return what the region `target` gives for `args`."""
         assert not kwargs, "split_module passes everything by position"
         region = self.module.get_submodule(target)
         assert isinstance(region, fx.GraphModule)
@@ -211,20 +262,42 @@ class _Compilation(fx.Interpreter):
         # Before it runs, because a run may change its inputs.
         key = _content(region, args, self.settings)
         known = _compiled.get(key) if key is not None else None
-        if known is not None and known.outputs is not None:
-            results = [output.make(self.mode) for output in known.outputs]
+        job = self.jobs.get(key)
+        outputs = known.outputs if known is not None else job.outputs if job is not None else None
+        if outputs is not None:
+            results = [output.make(self.mode) for output in outputs]
         else:
             results = region(*args)
-        if known is None:
-            outputs = _describe(region, args, results)
-            known = _Known(self.settings.inner(region, list(args)), outputs)
-        if key is not None:
-            _compiled[key] = known
+        if known is not None:
             _compiled.move_to_end(key)
-            while len(_compiled) > _MOST_REGIONS:
-                _compiled.popitem(last=False)
-        self.module.add_module(target, _Region(known.compiled, alone))
+            self.places.append((target, alone, known))
+        else:
+            if job is None:
+                outputs = _describe(region, args, results)
+                job = _Job(region, list(args), outputs, key, self.settings)
+                self.jobs[target if key is None else key] = job
+            job.places.append((target, alone))
         return results[0] if alone else results
+
+    def compile(self) -> None:
+        """Compile what is not known, and put everything in its place."""
+        jobs = sorted(self.jobs.values(), key=lambda job: -len(job.region.graph.nodes))
+        inductor = self.settings.compiler == "inductor"
+        options = getattr(self.settings.inner, "config", {})
+        scouts = send_scouts([job.compile for job in jobs], options) if inductor else []
+        for index, job in enumerate(jobs):
+            try:
+                known = _Known(job.compile(), job.outputs)
+            finally:
+                if index == 0:
+                    await_scouts(scouts)
+            self.places += [(target, alone, known) for target, alone in job.places]
+            if job.key is not None:
+                _compiled[job.key] = known
+        while len(_compiled) > _MOST_REGIONS:
+            _compiled.popitem(last=False)
+        for target, alone, known in self.places:
+            self.module.add_module(target, _Region(known.compiled, alone))
 
 
 class _Output(NamedTuple):
