@@ -26,7 +26,6 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 
 from pbfx.backend.overlap import overlapping
-from pbfx.backend.scouts import await_scouts, send_scouts
 from pbfx.backend.settings import Compiled, Settings
 from pbfx.errors import PassError
 from pbfx.passes.lower_dendrites import module_path
@@ -66,9 +65,7 @@ def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Set
     before = set(_compiled)
     try:
         with overlapping():
-            compilation = _Compilation(split, settings, mode)
-            compilation.run(*inputs)
-            compilation.compile()
+            _Compilation(split, settings, mode).run(*inputs)
     except BaseException:
         # Some of it may have no kernels.
         for key in _compiled.keys() - before:
@@ -218,38 +215,16 @@ def _in_place(node: fx.Node) -> bool:
     return written or augmented or name == "setitem" or node.kwargs.get("inplace") is True
 
 
-@dataclasses.dataclass
-class _Job:
-    """A region that has to be compiled, and those after it that it stands for as well."""
-
-    region: fx.GraphModule
-    args: list[Any]
-    outputs: tuple[_Output, ...] | None
-    key: Any
-    settings: Settings
-    places: list[tuple[str, bool]] = dataclasses.field(default_factory=list)
-
-    def compile(self) -> Compiled:
-        return self.settings.inner(self.region, list(self.args))
-
-
 class _Compilation(fx.Interpreter):
-    """Runs a split graph on fake tensors, and notes what each region is and has to be given.
-
-    Attributes:
-        jobs: what has to be compiled, by content, or by name where content is not known.
-        places: where known regions stand: names, whether they return one tensor, and their code.
-    """
+    """Runs a split graph on fake tensors, and compiles each region as its inputs are known."""
 
     def __init__(self, split: fx.GraphModule, settings: Settings, mode: Any) -> None:
         super().__init__(split)
         self.settings, self.mode = settings, mode
         self.extra_traceback = False
-        self.jobs: dict[Any, _Job] = {}
-        self.places: list[tuple[str, bool, _Known]] = []
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what the region `target` gives for `args`."""
+        """Compile the region `target`, and return what it gives for `args`."""
         assert not kwargs, "split_module passes everything by position"
         region = self.module.get_submodule(target)
         assert isinstance(region, fx.GraphModule)
@@ -262,42 +237,20 @@ class _Compilation(fx.Interpreter):
         # Before it runs, because a run may change its inputs.
         key = _content(region, args, self.settings)
         known = _compiled.get(key) if key is not None else None
-        job = self.jobs.get(key)
-        outputs = known.outputs if known is not None else job.outputs if job is not None else None
-        if outputs is not None:
-            results = [output.make(self.mode) for output in outputs]
+        if known is not None and known.outputs is not None:
+            results = [output.make(self.mode) for output in known.outputs]
         else:
             results = region(*args)
-        if known is not None:
+        if known is None:
+            outputs = _describe(region, args, results)
+            known = _Known(self.settings.inner(region, list(args)), outputs)
+        if key is not None:
+            _compiled[key] = known
             _compiled.move_to_end(key)
-            self.places.append((target, alone, known))
-        else:
-            if job is None:
-                outputs = _describe(region, args, results)
-                job = _Job(region, list(args), outputs, key, self.settings)
-                self.jobs[target if key is None else key] = job
-            job.places.append((target, alone))
+            while len(_compiled) > _MOST_REGIONS:
+                _compiled.popitem(last=False)
+        self.module.add_module(target, _Region(known.compiled, alone))
         return results[0] if alone else results
-
-    def compile(self) -> None:
-        """Compile what is not known, and put everything in its place."""
-        jobs = sorted(self.jobs.values(), key=lambda job: -len(job.region.graph.nodes))
-        inductor = self.settings.compiler == "inductor"
-        options = getattr(self.settings.inner, "config", {})
-        scouts = send_scouts([job.compile for job in jobs], options) if inductor else []
-        for index, job in enumerate(jobs):
-            try:
-                known = _Known(job.compile(), job.outputs)
-            finally:
-                if index == 0:
-                    await_scouts(scouts)
-            self.places += [(target, alone, known) for target, alone in job.places]
-            if job.key is not None:
-                _compiled[job.key] = known
-        while len(_compiled) > _MOST_REGIONS:
-            _compiled.popitem(last=False)
-        for target, alone, known in self.places:
-            self.module.add_module(target, _Region(known.compiled, alone))
 
 
 class _Output(NamedTuple):
