@@ -2,18 +2,25 @@
 
 For every launch Triton binds arguments, derives what to specialise on, and looks the compiled
 kernel up, which costs several times what the launch does. A training step repeats the launches of
-the step before: same sizes, same strides. So what a launch consists of, its pointers aside, is
-prepared once and remembered by the caller, with the compiled kernel.
+the step before: same sizes, same strides. `Launch` is one that its caller has prepared, pointers
+aside; a `relaunched` kernel remembers by itself which compiled kernel an equal launch took.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # What Triton takes for granted of a pointer, or does not; torch's allocations are aligned to more.
 _ALIGNMENT = 16
+# Launches of one kernel that are remembered; a training loop meets a handful.
+_MOST_LAUNCHES = 4096
 
 
 class Launch:
@@ -63,3 +70,88 @@ class Launch:
         # The interpreter compiles nothing.
         if aligned and compiled is not None:
             self._again = compiled[self._grid]
+
+
+class Boxes:
+    """Boxes of a tensor that a kernel loads by descriptor.
+
+    A launch that is repeated hands it to Triton as it is; one that is new asks it for a
+    `TensorDescriptor`, which checks what it is given.
+
+    Args:
+        base: what is loaded from; its last axis is dense.
+        shape: of the axes, up to five.
+        strides: likewise, in elements.
+        box: likewise, powers of two.
+    """
+
+    # What lies outside is loaded as zeros, and float32 as it is.
+    padding, round_f32_to_tf32 = "zero", False
+    __slots__ = ("base", "box", "shape", "strides")
+
+    def __init__(
+        self, base: Tensor, shape: Sequence[int], strides: Sequence[int], box: tuple[int, ...]
+    ) -> None:
+        self.base, self.shape, self.strides, self.box = base, tuple(shape), tuple(strides), box
+
+    def checked(self) -> TensorDescriptor:
+        """Return it as Triton has it."""
+        return TensorDescriptor(self.base, list(self.shape), list(self.strides), list(self.box))
+
+
+def relaunched(function: Callable[..., object]) -> Any:
+    """Do what `triton.jit` does, for a kernel that programs launch and no other kernel calls."""
+    return triton.jit(function) if triton.knobs.runtime.interpret else _Relaunched(function)
+
+
+class _Relaunched(JITFunction[Any]):
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__(function)
+        self._launches: dict[Any, tuple[Callable[..., object], tuple[Any, ...], Any]] = {}
+
+    def run(self, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        """Launch as Triton does; what is not a pointer tells one launch from another."""
+        device = torch._C._cuda_getDevice()
+        values, seen, bits = [], [device, grid], 0
+        for arg in args:
+            kind = type(arg)
+            if kind is int:
+                values.append(arg)
+                seen.append(arg)
+            elif kind is Boxes:
+                bits |= arg.base.data_ptr()
+                values.append(arg)
+                seen += (arg.base.dtype, arg.shape, arg.strides, arg.box)
+            else:
+                # As a number: of a tensor the launcher asks the driver where it lies.
+                pointer = arg.data_ptr()
+                bits |= pointer
+                values.append(pointer)
+                seen.append(arg.dtype)
+        key = (*seen, *kwargs.values())
+        if not bits % _ALIGNMENT and not warmup:
+            if (known := self._launches.get(key)) is not None:
+                again, constants, compiled = known
+                again(*values, *constants, stream=torch._C._cuda_getCurrentRawStream(device))
+                return compiled
+        plain = [arg.checked() if type(arg) is Boxes else arg for arg in args]
+        compiled = super().run(*plain, grid=grid, warmup=warmup, **kwargs)
+        if not bits % _ALIGNMENT and not warmup:
+            if len(self._launches) >= _MOST_LAUNCHES:
+                self._launches.clear()
+            constants = tuple(kwargs[name] for name in self.arg_names[len(args) :])
+            self._launches[key] = compiled[_whole(grid)], constants, compiled
+        return compiled
+
+
+def _whole(grid: tuple[int, ...]) -> tuple[int, ...]:
+    return (*grid, *(1,) * (3 - len(grid)))
+
+
+def boxes(
+    base: Tensor, shape: Sequence[int], strides: Sequence[int], box: tuple[int, ...]
+) -> Boxes | TensorDescriptor:
+    """Describe boxes for a `relaunched` kernel; arguments as of `Boxes`."""
+    described = Boxes(base, shape, strides, box)
+    # The interpreter knows Triton's own alone.
+    return described.checked() if triton.knobs.runtime.interpret else described
