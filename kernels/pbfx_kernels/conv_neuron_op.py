@@ -9,6 +9,7 @@ op that `pbfx::dendrites` would have had: `pbfx::dendrites_backward` where activ
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from pbfx_kernels.errors import ArgumentError
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like
-from pbfx_kernels.strategy import conv2d_problem, route
+from pbfx_kernels.recall import Recall
+from pbfx_kernels.strategy import Problem, Route, conv2d_problem, route
 from pbfx_kernels.validation import check_dendrites
 
 
@@ -68,42 +70,88 @@ def perforated_conv2d_op(
     Raises:
         ArgumentError: the dendrites do not fit the soma (see `dendrites`), or `x` has no batch.
     """
-    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    tensors = x, weight, bias, dendrite_weight, dendrite_bias, to_soma, to_dendrite
     links = dendrite_bias, to_soma, to_dendrite, activation
-    out = _empty(x, weight, geometry)
-    check_dendrites(out, x, dendrite_weight, *links, geometry)
+    precision = x.dtype is torch.float32 and torch.backends.cudnn.allow_tf32
+    form = tuple(stride), tuple(padding), tuple(dilation), groups
+    plan = _planned(tensors, activation, form, precision)
+    out = x.new_empty_strided(plan.shape, plan.strides)
 
     def kernel() -> tuple[Tensor, Tensor]:
         from pbfx_kernels.fused_convolution import fused_convolution, laid_out
 
-        assert read is not None
+        assert plan.read is not None
         activations = stack_like(out, len(to_soma) if keep else 0)
         fused_convolution(
-            read,
+            plan.read,
             x,
-            laid_out(read, weight, dendrite_weight),
-            (weight.shape[2], weight.shape[3]),
+            laid_out(plan.read, weight, dendrite_weight),
+            plan.kernel,
             bias,
             *links,
-            geometry,
+            plan.geometry,
             out,
             activations if keep else None,
         )
         return out, activations
 
     def library() -> tuple[Tensor, Tensor]:
-        soma = F.conv2d(
-            x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups
-        )
-        found, activations = evaluate_dendrites(soma, x, dendrite_weight, *links, geometry, keep)
-        return out.copy_(found), stack_like(out, len(activations)).copy_(activations)
+        with no_autocast(x):
+            soma = F.conv2d(x, weight, bias, *form)
+            found = evaluate_dendrites(soma, x, dendrite_weight, *links, plan.geometry, keep)
+        return out.copy_(found[0]), stack_like(out, len(found[1])).copy_(found[1])
 
-    with no_autocast(x):
-        problem = conv2d_problem(x, weight, dendrite_weight, geometry)
-        read = None if problem is None else route(problem, x.shape)
-        if problem is None or read is None or not out.numel():
-            return library()
-        return or_reference(problem, kernel, library)
+    if plan.read is None:
+        return library()
+    assert plan.problem is not None
+    return or_reference(plan.problem, kernel, library)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is known of a call from the form of its tensors.
+
+    Attributes:
+        geometry: the form of the soma.
+        kernel: taps, `(kH, kW)`.
+        shape: of the output.
+        strides: likewise.
+        problem: the site, if it can be described.
+        read: how the *fused* kernel reads the input, or None where it does not.
+    """
+
+    geometry: Geometry
+    kernel: tuple[int, int]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    problem: Problem | None
+    read: Route | None
+
+
+def _plan(
+    x: Tensor,
+    weight: Tensor,
+    _: Tensor | None,
+    dendrite_weight: Tensor,
+    dendrite_bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    form: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
+    __: object,
+) -> _Plan:
+    """Check the arguments, and plan the call."""
+    geometry = Geometry(*form)
+    out = _empty(x, weight, geometry)
+    links = dendrite_bias, to_soma, to_dendrite
+    check_dendrites(out, x, dendrite_weight, *links, activation, geometry)
+    problem = conv2d_problem(x, weight, dendrite_weight, geometry)
+    read = None if problem is None or not out.numel() else route(problem, x.shape)
+    kernel = weight.shape[2], weight.shape[3]
+    return _Plan(geometry, kernel, tuple(out.shape), out.stride(), problem, read)
+
+
+_planned = Recall(_plan)
 
 
 def _empty(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -18,9 +18,11 @@ from torch.nn import functional as F
 import pbfx_kernels.ops  # noqa: F401  registers the ops that a backward runs
 from pbfx_kernels.candidate_autograd import no_autocast
 from pbfx_kernels.dispatch import evaluate_dendrites
+from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.fused_configs import Blocks
 from pbfx_kernels.geometry import LINEAR
-from pbfx_kernels.strategy import can_fuse, linear_problem
+from pbfx_kernels.recall import Recall
+from pbfx_kernels.strategy import Problem, can_fuse, linear_problem
 from pbfx_kernels.validation import check_dendrites
 from pbfx_kernels.ways import fastest_way, neuron_ways
 
@@ -53,17 +55,49 @@ def perforated_linear_op(
     Raises:
         ArgumentError: the dendrites do not fit the soma (see `dendrites`).
     """
+    tensors = x, weight, bias, dendrite_weight, dendrite_bias, to_soma, to_dendrite
     links = dendrite_bias, to_soma, to_dendrite, activation
-    with no_autocast(x):
-        if x.numel() and can_fuse(x, weight, dendrite_weight):
-            return _fused(x, weight, bias, dendrite_weight, *links, keep)
-        soma = F.linear(x, weight, bias)
-        check_dendrites(soma, x, dendrite_weight, *links, LINEAR)
-        out, activations = evaluate_dendrites(soma, x, dendrite_weight, *links, LINEAR, keep)
-    return out.contiguous(), activations.contiguous()
+    precision = x.dtype is torch.float32 and torch.get_float32_matmul_precision()
+    problem = _prepared(tensors, activation, precision)
+
+    def library() -> tuple[Tensor, Tensor]:
+        with no_autocast(x):
+            soma = F.linear(x, weight, bias)
+            out, activations = evaluate_dendrites(soma, x, dendrite_weight, *links, LINEAR, keep)
+        return out.contiguous(), activations.contiguous()
+
+    def kernel() -> tuple[Tensor, Tensor]:
+        assert problem is not None
+        return _fused(problem, x, weight, bias, dendrite_weight, *links, keep)
+
+    return library() if problem is None else or_reference(problem, kernel, library)
+
+
+def _prepare(
+    x: Tensor,
+    weight: Tensor,
+    _: Tensor | None,
+    dendrite_weight: Tensor,
+    dendrite_bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    __: object,
+) -> Problem | None:
+    """Check the arguments, and describe the site if a *fused* kernel can compute it."""
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    links = dendrite_bias, to_soma, to_dendrite
+    check_dendrites(out, x, dendrite_weight, *links, activation, LINEAR)
+    if x.numel() and can_fuse(x, weight, dendrite_weight):
+        return linear_problem(x, weight, dendrite_weight)
+    return None
+
+
+_prepared = Recall(_prepare)
 
 
 def _fused(
+    problem: Problem,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -76,22 +110,18 @@ def _fused(
 ) -> tuple[Tensor, Tensor]:
     from pbfx_kernels.fused_neuron import can_describe, fused_neuron, interleave
 
-    shape = (*x.shape[:-1], weight.shape[0])
+    shape = (*x.shape[:-1], problem.neurons)
     out = x.new_empty(shape)
-    check_dendrites(
-        out, x, dendrite_weight, dendrite_bias, to_soma, to_dendrite, activation, LINEAR
-    )
-    activations = x.new_empty((len(to_soma) if keep else 0, *shape))
-    rows = x.reshape(-1, x.shape[-1])
+    activations = x.new_empty((problem.dendrites if keep else 0, *shape))
+    rows = x if x.dim() == 2 else x.reshape(-1, problem.inputs)
     rows = rows if can_describe(rows) else rows.clone(memory_format=torch.contiguous_format)
     weights, links = interleave(weight, dendrite_weight), (dendrite_bias, to_soma, to_dendrite)
-    flat = activations.view(len(to_soma), -1, shape[-1]) if keep else None
+    # The kernel writes both as they lie in memory, whatever axes there are.
+    kept = activations if keep else None
 
     def run(blocks: Blocks | None) -> None:
-        fused_neuron(rows, weights, bias, *links, activation, out.view(-1, shape[-1]), flat, blocks)
+        fused_neuron(rows, weights, bias, *links, activation, out, kept, blocks)
 
-    problem = linear_problem(x, weight, dendrite_weight)
-    assert problem is not None, "it can be fused"
     ways = neuron_ways(problem)
     run(fastest_way("neuron", x, problem, activation, keep, ways, None, run))
     return out, activations

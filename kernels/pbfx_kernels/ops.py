@@ -19,6 +19,7 @@ dead-code elimination cannot drop it, and it works with a frozen base. Its stati
 averages them.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ from pbfx_kernels.dispatch import (
     sum_to_soma_gradient,
 )
 from pbfx_kernels.geometry import Geometry
-from pbfx_kernels.validation import check_candidates, check_dendrites
+from pbfx_kernels.validation import check_candidates, check_dendrites, check_once
+from pbfx_kernels.walking import REMEMBERED, Sizes
 
 
 @custom_op("pbfx::dendrites", mutates_args=())
@@ -59,12 +61,12 @@ def dendrites_op(
     Without `keep`, the activations that come back are `(0, *soma)`.
     """
     geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
-    check_dendrites(soma, x, weight, bias, to_soma, to_dendrite, activation, geometry)
+    tensors = soma, x, weight, bias, to_soma, to_dendrite
+    check_once(check_dendrites, tensors, activation, geometry)
     with _no_autocast(soma):
-        out, activations = evaluate_dendrites(
-            soma, x, weight, bias, to_soma, to_dendrite, activation, geometry, keep
-        )
-    return laid_out(out, strides_of(soma)), laid_out(activations, stack_strides(soma))
+        out, activations = evaluate_dendrites(*tensors, activation, geometry, keep)
+    dense = dense_strides(soma.shape, soma.stride())
+    return laid_out(out, dense), laid_out(activations, (soma.numel(), *dense))
 
 
 @dendrites_op.register_fake
@@ -375,9 +377,17 @@ def geometry_of(
     output_padding: Sequence[int],
 ) -> Geometry:
     """Put the arguments of an op together."""
-    return Geometry(
-        tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
-    )
+    form = tuple(stride), tuple(padding), tuple(dilation)
+    return _geometry(*form, groups, transposed, tuple(output_padding))
+
+
+_geometry = functools.lru_cache(REMEMBERED)(Geometry)
+
+
+@functools.lru_cache(REMEMBERED)
+def dense_strides(shape: Sizes, strides: Sizes) -> Sizes:
+    """Return `strides_of` a tensor whose sizes are known."""
+    return strides_of(torch.empty_strided(shape, strides, device="meta"))
 
 
 def strides_of(soma: Tensor) -> tuple[int, ...]:
