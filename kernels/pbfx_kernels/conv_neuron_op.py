@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 from torch.nn import functional as F
 
 import pbfx_kernels.ops  # noqa: F401  registers the ops that a backward runs
@@ -25,11 +24,12 @@ from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like
 from pbfx_kernels.recall import Recall
+from pbfx_kernels.registering import op
 from pbfx_kernels.strategy import Problem, Route, conv2d_problem, route
 from pbfx_kernels.validation import check_dendrites
 
 
-@custom_op("pbfx::perforated_conv2d", mutates_args=())
+@op("perforated_conv2d")
 def perforated_conv2d_op(
     x: Tensor,
     weight: Tensor,

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 import pbfx_kernels.ops  # noqa: F401  registers the ops that a backward runs
 from pbfx_kernels import reference
@@ -22,6 +21,7 @@ from pbfx_kernels.dispatch import evaluate_dendrites
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like
+from pbfx_kernels.registering import op
 from pbfx_kernels.strategy import Strategy, choose, problem_of
 from pbfx_kernels.validation import check_dendrites
 
@@ -41,7 +41,7 @@ def runs_depthwise(x: Tensor, weight: Tensor, dendrite_weight: Tensor, geometry:
     return choose(problem_of(x, dendrite_weight, geometry)) is Strategy.DEPTHWISE
 
 
-@custom_op("pbfx::perforated_depthwise", mutates_args=())
+@op("perforated_depthwise")
 def perforated_depthwise_op(
     x: Tensor,
     weight: Tensor,

@@ -13,13 +13,13 @@ and M, N rounded up to a multiple of four.
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from pbfx_kernels import reference
 from pbfx_kernels.candidate_autograd import autocasts, no_autocast
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import LINEAR
 from pbfx_kernels.launching import ceiling, power_of_two
+from pbfx_kernels.registering import op
 from pbfx_kernels.strategy import fuses_frozen, linear_problem
 
 # Neurons whose rows take turns; see `fused_neuron`.
@@ -102,7 +102,7 @@ def frozen_neurons(
     return _evaluate(x, *links)
 
 
-@custom_op("pbfx::frozen_neurons", mutates_args=())
+@op("frozen_neurons")
 def frozen_neurons_op(
     x: Tensor,
     weights: Tensor,

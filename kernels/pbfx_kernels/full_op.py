@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from pbfx_kernels import reference
 from pbfx_kernels.candidate_autograd import no_autocast
@@ -28,9 +27,10 @@ from pbfx_kernels.full_gradient import (
 )
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.ops import geometry_of, laid_out, stack_strides, strides_of
+from pbfx_kernels.registering import op
 
 
-@custom_op("pbfx::full_dendrites", mutates_args=())
+@op("full_dendrites")
 def full_dendrites_op(
     soma: Tensor,
     x: Tensor,
@@ -93,7 +93,7 @@ def _(
     )
 
 
-@custom_op("pbfx::full_dendrites_backward", mutates_args=())
+@op("full_dendrites_backward")
 def full_dendrites_backward_op(
     grad: Tensor,
     z: Tensor,

@@ -19,7 +19,6 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 

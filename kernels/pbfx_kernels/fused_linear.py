@@ -16,7 +16,6 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 from torch.nn import functional as F
 
 import pbfx_kernels.ops  # noqa: F401  registers the ops that a backward runs
@@ -22,12 +21,13 @@ from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.fused_configs import Blocks
 from pbfx_kernels.geometry import LINEAR
 from pbfx_kernels.recall import Recall
+from pbfx_kernels.registering import op
 from pbfx_kernels.strategy import Problem, can_fuse, linear_problem
 from pbfx_kernels.validation import check_dendrites
 from pbfx_kernels.ways import fastest_way, neuron_ways
 
 
-@custom_op("pbfx::perforated_linear", mutates_args=())
+@op("perforated_linear")
 def perforated_linear_op(
     x: Tensor,
     weight: Tensor,

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from pbfx_kernels import candidate_autograd, reference
 from pbfx_kernels.candidate_autograd import no_autocast as _no_autocast
@@ -35,11 +34,12 @@ from pbfx_kernels.dispatch import (
     sum_to_soma_gradient,
 )
 from pbfx_kernels.geometry import Geometry
+from pbfx_kernels.registering import op
 from pbfx_kernels.validation import check_candidates, check_dendrites, check_once
 from pbfx_kernels.walking import REMEMBERED, Sizes
 
 
-@custom_op("pbfx::dendrites", mutates_args=())
+@op("dendrites")
 def dendrites_op(
     soma: Tensor,
     x: Tensor,
@@ -93,7 +93,7 @@ def _(
     return torch.empty_like(soma), activations
 
 
-@custom_op("pbfx::dendrites_backward", mutates_args=())
+@op("dendrites_backward")
 def dendrites_backward_op(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:
     """Match `reference.dendrites_backward`."""
     with _no_autocast(grad):
@@ -106,7 +106,7 @@ def _(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:
     return grad.new_empty(shape, dtype=reference.accumulation_dtype(grad.dtype))
 
 
-@custom_op("pbfx::dendrites_recompute", mutates_args=())
+@op("dendrites_recompute")
 def dendrites_recompute_op(
     grad: Tensor,
     x: Tensor,
@@ -180,7 +180,7 @@ def _dendrites_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tup
 dendrites_op.register_autograd(_dendrites_gradients, setup_context=_dendrites_setup)
 
 
-@custom_op("pbfx::candidates", mutates_args=())
+@op("candidates")
 def candidates_op(
     neuron: Tensor,
     x: Tensor,
@@ -263,7 +263,7 @@ def _(
     return torch.empty_like(neuron), z
 
 
-@custom_op("pbfx::candidates_backward", mutates_args=())
+@op("candidates_backward")
 def candidates_backward_op(
     grad: Tensor,
     z: Tensor,

@@ -11,7 +11,6 @@ times the input, so this is for images: few channels, and outputs that are sever
 
 import math
 
-import triton
 import triton.language as tl
 from torch import Tensor
 

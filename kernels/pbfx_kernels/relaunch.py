@@ -129,14 +129,14 @@ class _Relaunched(JITFunction[Any]):
                 values.append(pointer)
                 seen.append(arg.dtype)
         key = (*seen, *kwargs.values())
-        if not bits % _ALIGNMENT and not warmup:
-            if (known := self._launches.get(key)) is not None:
-                again, constants, compiled = known
-                again(*values, *constants, stream=torch._C._cuda_getCurrentRawStream(device))
-                return compiled
+        repeats = not bits % _ALIGNMENT and not warmup
+        if repeats and (known := self._launches.get(key)) is not None:
+            again, constants, compiled = known
+            again(*values, *constants, stream=torch._C._cuda_getCurrentRawStream(device))
+            return compiled
         plain = [arg.checked() if type(arg) is Boxes else arg for arg in args]
         compiled = super().run(*plain, grid=grid, warmup=warmup, **kwargs)
-        if not bits % _ALIGNMENT and not warmup:
+        if repeats:
             if len(self._launches) >= _MOST_LAUNCHES:
                 self._launches.clear()
             constants = tuple(kwargs[name] for name in self.arg_names[len(args) :])
