@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -101,7 +102,7 @@ class Boxes:
 
 def relaunched(function: Callable[..., object]) -> Any:
     """Do what `triton.jit` does, for a kernel that programs launch and no other kernel calls."""
-    return triton.jit(function) if triton.knobs.runtime.interpret else _Relaunched(function)
+    return triton.jit(function) if knobs.runtime.interpret else _Relaunched(function)
 
 
 class _Relaunched(JITFunction[Any]):
@@ -135,7 +136,7 @@ class _Relaunched(JITFunction[Any]):
             again(*values, *constants, stream=torch._C._cuda_getCurrentRawStream(device))
             return compiled
         plain = [arg.checked() if type(arg) is Boxes else arg for arg in args]
-        compiled = super().run(*plain, grid=grid, warmup=warmup, **kwargs)
+        compiled: Any = super().run(*plain, grid=grid, warmup=warmup, **kwargs)
         if repeats:
             if len(self._launches) >= _MOST_LAUNCHES:
                 self._launches.clear()
@@ -154,4 +155,4 @@ def boxes(
     """Describe boxes for a `relaunched` kernel; arguments as of `Boxes`."""
     described = Boxes(base, shape, strides, box)
     # The interpreter knows Triton's own alone.
-    return described.checked() if triton.knobs.runtime.interpret else described
+    return described.checked() if knobs.runtime.interpret else described
