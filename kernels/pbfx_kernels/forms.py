@@ -180,15 +180,18 @@ def dendrites_in_graph(
         z = _apart(widened(stacked, products), geometry, count, neurons)
     lined_up = (neurons, *(1,) * geometry.spatial)
     links = _links(to_soma.to(wide), soma, geometry, count, neurons, shape)
+    # Index by index, not unbound: a backward then keeps one tensor of each and not all its parts,
+    # which a compiler's partitioner saves apart where they are less than a quarter.
     if bias is not None:
-        bias = bias.detach().to(wide).reshape((count, *lined_up)).unbind()
-    cascade = to_dendrite.detach().to(wide).reshape((count * count, *lined_up)).unbind()
+        bias = bias.detach().to(wide).reshape((count, *lined_up))
+    cascade = to_dendrite.detach().to(wide).reshape((count, count, *lined_up))
     activations: list[Any] = []
     negated = None
     for d in range(count):
         z_d = z[d] if bias is None else z[d] + bias[d]
+        links_d = cascade[d] if activations else None
         for e, a_e in enumerate(activations):
-            z_d = z_d + cascade[d * count + e] * a_e
+            z_d = z_d + links_d[e] * a_e
         a_d = activate(activation, z_d)
         added = links[d] * a_d
         # Kept negated, for the sake of signed zeros: see `reference.dendrites`.
