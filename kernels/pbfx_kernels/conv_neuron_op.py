@@ -9,7 +9,6 @@ op that `pbfx::dendrites` would have had: `pbfx::dendrites_backward` where activ
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,9 +22,9 @@ from pbfx_kernels.errors import ArgumentError
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like
-from pbfx_kernels.recall import Recall
 from pbfx_kernels.registering import op
-from pbfx_kernels.strategy import Problem, Route, conv2d_problem, route
+from pbfx_kernels.strategy import conv2d_problem, route
+from pbfx_kernels.tape import Taped, float32_precision
 from pbfx_kernels.validation import check_dendrites
 
 
@@ -71,25 +70,41 @@ def perforated_conv2d_op(
         ArgumentError: the dendrites do not fit the soma (see `dendrites`), or `x` has no batch.
     """
     tensors = x, weight, bias, dendrite_weight, dendrite_bias, to_soma, to_dendrite
-    links = dendrite_bias, to_soma, to_dendrite, activation
-    precision = x.dtype is torch.float32 and torch.backends.cudnn.allow_tf32
     form = tuple(stride), tuple(padding), tuple(dilation), groups
-    plan = _planned(tensors, activation, form, precision)
-    out = x.new_empty_strided(plan.shape, plan.strides)
+    return _taped(tensors, activation, form, keep, float32_precision(x))
+
+
+def _evaluate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dendrite_weight: Tensor,
+    dendrite_bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    form: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
+    keep: bool,
+    _: object,
+) -> tuple[Tensor, Tensor]:
+    geometry = Geometry(*form)
+    links = dendrite_bias, to_soma, to_dendrite, activation
+    out = _empty(x, weight, geometry)
+    check_dendrites(out, x, dendrite_weight, *links, geometry)
 
     def kernel() -> tuple[Tensor, Tensor]:
         from pbfx_kernels.fused_convolution import fused_convolution, laid_out
 
-        assert plan.read is not None
+        assert read is not None
         activations = stack_like(out, len(to_soma) if keep else 0)
         fused_convolution(
-            plan.read,
+            read,
             x,
-            laid_out(plan.read, weight, dendrite_weight),
-            plan.kernel,
+            laid_out(read, weight, dendrite_weight),
+            (weight.shape[2], weight.shape[3]),
             bias,
             *links,
-            plan.geometry,
+            geometry,
             out,
             activations if keep else None,
         )
@@ -98,60 +113,17 @@ def perforated_conv2d_op(
     def library() -> tuple[Tensor, Tensor]:
         with no_autocast(x):
             soma = F.conv2d(x, weight, bias, *form)
-            found = evaluate_dendrites(soma, x, dendrite_weight, *links, plan.geometry, keep)
+            found = evaluate_dendrites(soma, x, dendrite_weight, *links, geometry, keep)
         return out.copy_(found[0]), stack_like(out, len(found[1])).copy_(found[1])
 
-    if plan.read is None:
-        return library()
-    assert plan.problem is not None
-    return or_reference(plan.problem, kernel, library)
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What is known of a call from the form of its tensors.
-
-    Attributes:
-        geometry: the form of the soma.
-        kernel: taps, `(kH, kW)`.
-        shape: of the output.
-        strides: likewise.
-        problem: the site, if it can be described.
-        read: how the *fused* kernel reads the input, or None where it does not.
-    """
-
-    geometry: Geometry
-    kernel: tuple[int, int]
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    problem: Problem | None
-    read: Route | None
-
-
-def _plan(
-    x: Tensor,
-    weight: Tensor,
-    _: Tensor | None,
-    dendrite_weight: Tensor,
-    dendrite_bias: Tensor | None,
-    to_soma: Tensor,
-    to_dendrite: Tensor,
-    activation: str,
-    form: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
-    __: object,
-) -> _Plan:
-    """Check the arguments, and plan the call."""
-    geometry = Geometry(*form)
-    out = _empty(x, weight, geometry)
-    links = dendrite_bias, to_soma, to_dendrite
-    check_dendrites(out, x, dendrite_weight, *links, activation, geometry)
     problem = conv2d_problem(x, weight, dendrite_weight, geometry)
-    read = None if problem is None or not out.numel() else route(problem, x.shape)
-    kernel = weight.shape[2], weight.shape[3]
-    return _Plan(geometry, kernel, tuple(out.shape), out.stride(), problem, read)
+    read = None if problem is None else route(problem, x.shape)
+    if problem is None or read is None or not out.numel():
+        return library()
+    return or_reference(problem, kernel, library)
 
 
-_planned = Recall(_plan)
+_taped = Taped(_evaluate)
 
 
 def _empty(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

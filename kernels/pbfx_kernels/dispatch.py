@@ -13,7 +13,6 @@ from pbfx_kernels import reference
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like, writable
-from pbfx_kernels.recall import Recall
 from pbfx_kernels.strategy import Problem, Route, Strategy, choose, problem_of, route
 from pbfx_kernels.walking import REMEMBERED
 from pbfx_kernels.ways import Way, fastest_way, ways_of
@@ -59,43 +58,29 @@ def evaluate_dendrites(
         if strategy is Strategy.REFERENCE:
             return plain()
         return _launch(Way(strategy), soma, x, *links, geometry, keep)
-    problem, usual = _chosen((soma, weight), geometry, _precision(soma))
-    if usual.strategy is Strategy.REFERENCE:
+    problem = problem_of(soma, weight, geometry)
+    chosen = choose(problem)
+    if chosen is Strategy.REFERENCE:
         return plain()
 
     def run(way: Way) -> tuple[Tensor, Tensor]:
         return _launch(way, soma, x, *links, geometry, keep)
 
-    way = _fastest("dendrites", soma, problem, usual, activation, keep, run)
+    way = _fastest("dendrites", soma, problem, chosen, activation, keep, run)
     return or_reference(problem, lambda: run(way), plain)
-
-
-def _choose(soma: Tensor, weight: Tensor, geometry: Geometry, _: object) -> tuple[Problem, Way]:
-    problem = problem_of(soma, weight, geometry)
-    return problem, Way(choose(problem))
-
-
-_chosen = Recall(_choose)
-
-
-def _precision(tensor: Tensor) -> object:
-    """Return what a choice depends on beside the form of tensors: what float32 products may do."""
-    if tensor.dtype is not torch.float32:
-        return None
-    return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
 
 def _fastest(
     op: str,
     tensor: Tensor,
     problem: Problem,
-    usual: Way,
+    chosen: Strategy,
     activation: str,
     keep: bool,
     run: Callable[[Way], object],
 ) -> Way:
     ways = ((way.name, way) for way in ways_of(problem))
-    return fastest_way(op, tensor, problem, activation, keep, ways, usual, run)
+    return fastest_way(op, tensor, problem, activation, keep, ways, Way(chosen), run)
 
 
 def _launch(
@@ -144,7 +129,7 @@ def _launch(
 
 def sum_to_soma_gradient(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:
     """Sum `dT_d = Σ_p g ⊙ a_d`; arguments and result as of `reference.dendrites_backward`."""
-    problem, chosen = _choice_of_sum(
+    problem = _problem_of_sum(
         grad.shape, grad.dtype, grad.device, activations.shape[0], grad.dim() + channel_axis
     )
 
@@ -156,18 +141,18 @@ def sum_to_soma_gradient(grad: Tensor, activations: Tensor, channel_axis: int) -
 
         return to_soma_gradient(grad, activations, channel_axis)
 
-    return plain() if chosen is Strategy.REFERENCE else or_reference(problem, kernel, plain)
+    return (
+        plain() if choose(problem) is Strategy.REFERENCE else or_reference(problem, kernel, plain)
+    )
 
 
 @functools.lru_cache(REMEMBERED)
-def _choice_of_sum(
+def _problem_of_sum(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dendrites: int, axis: int
-) -> tuple[Problem, Strategy]:
+) -> Problem:
     """Describe a sum by the rules for a forward whose weight says no more than its shape."""
     grad = torch.empty((), dtype=dtype, device=device).expand(shape)
-    weight = grad.new_empty((dendrites, shape[axis], 0), device="meta")
-    problem = problem_of(grad, weight, Geometry())
-    return problem, choose(problem)
+    return problem_of(grad, grad.new_empty((dendrites, shape[axis], 0), device="meta"), Geometry())
 
 
 def recompute_to_soma_gradient(
@@ -209,14 +194,15 @@ def recompute_to_soma_gradient(
         if strategy is Strategy.REFERENCE:
             return plain()
         return _launch_gradient(Way(strategy), grad, *dendrites, geometry)
-    problem, usual = _chosen((grad, weight), geometry, _precision(grad))
-    if usual.strategy is Strategy.REFERENCE:
+    problem = problem_of(grad, weight, geometry)
+    chosen = choose(problem)
+    if chosen is Strategy.REFERENCE:
         return plain()
 
     def run(way: Way) -> Tensor:
         return _launch_gradient(way, grad, *dendrites, geometry)
 
-    way = _fastest("gradient", grad, problem, usual, activation, False, run)
+    way = _fastest("gradient", grad, problem, chosen, activation, False, run)
     return or_reference(problem, lambda: run(way), plain)
 
 
@@ -265,13 +251,4 @@ def _route(soma: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, way: Way
     A way with blocks of its own asks for the kernel that has such blocks.
     """
     batched = way.blocks is None and geometry.spatial == 2 and x.dim() == 4
-    return _routed((soma, x, weight), geometry, _precision(soma)) if batched else None
-
-
-def _route_of(
-    soma: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, _: object
-) -> Route | None:
-    return route(problem_of(soma, weight, geometry), x.shape)
-
-
-_routed = Recall(_route_of)
+    return route(problem_of(soma, weight, geometry), x.shape) if batched else None

@@ -189,9 +189,8 @@ def dendrites_in_graph(
     negated = None
     for d in range(count):
         z_d = z[d] if bias is None else z[d] + bias[d]
-        links_d = cascade[d] if activations else None
-        for e, a_e in enumerate(activations):
-            z_d = z_d + links_d[e] * a_e
+        for e, (a_e, link) in enumerate(zip(activations, [cascade[d]] * d, strict=True)):
+            z_d = z_d + link[e] * a_e
         a_d = activate(activation, z_d)
         added = links[d] * a_d
         # Kept negated, for the sake of signed zeros: see `reference.dendrites`.

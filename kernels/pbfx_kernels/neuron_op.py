@@ -20,9 +20,9 @@ from pbfx_kernels.dispatch import evaluate_dendrites
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.fused_configs import Blocks
 from pbfx_kernels.geometry import LINEAR
-from pbfx_kernels.recall import Recall
 from pbfx_kernels.registering import op
 from pbfx_kernels.strategy import Problem, can_fuse, linear_problem
+from pbfx_kernels.tape import Taped, float32_precision
 from pbfx_kernels.validation import check_dendrites
 from pbfx_kernels.ways import fastest_way, neuron_ways
 
@@ -56,44 +56,43 @@ def perforated_linear_op(
         ArgumentError: the dendrites do not fit the soma (see `dendrites`).
     """
     tensors = x, weight, bias, dendrite_weight, dendrite_bias, to_soma, to_dendrite
-    links = dendrite_bias, to_soma, to_dendrite, activation
-    precision = x.dtype is torch.float32 and torch.get_float32_matmul_precision()
-    problem = _prepared(tensors, activation, precision)
-
-    def library() -> tuple[Tensor, Tensor]:
-        with no_autocast(x):
-            soma = F.linear(x, weight, bias)
-            out, activations = evaluate_dendrites(soma, x, dendrite_weight, *links, LINEAR, keep)
-        return out.contiguous(), activations.contiguous()
-
-    def kernel() -> tuple[Tensor, Tensor]:
-        assert problem is not None
-        return _fused(problem, x, weight, bias, dendrite_weight, *links, keep)
-
-    return library() if problem is None else or_reference(problem, kernel, library)
+    return _taped(tensors, activation, keep, float32_precision(x))
 
 
-def _prepare(
+def _evaluate(
     x: Tensor,
     weight: Tensor,
-    _: Tensor | None,
+    bias: Tensor | None,
     dendrite_weight: Tensor,
     dendrite_bias: Tensor | None,
     to_soma: Tensor,
     to_dendrite: Tensor,
     activation: str,
-    __: object,
-) -> Problem | None:
-    """Check the arguments, and describe the site if a *fused* kernel can compute it."""
+    keep: bool,
+    _: object,
+) -> tuple[Tensor, Tensor]:
+    links = dendrite_bias, to_soma, to_dendrite, activation
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    links = dendrite_bias, to_soma, to_dendrite
-    check_dendrites(out, x, dendrite_weight, *links, activation, LINEAR)
-    if x.numel() and can_fuse(x, weight, dendrite_weight):
-        return linear_problem(x, weight, dendrite_weight)
-    return None
+    check_dendrites(out, x, dendrite_weight, *links, LINEAR)
+
+    def library() -> tuple[Tensor, Tensor]:
+        with no_autocast(x):
+            soma = F.linear(x, weight, bias)
+            found = evaluate_dendrites(soma, x, dendrite_weight, *links, LINEAR, keep)
+        return found[0].contiguous(), found[1].contiguous()
+
+    if not (x.numel() and can_fuse(x, weight, dendrite_weight)):
+        return library()
+    problem = linear_problem(x, weight, dendrite_weight)
+    assert problem is not None, "it can be fused"
+    return or_reference(
+        problem,
+        lambda: _fused(problem, x, weight, bias, dendrite_weight, *links, keep, out),
+        library,
+    )
 
 
-_prepared = Recall(_prepare)
+_taped = Taped(_evaluate)
 
 
 def _fused(
@@ -107,20 +106,19 @@ def _fused(
     to_dendrite: Tensor,
     activation: str,
     keep: bool,
+    out: Tensor,
 ) -> tuple[Tensor, Tensor]:
     from pbfx_kernels.fused_neuron import can_describe, fused_neuron, interleave
 
-    shape = (*x.shape[:-1], problem.neurons)
-    out = x.new_empty(shape)
-    activations = x.new_empty((problem.dendrites if keep else 0, *shape))
-    rows = x if x.dim() == 2 else x.reshape(-1, problem.inputs)
+    activations = x.new_empty((problem.dendrites if keep else 0, *out.shape))
+    rows = x.reshape(-1, x.shape[-1])
     rows = rows if can_describe(rows) else rows.clone(memory_format=torch.contiguous_format)
     weights, links = interleave(weight, dendrite_weight), (dendrite_bias, to_soma, to_dendrite)
-    # The kernel writes both as they lie in memory, whatever axes there are.
-    kept = activations if keep else None
+    flat = activations.view(problem.dendrites, -1, problem.neurons) if keep else None
 
     def run(blocks: Blocks | None) -> None:
-        fused_neuron(rows, weights, bias, *links, activation, out, kept, blocks)
+        written = out.view(-1, problem.neurons)
+        fused_neuron(rows, weights, bias, *links, activation, written, flat, blocks)
 
     ways = neuron_ways(problem)
     run(fastest_way("neuron", x, problem, activation, keep, ways, None, run))

@@ -35,8 +35,9 @@ from pbfx_kernels.dispatch import (
 )
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.registering import op
-from pbfx_kernels.validation import check_candidates, check_dendrites, check_once
-from pbfx_kernels.walking import REMEMBERED, Sizes
+from pbfx_kernels.tape import Taped, float32_precision
+from pbfx_kernels.validation import check_candidates, check_dendrites
+from pbfx_kernels.walking import REMEMBERED
 
 
 @op("dendrites")
@@ -62,11 +63,29 @@ def dendrites_op(
     """
     geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
     tensors = soma, x, weight, bias, to_soma, to_dendrite
-    check_once(check_dendrites, tensors, activation, geometry)
+    return _dendrites(tensors, activation, geometry, keep, float32_precision(soma))
+
+
+def _evaluate(
+    soma: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+    keep: bool,
+    _: object,
+) -> tuple[Tensor, Tensor]:
+    links = weight, bias, to_soma, to_dendrite, activation
+    check_dendrites(soma, x, *links, geometry)
     with _no_autocast(soma):
-        out, activations = evaluate_dendrites(*tensors, activation, geometry, keep)
-    dense = dense_strides(soma.shape, soma.stride())
-    return laid_out(out, dense), laid_out(activations, (soma.numel(), *dense))
+        out, activations = evaluate_dendrites(soma, x, *links, geometry, keep)
+    return laid_out(out, strides_of(soma)), laid_out(activations, stack_strides(soma))
+
+
+_dendrites = Taped(_evaluate)
 
 
 @dendrites_op.register_fake
@@ -96,8 +115,15 @@ def _(
 @op("dendrites_backward")
 def dendrites_backward_op(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:
     """Match `reference.dendrites_backward`."""
+    return sum_links((grad, activations), channel_axis)
+
+
+def _sum(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:
     with _no_autocast(grad):
         return sum_to_soma_gradient(grad, activations, channel_axis)
+
+
+sum_links = Taped(_sum)
 
 
 @dendrites_backward_op.register_fake
@@ -123,8 +149,25 @@ def dendrites_recompute_op(
 ) -> Tensor:
     """Match `reference.dendrites_backward` on the activations of `reference.dendrites`."""
     geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
+    tensors = grad, x, weight, bias, to_dendrite
+    return sum_links_again(tensors, activation, geometry, float32_precision(grad))
+
+
+def _sum_again(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+    _: object,
+) -> Tensor:
     with _no_autocast(grad):
         return recompute_to_soma_gradient(grad, x, weight, bias, to_dendrite, activation, geometry)
+
+
+sum_links_again = Taped(_sum_again)
 
 
 @dendrites_recompute_op.register_fake
@@ -382,12 +425,6 @@ def geometry_of(
 
 
 _geometry = functools.lru_cache(REMEMBERED)(Geometry)
-
-
-@functools.lru_cache(REMEMBERED)
-def dense_strides(shape: Sizes, strides: Sizes) -> Sizes:
-    """Return `strides_of` a tensor whose sizes are known."""
-    return strides_of(torch.empty_strided(shape, strides, device="meta"))
 
 
 def strides_of(soma: Tensor) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ aside; a `relaunched` kernel remembers by itself which compiled kernel an equal 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,10 +19,13 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pbfx_kernels import tape
+
 # What Triton takes for granted of a pointer, or does not; torch's allocations are aligned to more.
 _ALIGNMENT = 16
 # Launches of one kernel that are remembered; a training loop meets a handful.
 _MOST_LAUNCHES = 4096
+_NUMBERS = (int, float, bool)
 
 
 class Launch:
@@ -36,7 +40,7 @@ class Launch:
         warps: per program.
     """
 
-    __slots__ = ("_again", "_arguments", "_grid", "_kernel", "_warps")
+    __slots__ = ("_again", "_arguments", "_compiled", "_grid", "_kernel", "_warps")
 
     def __init__(
         self,
@@ -49,6 +53,7 @@ class Launch:
         self._kernel, self._grid, self._warps = kernel, (*grid, 1), warps
         self._arguments = (*numbers, *constants)
         self._again: Callable[..., object] | None = None
+        self._compiled: Any = None
 
     def __call__(self, device: int, *tensors: Tensor | None) -> None:
         """Launch on the current stream of the current device.
@@ -66,11 +71,15 @@ class Launch:
             # As numbers: of a tensor the launcher asks the driver where it lies.
             stream = torch._C._cuda_getCurrentRawStream(device)
             self._again(*pointers, *self._arguments, stream=stream)
-            return
-        compiled = self._kernel[self._grid](*tensors, *self._arguments, num_warps=self._warps)
-        # The interpreter compiles nothing.
-        if aligned and compiled is not None:
-            self._again = compiled[self._grid]
+        else:
+            compiled = self._kernel[self._grid](*tensors, *self._arguments, num_warps=self._warps)
+            # The interpreter compiles nothing.
+            if aligned and compiled is not None:
+                self._compiled, self._again = compiled, compiled[self._grid]
+        if tape.recording():
+            given = [None if pointer is None else tape.Pointer(pointer) for pointer in pointers]
+            compiled = self._compiled if aligned else None
+            tape.launched(compiled, self._grid, (*given, *self._arguments))
 
 
 class Boxes:
@@ -95,9 +104,30 @@ class Boxes:
     ) -> None:
         self.base, self.shape, self.strides, self.box = base, tuple(shape), tuple(strides), box
 
+    def placing(self) -> Callable[[int], object]:
+        """Return what makes boxes like these at an address, for Triton's launcher."""
+        return functools.partial(_Placed, self.shape, self.strides)
+
     def checked(self) -> TensorDescriptor:
         """Return it as Triton has it."""
         return TensorDescriptor(self.base, list(self.shape), list(self.strides), list(self.box))
+
+
+class _Placed:
+    """Boxes and, as their base, the address at which they lie."""
+
+    padding, round_f32_to_tf32 = Boxes.padding, Boxes.round_f32_to_tf32
+    __slots__ = ("address", "shape", "strides")
+
+    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], address: int) -> None:
+        self.shape, self.strides, self.address = shape, strides, address
+
+    @property
+    def base(self) -> _Placed:
+        return self
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
 def relaunched(function: Callable[..., object]) -> Any:
@@ -116,7 +146,7 @@ class _Relaunched(JITFunction[Any]):
         values, seen, bits = [], [device, grid], 0
         for arg in args:
             kind = type(arg)
-            if kind is int:
+            if kind in _NUMBERS:
                 values.append(arg)
                 seen.append(arg)
             elif kind is Boxes:
@@ -134,6 +164,7 @@ class _Relaunched(JITFunction[Any]):
         if repeats and (known := self._launches.get(key)) is not None:
             again, constants, compiled = known
             again(*values, *constants, stream=torch._C._cuda_getCurrentRawStream(device))
+            self._tell(compiled, grid, args, values, constants)
             return compiled
         plain = [arg.checked() if type(arg) is Boxes else arg for arg in args]
         compiled: Any = super().run(*plain, grid=grid, warmup=warmup, **kwargs)
@@ -142,7 +173,25 @@ class _Relaunched(JITFunction[Any]):
                 self._launches.clear()
             constants = tuple(kwargs[name] for name in self.arg_names[len(args) :])
             self._launches[key] = compiled[_whole(grid)], constants, compiled
+            self._tell(compiled, grid, args, values, constants)
+        elif tape.recording():
+            tape.launched(None, _whole(grid), ())
         return compiled
+
+    @staticmethod
+    def _tell(
+        compiled: Any,
+        grid: tuple[int, ...],
+        args: Sequence[Any],
+        values: Sequence[Any],
+        constants: Sequence[Any],
+    ) -> None:
+        if tape.recording():
+            told = (
+                tape.Pointer(value) if isinstance(arg, Tensor) else value
+                for arg, value in zip(args, values, strict=True)
+            )
+            tape.launched(compiled, _whole(grid), (*told, *constants))
 
 
 def _whole(grid: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,0 +1,132 @@
+"""What a compiled graph calls, and what it keeps, so that a step costs the host little."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import run_and_get_code
+
+import pbfx
+from models import randomise
+from pbfx.backend.bare import CallBare
+from pbfx.backend.compiler import lower
+from pbfx.backend.settings import settings_of
+
+needs_cxx = pytest.mark.skipif(
+    not shutil.which("c++") and not shutil.which("g++"), reason="no C++ compiler"
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def grown(*layers: nn.Module, dendrites: int = 3) -> nn.Module:
+    model = pbfx.grow(pbfx.transform(nn.Sequential(*layers)), dendrites)
+    randomise(model)
+    return model.train()
+
+
+def convolutions() -> nn.Module:
+    return grown(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+
+
+def called(code: list[str]) -> list[str]:
+    return sorted(set(re.findall(r"torch\.ops\.pbfx\.([a-z0-9_.]*)", "\n".join(code))))
+
+
+@needs_cxx
+@pytest.mark.parametrize(
+    ("strategy", "ops"),
+    [
+        ("kernel", ["dendrites.bare", "dendrites_backward.bare"]),
+        (
+            "fused",
+            ["dendrites_backward.bare", "perforated_conv2d.bare", "perforated_linear.bare"],
+        ),
+    ],
+)
+def test_code_calls_ops_bare(strategy: str, ops: list[str]):
+    model = convolutions()
+    run = torch.compile(model, backend="pbfx", fullgraph=True, options={"strategy": strategy})
+    x = torch.randn(2, 2, 6, 6)
+    expected = model(x)
+
+    def step() -> Tensor:
+        out = run(x)
+        out.square().sum().backward()
+        return out
+
+    out, code = run_and_get_code(step)
+    assert called(code) == ops
+    assert torch.allclose(out, expected, atol=1e-5)
+
+
+@needs_cxx
+def test_a_pass_of_the_users_runs_before():
+    seen: list[str] = []
+    options = {
+        "strategy": "kernel",
+        "post_grad_custom_post_pass": lambda graph: seen.extend(str(n.target) for n in graph.nodes),
+    }
+    run = torch.compile(grown(nn.Linear(4, 4)), backend="pbfx", options=options)
+    _, code = run_and_get_code(lambda: run(torch.randn(2, 4)).sum().backward())
+    assert "pbfx.dendrites.default" in seen
+    assert "dendrites.bare" in called(code)
+
+
+def test_settings_that_are_alike_share_what_is_compiled():
+    plain, other = settings_of(None, {}), settings_of(None, {})
+    assert plain.inner == other.inner
+    with_pass = settings_of(None, {"post_grad_custom_post_pass": print})
+    assert with_pass.inner != plain.inner
+    assert CallBare().uuid() == CallBare().uuid()
+    assert CallBare().uuid() is not None
+    assert CallBare(print).uuid() is None
+
+
+def test_a_lowered_graph_knows_its_parameters():
+    """Or CUDA graphs copy each of them at every step."""
+    static: list[list[int]] = []
+    inner = aot_autograd(fw_compiler=lambda gm, _: record(gm))
+
+    def record(gm: torch.fx.GraphModule) -> Any:
+        context = torch._guards.TracingContext.get()
+        static.append(list(context.fw_metadata.static_input_indices))
+        return gm.forward
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        lowered = lower(gm, inputs, settings_of(None, {"strategy": "packed"}))
+        assert lowered is not gm
+        return inner(lowered, inputs)
+
+    model = grown(nn.Linear(4, 4))
+    torch.compile(model, backend=backend, fullgraph=True)(torch.randn(2, 4)).sum().backward()
+    assert [len(found) for found in static] == [len(list(model.parameters()))]
+
+
+@pytest.mark.parametrize("strategy", ["packed", "looped"])
+def test_a_backward_keeps_parameters_whole(strategy: str):
+    """Each tensor that is kept costs the host time, and parts of links are many."""
+    model = convolutions()
+    options = {"strategy": strategy, "compiler": "aot_eager_decomp_partition"}
+    from pbfx.backend import compile_graph
+
+    kept: list[Tensor] = []
+    run = torch.compile(model, backend=compile_graph, fullgraph=True, options=options)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run(torch.randn(2, 2, 6, 6))
+    sizes = {p.untyped_storage().data_ptr(): p.numel() for p in model.parameters()}
+    parts = [t.shape for t in kept if t.numel() < sizes.get(t.untyped_storage().data_ptr(), 0)]
+    assert kept
+    assert not parts
