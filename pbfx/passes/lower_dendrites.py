@@ -58,6 +58,11 @@ _LOOKS = (
 _VIEWS = frozenset(_LOOKS.split())
 
 
+# Bytes of a site's activations that are kept rather than computed again; an eager call, which does
+# not know what else there is, computes them again at any size.
+_KEPT_BYTES = 32 * 2**20
+
+
 @dataclasses.dataclass(frozen=True)
 class Lowered:
     """What became of one site: its path as the graph tells it, the form, and why."""
@@ -204,7 +209,7 @@ def _fuse(graph: fx.Graph, node: fx.Node, call: _Call, ctx: LoweringContext) -> 
     if geometry.spatial:
         op = torch.ops.pbfx.perforated_conv2d.default
         form = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-        learns = learns and not recomputes(call.soma, call.weight, geometry)
+        learns = learns and not _computes_again(call)
     keep = part(node, 1) is not None or (ctx.training and learns)
     last = node.prev
     with graph.inserting_before(node):
@@ -219,6 +224,13 @@ def _fuse(graph: fx.Graph, node: fx.Node, call: _Call, ctx: LoweringContext) -> 
     node.replace_all_uses_with(fused)
     graph.erase_node(node)
     graph.erase_node(soma)
+
+
+def _computes_again(call: _Call) -> bool:
+    """Return whether a backward computes activations again: where they are worth the memory."""
+    problem = problem_of(call.soma, call.weight, call.geometry)
+    kept = problem.dendrites * problem.positions * problem.neurons * problem.dtype.itemsize
+    return kept > _KEPT_BYTES and recomputes(call.soma, call.weight, call.geometry)
 
 
 def _describe(last: fx.Node, node: fx.Node) -> None:

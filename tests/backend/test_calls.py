@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo import lookup_backend
 from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
 from torch._inductor.utils import run_and_get_code
 
 import pbfx
 from models import randomise
+from pbfx.backend import compile_graph
 from pbfx.backend.bare import CallBare
 from pbfx.backend.compiler import lower
 from pbfx.backend.settings import settings_of
@@ -58,7 +62,9 @@ def called(code: list[str]) -> list[str]:
 )
 def test_code_calls_ops_bare(strategy: str, ops: list[str]):
     model = convolutions()
-    run = torch.compile(model, backend="pbfx", fullgraph=True, options={"strategy": strategy})
+    run = torch.compile(
+        model, backend=compile_graph, fullgraph=True, options={"strategy": strategy}
+    )
     x = torch.randn(2, 2, 6, 6)
     expected = model(x)
 
@@ -79,7 +85,7 @@ def test_a_pass_of_the_users_runs_before():
         "strategy": "kernel",
         "post_grad_custom_post_pass": lambda graph: seen.extend(str(n.target) for n in graph.nodes),
     }
-    run = torch.compile(grown(nn.Linear(4, 4)), backend="pbfx", options=options)
+    run = torch.compile(grown(nn.Linear(4, 4)), backend=compile_graph, options=options)
     _, code = run_and_get_code(lambda: run(torch.randn(2, 4)).sum().backward())
     assert "pbfx.dendrites.default" in seen
     assert "dendrites.bare" in called(code)
@@ -97,13 +103,15 @@ def test_settings_that_are_alike_share_what_is_compiled():
 
 def test_a_lowered_graph_knows_its_parameters():
     """Or CUDA graphs copy each of them at every step."""
-    static: list[list[int]] = []
-    inner = aot_autograd(fw_compiler=lambda gm, _: record(gm))
+    static: list[int] = []
 
-    def record(gm: torch.fx.GraphModule) -> Any:
-        context = torch._guards.TracingContext.get()
-        static.append(list(context.fw_metadata.static_input_indices))
-        return gm.forward
+    def record(gm: torch.fx.GraphModule, _: Any) -> Any:
+        metadata = TracingContext.get().fw_metadata
+        assert metadata is not None
+        static.append(len(metadata.static_input_indices))
+        return make_boxed_func(gm.forward)
+
+    inner = aot_autograd(fw_compiler=record, bw_compiler=lambda gm, _: make_boxed_func(gm.forward))
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         lowered = lower(gm, inputs, settings_of(None, {"strategy": "packed"}))
@@ -112,20 +120,20 @@ def test_a_lowered_graph_knows_its_parameters():
 
     model = grown(nn.Linear(4, 4))
     torch.compile(model, backend=backend, fullgraph=True)(torch.randn(2, 4)).sum().backward()
-    assert [len(found) for found in static] == [len(list(model.parameters()))]
+    assert static == [len(list(model.parameters()))]
 
 
 @pytest.mark.parametrize("strategy", ["packed", "looped"])
 def test_a_backward_keeps_parameters_whole(strategy: str):
     """Each tensor that is kept costs the host time, and parts of links are many."""
     model = convolutions()
-    options = {"strategy": strategy, "compiler": "aot_eager_decomp_partition"}
-    from pbfx.backend import compile_graph
-
-    kept: list[Tensor] = []
-    run = torch.compile(model, backend=compile_graph, fullgraph=True, options=options)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        run(torch.randn(2, 2, 6, 6))
+    settings = settings_of(None, {"strategy": strategy})
+    partitioned = lookup_backend("aot_eager_decomp_partition")
+    run = torch.compile(
+        model, backend=lambda gm, xs: partitioned(lower(gm, xs, settings), xs), fullgraph=True
+    )
+    out: Any = run(torch.randn(2, 2, 6, 6))
+    kept = out.grad_fn.saved_tensors
     sizes = {p.untyped_storage().data_ptr(): p.numel() for p in model.parameters()}
     parts = [t.shape for t in kept if t.numel() < sizes.get(t.untyped_storage().data_ptr(), 0)]
     assert kept
