@@ -176,6 +176,8 @@ class _Recorder(TorchDispatchMode):
         found = func(*args, **kwargs)
         outs = [out for out in tree_flatten(found)[0] if isinstance(out, Tensor)]
         new = [out for out in outs if _memory(out) not in self._slot_of]
+        # Results that share new memory, such as chunks of a copy, have no names of their own.
+        self._fits &= len({_memory(out) for out in new}) == len(new)
         if func in _ALLOCATIONS and new:
             (out,) = outs
             self._lines.append(self._allocation(self._take(out), out))
@@ -188,9 +190,14 @@ class _Recorder(TorchDispatchMode):
         words = [self._said(arg) for arg in args]
         words += [f"{name}={self._said(arg)}" for name, arg in kwargs.items()]
         call = f"{self._name(func)}({', '.join(words)})"
-        if new and not isinstance(found, Tensor):
-            self._fits = False
-        self._lines.append(f"t{self._take(new[0])} = {call}" if new else call)
+        results = list(found) if isinstance(found, (tuple, list)) else [found]
+        named = [
+            f"t{self._take(each)}" if any(each is out for out in new) else "_" for each in results
+        ]
+        # Whatever lies deeper has no name.
+        self._fits &= len(named) - named.count("_") == len(new)
+        taken = ", ".join(named) + "," * isinstance(found, (tuple, list))
+        self._lines.append(f"{taken} = {call}" if new else call)
 
     def _said(self, value: Any) -> str:
         if isinstance(value, Tensor):
@@ -276,6 +283,9 @@ class _Recorder(TorchDispatchMode):
         return f"as_strided(t{slot}, {tuple(tensor.shape)}, {tensor.stride()}, {place})"
 
     def _address(self, address: int) -> str:
+        if not address:
+            # Of a tensor without elements.
+            return "0"
         for slot, tensor in enumerate(self._slots):
             if tensor is None or tensor.is_meta:
                 continue
