@@ -5,7 +5,6 @@ of accumulator columns, D * BLOCK_N, is what a configuration is chosen by. `COMM
 one that can be chosen; the ahead-of-time tests compile them all.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -165,7 +164,6 @@ def _depth(channels: int, element_size: int, whole: bool) -> int:
     return depths[-1]
 
 
-@functools.lru_cache(4096)
 def box_of(positions: int, images: int, height: int, width: int) -> tuple[int, int, int]:
     """Cut output positions into boxes of images, rows and columns that waste the least.
 

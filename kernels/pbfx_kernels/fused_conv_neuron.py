@@ -19,7 +19,6 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +33,6 @@ from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, fast_activations, multiprocessors, on_device
 from pbfx_kernels.relaunch import boxes, relaunched
 from pbfx_kernels.triton_math import cascade, link, negated_sum
-from pbfx_kernels.walking import REMEMBERED
 
 POINTWISE = Geometry.convolution(2)
 
@@ -293,40 +291,25 @@ class Tiling:
         blocks: Blocks | None,
     ) -> Tiling:
         """Choose what is not given."""
-        geometry = given.geometry
-        whole = geometry.groups == 1 and geometry.stride[1] == 1
-        site = given.channels, geometry.groups, whole, dendrites, soma
-        return _tiling(site, given.x.element_size(), out.shape, sizes, blocks)
+        geometry, neurons = given.geometry, out.shape[1]
+        blocks = blocks or conv_neuron_blocks(
+            math.prod(sizes),
+            neurons // geometry.groups,
+            given.channels,
+            dendrites,
+            given.x.element_size(),
+            whole=geometry.groups == 1 and geometry.stride[1] == 1,
+            soma=soma,
+        )
+        # Within a tile, the kernel counts elements in 32 bits.
+        near = out.shape[1:].numel() * blocks.positions < 2**31
+        images, *places = sizes
+        return cls(blocks, sizes, box_of(blocks.positions, images if near else 1, *places))
 
     @property
     def boxes(self) -> int:
         """Tiles of positions."""
         return math.prod(ceiling(n, each) for n, each in zip(self.sizes, self.box, strict=True))
-
-
-@functools.lru_cache(REMEMBERED)
-def _tiling(
-    site: tuple[int, int, bool, int, bool],
-    element_size: int,
-    shape: tuple[int, ...],
-    sizes: tuple[int, int, int],
-    blocks: Blocks | None,
-) -> Tiling:
-    channels, groups, whole, dendrites, soma = site
-    _, neurons, *places = shape
-    blocks = blocks or conv_neuron_blocks(
-        math.prod(sizes),
-        neurons // groups,
-        channels,
-        dendrites,
-        element_size,
-        whole=whole,
-        soma=soma,
-    )
-    # Within a tile, the kernel counts elements in 32 bits.
-    near = neurons * math.prod(places) * blocks.positions < 2**31
-    images, *plane = sizes
-    return Tiling(blocks, sizes, box_of(blocks.positions, images if near else 1, *plane))
 
 
 def _launch(

@@ -16,7 +16,6 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 # The type checker does not know what Triton adds to Python: launch options, static_range.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
-import functools
 import math
 from typing import Any
 
@@ -35,7 +34,7 @@ from pbfx_kernels.launching import (
 )
 from pbfx_kernels.relaunch import boxes, relaunched
 from pbfx_kernels.triton_math import cascade, link, negated_sum
-from pbfx_kernels.walking import REMEMBERED, merged_stride
+from pbfx_kernels.walking import merged_stride
 
 # Neurons whose weights are interleaved together: what a thread holds of a product's row is pairs of
 # neighbours, eight columns apart.
@@ -207,47 +206,41 @@ def interleave(
         `(R * M, K)` contiguous, taps before channels: R is the number of `roles_of`, and M is N,
         rounded up to a multiple of 4; roles and neurons that do not exist are zeros.
     """
+    dendrites, neurons, channels, *kernel = dendrite_weight.shape
     own, soma = (dendrite_weight[0], False) if weight is None else (weight, True)
+    inputs, roles = channels * math.prod(kernel), roles_of(dendrites, soma)
+    length = ceiling(inputs, aligned) * aligned
     own, tap = _walked(own, 2)
     dendrite_weight, dendrite_tap = _walked(dendrite_weight, 3)
-    shape, grid, sizes, constants = _interleaving(dendrite_weight.shape, soma, aligned)
+    shape = ceiling(neurons, QUAD) * QUAD * roles, length
     rows = own.new_empty(shape, dtype=dtype or own.dtype)
+    block, deep = 32, min(128, power_of_two(length))
     with on_device(rows):
-        _interleave_kernel[grid](
+        _interleave_kernel[(ceiling(len(rows), block), ceiling(length, deep))](
             rows,
             own,
             dendrite_weight,
-            *sizes,
+            neurons,
+            inputs,
+            length,
+            channels,
             *own.stride()[:2],
             tap,
             *dendrite_weight.stride()[:3],
             dendrite_tap,
-            **constants,
+            D=dendrites,
+            ROLES=roles,
+            SOMA=int(soma),
+            BLOCK=block,
+            BLOCK_K=deep,
         )
     return rows
 
 
-@functools.lru_cache(REMEMBERED)
-def _interleaving(
-    shape: tuple[int, ...], soma: bool, aligned: int
-) -> tuple[tuple[int, int], tuple[int, int], tuple[int, ...], dict[str, int]]:
-    """Return the shape of the rows, the grid, and the kernel's sizes and constants."""
-    dendrites, neurons, channels, *kernel = shape
-    inputs, roles = channels * math.prod(kernel), roles_of(dendrites, soma)
-    length = ceiling(inputs, aligned) * aligned
-    rows = ceiling(neurons, QUAD) * QUAD * roles
-    block, deep = 32, min(128, power_of_two(length))
-    constants = {"D": dendrites, "ROLES": roles, "SOMA": int(soma)}
-    constants |= {"BLOCK": block, "BLOCK_K": deep}
-    grid = ceiling(rows, block), ceiling(length, deep)
-    return (rows, length), grid, (neurons, inputs, length, channels), constants
-
-
 def _walked(weight: Tensor, before: int) -> tuple[Tensor, int]:
     """Return weights whose taps, the axes after the first `before`, have one stride, and that."""
-    if weight.dim() == before:
-        return weight, 0
-    tap = merged_stride(tuple(weight.shape[before:]), weight.stride()[before:])
+    kernel, strides = tuple(weight.shape[before:]), tuple(weight.stride()[before:])
+    tap = merged_stride(kernel, strides)
     if tap is None:
         weight = weight.contiguous()
         tap = 1
