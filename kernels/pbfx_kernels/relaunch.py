@@ -3,7 +3,7 @@
 For every launch Triton binds arguments, derives what to specialise on, and looks the compiled
 kernel up, which costs several times what the launch does. A training step repeats the launches of
 the step before: same sizes, same strides. `Launch` is one that its caller has prepared, pointers
-aside; a `relaunched` kernel remembers by itself which compiled kernel an equal launch took.
+aside, with the compiled kernel; launches of a `relaunched` kernel are repeated by `tape`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,6 @@ from pbfx_kernels import tape
 
 # What Triton takes for granted of a pointer, or does not; torch's allocations are aligned to more.
 _ALIGNMENT = 16
-# Launches of one kernel that are remembered; a training loop meets a handful.
-_MOST_LAUNCHES = 4096
-_NUMBERS = (int, float, bool)
 
 
 class Launch:
@@ -50,6 +47,7 @@ class Launch:
         constants: tuple[Any, ...],
         warps: int,
     ) -> None:
+        assert not isinstance(kernel, _Relaunched), "it would tell of its launches twice"
         self._kernel, self._grid, self._warps = kernel, (*grid, 1), warps
         self._arguments = (*numbers, *constants)
         self._again: Callable[..., object] | None = None
@@ -77,16 +75,11 @@ class Launch:
             if aligned and compiled is not None:
                 self._compiled, self._again = compiled, compiled[self._grid]
         if tape.recording():
-            given = [None if pointer is None else tape.Pointer(pointer) for pointer in pointers]
-            compiled = self._compiled if aligned else None
-            tape.launched(compiled, self._grid, (*given, *self._arguments))
+            tape.launched(self._compiled, self._grid, (*tensors, *self._arguments))
 
 
 class Boxes:
-    """Boxes of a tensor that a kernel loads by descriptor.
-
-    A launch that is repeated hands it to Triton as it is; one that is new asks it for a
-    `TensorDescriptor`, which checks what it is given.
+    """Boxes of a tensor that a kernel loads by descriptor, checked when it is launched.
 
     Args:
         base: what is loaded from; its last axis is dense.
@@ -131,71 +124,18 @@ class _Placed:
 
 
 def relaunched(function: Callable[..., object]) -> Any:
-    """Do what `triton.jit` does, for a kernel that programs launch and no other kernel calls."""
+    """Do what `triton.jit` does, and tell tapes of launches: for kernels that programs launch."""
     return triton.jit(function) if knobs.runtime.interpret else _Relaunched(function)
 
 
 class _Relaunched(JITFunction[Any]):
-    def __init__(self, function: Callable[..., object]) -> None:
-        super().__init__(function)
-        self._launches: dict[Any, tuple[Callable[..., object], tuple[Any, ...], Any]] = {}
-
     def run(self, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        """Launch as Triton does; what is not a pointer tells one launch from another."""
-        device = torch._C._cuda_getDevice()
-        values, seen, bits = [], [device, grid], 0
-        for arg in args:
-            kind = type(arg)
-            if kind in _NUMBERS:
-                values.append(arg)
-                seen.append(arg)
-            elif kind is Boxes:
-                bits |= arg.base.data_ptr()
-                values.append(arg)
-                seen += (arg.base.dtype, arg.shape, arg.strides, arg.box)
-            else:
-                # As a number: of a tensor the launcher asks the driver where it lies.
-                pointer = arg.data_ptr()
-                bits |= pointer
-                values.append(pointer)
-                seen.append(arg.dtype)
-        key = (*seen, *kwargs.values())
-        repeats = not bits % _ALIGNMENT and not warmup
-        if repeats and (known := self._launches.get(key)) is not None:
-            again, constants, compiled = known
-            again(*values, *constants, stream=torch._C._cuda_getCurrentRawStream(device))
-            self._tell(compiled, grid, args, values, constants)
-            return compiled
         plain = [arg.checked() if type(arg) is Boxes else arg for arg in args]
-        compiled: Any = super().run(*plain, grid=grid, warmup=warmup, **kwargs)
-        if repeats:
-            if len(self._launches) >= _MOST_LAUNCHES:
-                self._launches.clear()
-            constants = tuple(kwargs[name] for name in self.arg_names[len(args) :])
-            self._launches[key] = compiled[_whole(grid)], constants, compiled
-            self._tell(compiled, grid, args, values, constants)
-        elif tape.recording():
-            tape.launched(None, _whole(grid), ())
+        compiled = super().run(*plain, grid=grid, warmup=warmup, **kwargs)
+        if tape.recording() and not warmup:
+            constants = [kwargs[name] for name in self.arg_names[len(args) :]]
+            tape.launched(compiled, (*grid, *(1,) * (3 - len(grid))), (*args, *constants))
         return compiled
-
-    @staticmethod
-    def _tell(
-        compiled: Any,
-        grid: tuple[int, ...],
-        args: Sequence[Any],
-        values: Sequence[Any],
-        constants: Sequence[Any],
-    ) -> None:
-        if tape.recording():
-            told = (
-                tape.Pointer(value) if isinstance(arg, Tensor) else value
-                for arg, value in zip(args, values, strict=True)
-            )
-            tape.launched(compiled, _whole(grid), (*told, *constants))
-
-
-def _whole(grid: tuple[int, ...]) -> tuple[int, ...]:
-    return (*grid, *(1,) * (3 - len(grid)))
 
 
 def boxes(

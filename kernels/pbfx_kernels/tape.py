@@ -1,32 +1,35 @@
 """Play a call again as what it came to: allocations, calls of torch, and launches, in a row.
 
 What the body of an op decides, it decides by the form of its tensors. So the second call of a form
-is recorded, and every later one runs a straight line of Python that was written from the record:
-the same memory is asked for, the same kernels are launched with new pointers, and nothing is
-decided, checked or looked up any more.
+is recorded, and every later one runs a straight line of Python that is written from the record: the
+same memory is asked for, the same kernels are launched with new pointers, and nothing is decided,
+checked or looked up any more.
 
-    a = empty_strided((4096, 64), (64, 1), ...)
-    launch_0(p_0, p_3, a.data_ptr(), ...)
-    return a
+    p0 = t0.data_ptr()
+    p1 = t1.data_ptr()
+    if (p0 | p1) % 16: return None
+    t2 = empty_strided((4096, 64), (64, 1), ...)
+    run(128, 1, 1, stream(0), function, ..., t2.data_ptr(), p0, p1, 4096, 64)
+    return t2
 
 The record is complete because it is made below the body: a dispatch mode sees every op of torch,
-and every kernel of this package is launched by `relaunch`, which tells the recorder. Views are not
-played again; they are where pointers come from. A call that cannot be told so is never recorded:
-a tensor of another device than the current one, two tensors in one memory, a pointer that is not
-aligned, a launch that Triton's interpreter runs, or `measure`.
+and whoever launches a kernel of this package, `relaunch`, tells the recorder. Views are not played
+again; they are where pointers come from. What cannot be told so is never played: a call on another
+device than the current one, pointers that are not aligned, memory that nobody has told of, launches
+that Triton's interpreter runs, and everything inside of `measure`.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from pbfx_kernels import measured
 
@@ -80,11 +83,8 @@ class Taped:
         # A body within a body is part of the other's tape.
         if not told or _here.recorder is not None or measured.active():
             return self._body(*tensors, *rest)
-        key = (
-            *(None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors),
-            device,
-            *rest,
-        )
+        forms = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
+        key = (device, *forms, *rest)
         tape = self._tapes.get(key, True)
         if tape is True:
             # What is compiled, found out or cached at a first call is no part of the tape.
@@ -117,29 +117,52 @@ def float32_precision(tensor: Tensor) -> object:
     return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
 
-def launched(compiled: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
+def recording() -> bool:
+    """Return whether anybody wants to know of launches."""
+    return _here.recorder is not None
+
+
+def launched(compiled: Any, grid: Sequence[int], arguments: Iterable[Any]) -> None:
     """Tell whoever records of a launch.
 
     Args:
         compiled: the kernel, or None where there is none to launch again.
-        grid: of programs.
-        arguments: of its launcher: `Pointer`s, boxes at pointers, numbers and constants.
+        grid: three numbers of programs.
+        arguments: of its launcher: tensors, boxes of tensors, numbers and constants.
     """
     if _here.recorder is not None:
         _here.recorder.launched(compiled, grid, arguments)
-
-
-def recording() -> bool:
-    """Return whether anybody wants to know of launches."""
-    return _here.recorder is not None
 
 
 def _is_current(device: torch.device) -> bool:
     return device.type != "cuda" or device.index == torch._C._cuda_getDevice()
 
 
-class Pointer(int):
-    """An address among the arguments of a launch; every other number stays as it is."""
+class _Slot:
+    """What a tape knows of a tensor that is given or made, which it does not keep alive."""
+
+    __slots__ = ("_alive", "extent", "form", "memory", "offset")
+
+    def __init__(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        # As long as somebody may ask whether it is alive, no other memory has its identity.
+        self.memory, self._alive = storage._cdata, StorageWeakRef(storage)
+        self.form = tensor.shape, tensor.stride(), tensor.dtype
+        self.offset, self.extent = int(tensor.storage_offset()), _extent(tensor)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether every element of `tensor` lies among those of this one."""
+        first = tensor.storage_offset() - self.offset
+        inside = first >= 0 and first + _extent(tensor) <= self.extent
+        same = tensor.untyped_storage()._cdata == self.memory
+        return same and inside and tensor.dtype is self.form[2] and not self._alive.expired()
+
+
+def _extent(tensor: Tensor) -> int:
+    """Return how many elements lie between the first one and the last, both included."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 class _Recorder(TorchDispatchMode):
@@ -153,16 +176,16 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         assert tensors[0] is not None
         self._count, self._device = len(tensors), tensors[0].get_device()
-        # Everything that was seen is kept alive, so that no memory stands for two tensors.
-        self._slots: list[Tensor | None] = list(tensors)
-        self._slot_of: dict[int, int] = {}
+        self._slots = [None if tensor is None else _Slot(tensor) for tensor in tensors]
+        self._known = {slot.memory for slot in self._slots if slot is not None}
         self._lines: list[str] = []
-        self._names: dict[str, Any] = {"as_strided": torch.as_strided}
-        self._guarded: set[int] = set()
+        self._names: dict[str, Any] = {
+            "as_strided": torch.as_strided,
+            "empty_strided": torch.empty_strided,
+        }
+        # Arguments whose addresses kernels get.
+        self._pointed: set[int] = set()
         self._fits, self._calls = True, False
-        for slot, tensor in enumerate(tensors):
-            if tensor is not None:
-                self._fits &= self._slot_of.setdefault(_memory(tensor), slot) == slot
 
     def __torch_dispatch__(
         self,
@@ -174,74 +197,109 @@ class _Recorder(TorchDispatchMode):
         """Run an op, and note it unless it only looks at memory from another side."""
         kwargs = kwargs or {}
         found = func(*args, **kwargs)
-        outs = [out for out in tree_flatten(found)[0] if isinstance(out, Tensor)]
-        new = [out for out in outs if _memory(out) not in self._slot_of]
-        # Results that share new memory, such as chunks of a copy, have no names of their own.
-        self._fits &= len({_memory(out) for out in new}) == len(new)
+        results = list(found) if isinstance(found, (tuple, list)) else [found]
+        new = [each for each in results if self._is_new(each)]
         if func in _ALLOCATIONS and new:
-            (out,) = outs
-            self._lines.append(self._allocation(self._take(out), out))
+            self._lines.append(self._allocation(new[0]))
         elif new or func._schema.is_mutable:
-            self._call(func, args, kwargs, found, new)
+            self._calls = True
+            words = [self._said(arg) for arg in args]
+            words += [f"{name}={self._said(arg)}" for name, arg in kwargs.items()]
+            call = f"{self._name(func)}({', '.join(words)})"
+            taken = [self._take(each) if self._is_new(each) else "_" for each in results]
+            listed = "," * isinstance(found, (tuple, list))
+            self._lines.append(f"{', '.join(taken)}{listed} = {call}" if new else call)
         return found
 
-    def _call(self, func: Any, args: Any, kwargs: Any, found: Any, new: list[Tensor]) -> None:
-        self._calls = True
-        words = [self._said(arg) for arg in args]
-        words += [f"{name}={self._said(arg)}" for name, arg in kwargs.items()]
-        call = f"{self._name(func)}({', '.join(words)})"
-        results = list(found) if isinstance(found, (tuple, list)) else [found]
-        named = [
-            f"t{self._take(each)}" if any(each is out for out in new) else "_" for each in results
-        ]
-        # Whatever lies deeper has no name.
-        self._fits &= len(named) - named.count("_") == len(new)
-        taken = ", ".join(named) + "," * isinstance(found, (tuple, list))
-        self._lines.append(f"{taken} = {call}" if new else call)
+    def _is_new(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.untyped_storage()._cdata not in self._known
+
+    def _take(self, tensor: Tensor) -> str:
+        slot = _Slot(tensor)
+        self._known.add(slot.memory)
+        self._slots.append(slot)
+        return f"t{len(self._slots) - 1}"
+
+    def _allocation(self, tensor: Tensor) -> str:
+        dtype, device = self._name(tensor.dtype), self._name(tensor.device)
+        form = f"{tuple(tensor.shape)}, {tensor.stride()}, dtype={dtype}, device={device}"
+        return f"{self._take(tensor)} = empty_strided({form})"
+
+    def launched(self, compiled: Any, grid: Sequence[int], arguments: Iterable[Any]) -> None:
+        """Note a launch; see the function of that name."""
+        if compiled is None:
+            self._fits = False
+            return
+        run, function = self._name(compiled.run), self._name(compiled.function)
+        stream = f"{self._name(torch._C._cuda_getCurrentRawStream)}({self._device})"
+        how = f"{stream}, {function}, {self._name(compiled.packed_metadata)}, None, None, None"
+        words = ", ".join(map(self._passed, arguments))
+        self._lines.append(f"{run}({', '.join(map(str, grid))}, {how}, {words})")
+
+    def _passed(self, argument: Any) -> str:
+        """Return how a launcher is given an argument."""
+        if isinstance(argument, Tensor):
+            return self._address(argument)
+        if hasattr(argument, "placing"):
+            return f"{self._name(argument.placing())}({self._address(argument.base)})"
+        return repr(argument) if type(argument) is int else self._name(argument)
+
+    def _address(self, tensor: Tensor) -> str:
+        if not tensor.numel():
+            return "0"
+        at = self._slot_of(tensor)
+        if at is None or tensor.data_ptr() % _ALIGNMENT:
+            self._fits = False
+            return ""
+        slot, first = at
+        base = f"t{slot}.data_ptr()"
+        if slot < self._count:
+            self._pointed.add(slot)
+            base = f"p{slot}"
+        bytes_ = first * tensor.element_size()
+        self._fits &= not bytes_ % _ALIGNMENT
+        return f"{base} + {bytes_}" if bytes_ else base
 
     def _said(self, value: Any) -> str:
+        """Return how torch is given an argument."""
         if isinstance(value, Tensor):
             return self._told(value)
         if isinstance(value, (list, tuple)) and any(isinstance(each, Tensor) for each in value):
             return f"[{', '.join(map(self._said, value))}]"
         return self._name(value)
 
-    def _allocation(self, slot: int, out: Tensor) -> str:
-        self._names["empty_strided"] = torch.empty_strided
-        dtype, device = self._name(out.dtype), self._name(out.device)
-        form = f"{tuple(out.shape)}, {out.stride()}, dtype={dtype}, device={device}"
-        return f"t{slot} = empty_strided({form})"
-
-    def launched(self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
-        """Note a launch; see the function of that name."""
-        if compiled is None:
+    def _told(self, tensor: Tensor) -> str:
+        """Return how a tape speaks of a tensor: by its slot, or as a view of that."""
+        at = self._slot_of(tensor)
+        if at is None:
             self._fits = False
-            return
-        run, function, packed = map(
-            self._name, (compiled.run, compiled.function, compiled.packed_metadata)
-        )
-        words = []
-        for argument in arguments:
-            if type(argument) is Pointer:
-                words.append(self._address(argument))
-            elif hasattr(argument, "placing"):
-                address = self._address(argument.base.data_ptr())
-                words.append(f"{self._name(argument.placing())}({address})")
-            else:
-                words.append(repr(argument) if type(argument) is int else self._name(argument))
-        stream = f"{self._name(torch._C._cuda_getCurrentRawStream)}({self._device})"
-        given = ", ".join((*map(str, grid), stream, function, packed, "None, None, None", *words))
-        self._lines.append(f"{run}({given})")
+            return ""
+        slot, first = at
+        known = self._slots[slot]
+        assert known is not None
+        if not first and known.form[:2] == (tensor.shape, tensor.stride()):
+            return f"t{slot}"
+        place = f"t{slot}.storage_offset() + {first}"
+        return f"as_strided(t{slot}, {tuple(tensor.shape)}, {tensor.stride()}, {place})"
+
+    def _slot_of(self, tensor: Tensor) -> tuple[int, int] | None:
+        """Return whose part a tensor is, and from which element on; None if that is not certain."""
+        slots = enumerate(self._slots)
+        held = [(n, slot) for n, slot in slots if slot is not None and slot.holds(tensor)]
+        if len(held) != 1:
+            return None
+        ((number, slot),) = held
+        return number, int(tensor.storage_offset()) - slot.offset
 
     def tape(self, found: Any) -> Body | None:
         """Return the record as a function of the tensors, or None where it is none."""
         outs = found if isinstance(found, tuple) else (found,)
-        told = [self._output(out) for out in outs]
+        told = [self._returned(out) for out in outs]
         if not self._fits:
             return None
-        lines = [f"p{slot} = t{slot}.data_ptr()" for slot in sorted(self._guarded)]
-        if self._guarded:
-            bits = " | ".join(f"p{slot}" for slot in sorted(self._guarded))
+        lines = [f"p{slot} = t{slot}.data_ptr()" for slot in sorted(self._pointed)]
+        if self._pointed:
+            bits = " | ".join(f"p{slot}" for slot in sorted(self._pointed))
             lines.append(f"if ({bits}) % {_ALIGNMENT}: return None")
         body = [*self._lines, f"return {', '.join(told)}{',' * isinstance(found, tuple)}"]
         body = _freed(body, range(self._count, len(self._slots)))
@@ -254,52 +312,13 @@ class _Recorder(TorchDispatchMode):
         exec(source, self._names)
         return self._names["play"]
 
-    def _output(self, out: Tensor | None) -> str:
+    def _returned(self, out: Tensor | None) -> str:
         if out is None:
             return "None"
-        slot = self._slot_of.get(_memory(out), -1)
-        if slot < self._count:
-            # An argument, or memory that nobody has told of.
-            self._fits = False
+        at = self._slot_of(out)
+        # An op returns nothing that it was given.
+        self._fits &= at is None or at[0] >= self._count
         return self._told(out)
-
-    def _take(self, tensor: Tensor) -> int:
-        slot = len(self._slots)
-        self._slots.append(tensor)
-        self._slot_of[_memory(tensor)] = slot
-        return slot
-
-    def _told(self, tensor: Tensor) -> str:
-        """Return how a tape speaks of a tensor: by its slot, or as a view of that."""
-        slot = self._slot_of.get(_memory(tensor))
-        base = None if slot is None else self._slots[slot]
-        if base is None or base.dtype is not tensor.dtype:
-            self._fits = False
-            return ""
-        first = tensor.storage_offset() - base.storage_offset()
-        if not first and (tensor.shape, tensor.stride()) == (base.shape, base.stride()):
-            return f"t{slot}"
-        place = f"t{slot}.storage_offset() + {first}"
-        return f"as_strided(t{slot}, {tuple(tensor.shape)}, {tensor.stride()}, {place})"
-
-    def _address(self, address: int) -> str:
-        if not address:
-            # Of a tensor without elements.
-            return "0"
-        for slot, tensor in enumerate(self._slots):
-            if tensor is None or tensor.is_meta:
-                continue
-            storage = tensor.untyped_storage()
-            start = storage.data_ptr()
-            if start <= address < start + storage.nbytes():
-                if slot < self._count:
-                    self._guarded.add(slot)
-                    self._fits &= not tensor.data_ptr() % _ALIGNMENT
-                base = f"p{slot}" if slot < self._count else f"t{slot}.data_ptr()"
-                offset = address - tensor.data_ptr()
-                return f"{base} + {offset}" if offset else base
-        self._fits = False
-        return "0"
 
     def _name(self, value: Any) -> str:
         name = f"v{len(self._names)}"
@@ -315,12 +334,8 @@ def _freed(lines: Sequence[str], slots: Sequence[int]) -> list[str]:
         name = f"t{slot}"
         uses = [index for index, names in enumerate(used) if name in names]
         first, last = uses[0], uses[-1]
-        if first == last and "empty_strided" in lines[first]:
+        if first == last and lines[first].startswith(f"{name} = empty_strided("):
             kept[first] = ""
         elif last < len(lines) - 1:
             kept[last] += f"; del {name}"
     return [line for line in kept if line]
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

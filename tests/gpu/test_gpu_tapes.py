@@ -249,4 +249,5 @@ def test_memory_is_not_held_longer_than_by_the_body() -> None:
         whole(case)
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert played()
-    assert peaks[-1] <= 1.05 * peaks[0], peaks
+    # Nor by who records it.
+    assert max(peaks[1:]) <= 1.05 * peaks[0], peaks

@@ -1,4 +1,4 @@
-"""Launches that are repeated: what tells one from another, and what Triton is asked."""
+"""Kernels that tell of their launches, and boxes that their launchers are given."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from pbfx_kernels import relaunch
-from pbfx_kernels.relaunch import Boxes, boxes, relaunched
+from pbfx_kernels import tape
+from pbfx_kernels.relaunch import Boxes, Launch, TensorDescriptor, boxes, relaunched
 
 
 @relaunched
@@ -25,28 +26,30 @@ def _box_kernel(out, x, N, BLOCK: tl.constexpr):
     tl.store(out + tl.arange(0, BLOCK), tl.reshape(x.load([0, 0]), (BLOCK,)))
 
 
+@triton.jit
+def _plain_kernel(out, x, N, SCALE: tl.constexpr):
+    tl.store(out, tl.load(x) * SCALE * N)
+
+
 class Driver:
-    """Stands for Triton: notes what is compiled and what is launched again."""
+    """Stands for Triton, and for who records: notes what both are told."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[tuple[Any, ...]] = []
         self.again: list[tuple[Any, ...]] = []
-        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+        self.told: list[tuple[Any, ...]] = []
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
+        monkeypatch.setattr(tape, "recording", lambda: True)
+        monkeypatch.setattr(tape, "launched", lambda *told: self.told.append(told))
 
         def run(_: Any, *args: Any, grid: Any, warmup: bool, **__: Any) -> Driver:
             self.asked.append((grid, warmup, *args))
             return self
 
         monkeypatch.setattr(JITFunction, "run", run)
-        for kernel in (_add_kernel, _box_kernel):
-            monkeypatch.setattr(kernel, "_launches", {})
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, stream: int) -> None:
-            self.again.append((grid, stream, *args))
-
-        return launch
+        return lambda *args, stream: self.again.append((grid, stream, *args))
 
 
 @pytest.fixture
@@ -62,60 +65,48 @@ def aligned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return memory[skip : skip + count].view(shape)
 
 
-def test_an_equal_launch_asks_triton_once(driver: Driver):
-    x, y, out = aligned(8), aligned(8), aligned(8)
-    _add_kernel[(3,)](out, x, 8, SCALE=2, BLOCK=8, num_warps=1)
-    _add_kernel[(3,)](out, y, 8, SCALE=2, BLOCK=8, num_warps=1)
+def test_a_launch_is_told_with_constants_in_their_place(driver: Driver):
+    x, out = aligned(8), aligned(8)
+    _add_kernel[(3,)](out, x, 8, BLOCK=8, SCALE=2, num_warps=1)
     assert driver.asked == [((3,), False, out, x, 8)]
-    # Pointers, then numbers, then constants by their place in the signature, options not.
-    assert driver.again == [((3, 1, 1), 7, out.data_ptr(), y.data_ptr(), 8, 2, 8)]
+    assert driver.told == [(driver, (3, 1, 1), (out, x, 8, 2, 8))]
 
 
-def test_whatever_is_no_pointer_makes_another_launch(driver: Driver):
+def test_warming_up_is_not_told(driver: Driver):
     x, out = aligned(8), aligned(8)
-    calls = [
-        ((3,), (out, x, 8), {"SCALE": 2, "BLOCK": 8}),
-        ((4,), (out, x, 8), {"SCALE": 2, "BLOCK": 8}),
-        ((3,), (out, x, 7), {"SCALE": 2, "BLOCK": 8}),
-        ((3,), (out, x, 8), {"SCALE": 3, "BLOCK": 8}),
-        ((3,), (out, x, 8), {"SCALE": 2, "BLOCK": 8, "num_warps": 8}),
-        ((3,), (out, aligned(8, dtype=torch.float16), 8), {"SCALE": 2, "BLOCK": 8}),
-    ]
-    for grid, args, constants in calls * 2:
-        _add_kernel[grid](*args, **constants)
-    assert len(driver.asked) == len(driver.again) == len(calls)
+    _add_kernel.warmup(out, x, 8, grid=(1,), SCALE=2, BLOCK=8)
+    assert [warmup for _, warmup, *_ in driver.asked] == [True]
+    assert not driver.told
 
 
-def test_an_unaligned_pointer_is_never_taken_for_an_aligned_one(driver: Driver):
+def test_a_prepared_launch_is_told_first_and_again(driver: Driver):
+    launch = Launch(_plain_kernel, (3, 2), (8,), (2,), 1)
     x, out = aligned(8), aligned(8)
-    for tensor in (x, x[1:], x, x[1:]):
-        _add_kernel[(1,)](out, tensor, 7, SCALE=2, BLOCK=8)
-    assert [args[3].data_ptr() for args in driver.asked] == [
-        tensor.data_ptr() for tensor in (x, x[1:], x[1:])
-    ]
-    assert [args[3] for args in driver.again] == [x.data_ptr()]
+    told = (driver, (3, 2, 1), (out, x, 8, 2))
+    launch(0, out, x)
+    assert driver.told == [told]
+    launch(0, out, x)
+    assert driver.again == [((3, 2, 1), 7, out.data_ptr(), x.data_ptr(), 8, 2)]
+    assert driver.told == [told, told]
+    with pytest.raises(AssertionError, match="twice"):
+        Launch(_add_kernel, (3, 2), (8,), (2, 8), 1)
 
 
-def test_warming_up_launches_nothing(driver: Driver):
-    x, out = aligned(8), aligned(8)
-    for _ in range(2):
-        _add_kernel.warmup(out, x, 8, grid=(1,), SCALE=2, BLOCK=8)
-    assert [warmup for _, warmup, *_ in driver.asked] == [True, True]
-    assert not driver.again
+def test_a_launch_that_was_never_aligned_cannot_be_told(driver: Driver):
+    launch = Launch(_plain_kernel, (1, 1), (8,), (2,), 1)
+    launch(0, aligned(8), aligned(9)[1:])
+    assert [compiled for compiled, *_ in driver.told] == [None]
 
 
-def test_boxes_are_checked_when_new(driver: Driver):
+def test_boxes_are_checked_when_they_are_launched(driver: Driver):
     x, out = aligned(4, 8), aligned(8)
-    for _ in range(2):
-        _box_kernel[(1,)](out, boxes(x, x.shape, x.stride(), (1, 8)), 8, BLOCK=8)
+    given = boxes(x, x.shape, x.stride(), (1, 8))
+    _box_kernel[(1,)](out, given, 8, BLOCK=8)
     described = driver.asked[0][3]
-    assert isinstance(described, relaunch.TensorDescriptor)
+    assert isinstance(described, TensorDescriptor)
     assert (described.base is x, described.shape, described.strides) == (True, [4, 8], [8, 1])
-    again = driver.again[0][3]
-    assert isinstance(again, Boxes)
-    assert (again.base is x, again.shape, again.strides) == (True, (4, 8), (8, 1))
-    _box_kernel[(1,)](out, boxes(x, x.shape, x.stride(), (2, 8)), 8, BLOCK=8)
-    assert len(driver.asked) == 2
+    assert described.block_shape == [1, 8]
+    assert driver.told[0][2][1] is given
     with pytest.raises(AssertionError, match="strides must be 16-byte aligned"):
         _box_kernel[(1,)](out, boxes(x.T, x.T.shape, x.T.stride(), (1, 4)), 8, BLOCK=8)
     odd = aligned(33)[1:].view(4, 8)
