@@ -71,7 +71,7 @@ def perforated_conv2d_op(
     """
     tensors = x, weight, bias, dendrite_weight, dendrite_bias, to_soma, to_dendrite
     form = tuple(stride), tuple(padding), tuple(dilation), groups
-    return _taped(tensors, activation, form, keep, float32_precision(x))
+    return _evaluated(tensors, activation, form, keep, float32_precision(x))
 
 
 def _evaluate(
@@ -123,7 +123,7 @@ def _evaluate(
     return or_reference(problem, kernel, library)
 
 
-_taped = Taped(_evaluate)
+_evaluated = Taped(_evaluate)
 
 
 def _empty(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -56,7 +56,7 @@ def perforated_linear_op(
         ArgumentError: the dendrites do not fit the soma (see `dendrites`).
     """
     tensors = x, weight, bias, dendrite_weight, dendrite_bias, to_soma, to_dendrite
-    return _taped(tensors, activation, keep, float32_precision(x))
+    return _evaluated(tensors, activation, keep, float32_precision(x))
 
 
 def _evaluate(
@@ -92,7 +92,7 @@ def _evaluate(
     )
 
 
-_taped = Taped(_evaluate)
+_evaluated = Taped(_evaluate)
 
 
 def _fused(

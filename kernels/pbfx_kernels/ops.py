@@ -63,7 +63,7 @@ def dendrites_op(
     """
     geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
     tensors = soma, x, weight, bias, to_soma, to_dendrite
-    return _dendrites(tensors, activation, geometry, keep, float32_precision(soma))
+    return _evaluated(tensors, activation, geometry, keep, float32_precision(soma))
 
 
 def _evaluate(
@@ -85,7 +85,7 @@ def _evaluate(
     return laid_out(out, strides_of(soma)), laid_out(activations, stack_strides(soma))
 
 
-_dendrites = Taped(_evaluate)
+_evaluated = Taped(_evaluate)
 
 
 @dendrites_op.register_fake

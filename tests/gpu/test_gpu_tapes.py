@@ -77,7 +77,8 @@ class Case:
         self.soma = random(*site.geometry.output_shape(site.x, site.weight), dtype=self.dtype)
         if site.last:
             self.soma = self.soma.to(memory_format=torch.channels_last)
-        self.grad = torch.randn_like(self.soma)
+        self.links = random(1, self.d, n)
+        self.grad = torch.empty_like(self.soma).copy_(random(*self.soma.shape))
 
     @property
     def form(self) -> tuple[Any, ...]:
@@ -135,13 +136,9 @@ def full(soma, to_soma, x, v, c, to_dendrite, geometry):
 
 def candidate(case: Case) -> Any:
     """One candidate over D dendrites, whose moments are gradients."""
-    n = case.site.weight[0]
     activations = torch.tanh(torch.stack([case.soma * (d + 1) for d in range(case.d)]))
-    links = torch.randn(
-        (1, case.d, n), generator=torch.Generator("cuda").manual_seed(3), device="cuda"
-    )
-    moments = torch.zeros(6, n, device="cuda")
-    learners = [case.v[:1], case.c[:1], links, moments, case.soma]
+    moments = torch.zeros(6, case.site.weight[0], device="cuda")
+    learners = [case.v[:1], case.c[:1], case.links, moments, case.soma]
     leaves = [learner.detach().clone().requires_grad_() for learner in learners]
     v, c, u, m, soma = leaves
     direction, mean = case.to_soma[:1].contiguous(), case.c[0].contiguous()
@@ -215,7 +212,8 @@ def test_a_tape_can_be_captured(name: str, run: Callable[[Case], Any]) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = run(case)
-    for name in ("x", "w", "b", "v", "c", "to_soma", "to_dendrite", "soma", "grad"):
+    names = ("x", "w", "b", "v", "c", "to_soma", "to_dendrite", "soma", "links", "grad")
+    for name in names:
         getattr(case, name).copy_(getattr(other, name))
     graph.replay()
     forget()
