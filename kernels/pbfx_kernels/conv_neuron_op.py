@@ -191,6 +191,9 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ..
         return (None,) * 13
     x, weight, activations, *dendrites = ctx.saved_tensors
     activation, stride, padding, dilation, groups = ctx.form
+    if x is not None and _channels_last(x):
+        # Both backwards want it so, and in a graph it is fused with what gives the error.
+        grad = grad.contiguous(memory_format=torch.channels_last)
     own: tuple[Any, ...] = (None, None, None)
     if any(ctx.needs):
         found = torch.ops.aten.convolution_backward.default(

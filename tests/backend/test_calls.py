@@ -22,6 +22,7 @@ from pbfx.backend import compile_graph
 from pbfx.backend.bare import CallBare
 from pbfx.backend.compiler import lower
 from pbfx.backend.settings import settings_of
+from pbfx_kernels import conv_neuron_op
 
 needs_cxx = pytest.mark.skipif(
     not shutil.which("c++") and not shutil.which("g++"), reason="no C++ compiler"
@@ -138,3 +139,42 @@ def test_a_backward_keeps_parameters_whole(strategy: str):
     parts = [t.shape for t in kept if t.numel() < sizes.get(t.untyped_storage().data_ptr(), 0)]
     assert kept
     assert not parts
+
+
+def test_fused_convolutions_walk_nhwc(monkeypatch: pytest.MonkeyPatch):
+    """The graph's own copies are fused with its neighbours; an op's copies are kernels."""
+    seen: list[tuple[int, ...]] = []
+    evaluate = conv_neuron_op._evaluated
+
+    def noted(tensors: Any, *rest: Any) -> Any:
+        seen.append(tensors[0].stride())
+        return evaluate(tensors, *rest)
+
+    monkeypatch.setattr(conv_neuron_op, "_evaluated", noted)
+    model = grown(nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).bfloat16()
+    options = {"strategy": "fused", "compiler": "aot_eager"}
+    run = torch.compile(model, backend=compile_graph, fullgraph=True, options=options)
+    x = torch.randn(2, 16, 9, 9, dtype=torch.bfloat16, requires_grad=True)
+    with torch.no_grad():
+        expected = model(x)
+    out = run(x)
+    assert out.stride() == expected.stride()
+    assert torch.allclose(out, expected, atol=2e-2)
+    out.float().square().sum().backward()
+    found = [p.grad for p in (x, *model.parameters()) if p.grad is not None]
+    model.zero_grad()
+    x.grad = None
+    model(x).float().square().sum().backward()
+    wanted = [p.grad for p in (x, *model.parameters()) if p.grad is not None]
+    assert len(found) == len(wanted) > 4
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).float().norm() <= 2e-2 * other.float().norm()
+    assert seen == [(16 * 81, 1, 9 * 16, 16), (8 * 49, 1, 7 * 8, 8)]
+
+
+def test_a_convolution_in_nhwc_stays_as_it_is():
+    model = grown(nn.Conv2d(16, 8, 3)).to(torch.bfloat16, memory_format=torch.channels_last)
+    options = {"strategy": "fused", "compiler": "aot_eager"}
+    run = torch.compile(model, backend=compile_graph, fullgraph=True, options=options)
+    x = torch.randn(2, 16, 9, 9, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    assert run(x).stride() == model(x).stride() == (8 * 49, 1, 7 * 8, 8)
