@@ -34,10 +34,9 @@ from pbfx_kernels.strategy import Problem, can_split, fallback_reason, fuses
 _LARGE_PRODUCT = 2 * 10**10
 # Inputs of linear ops whose preactivations would be most of the traffic; see `strategy`.
 _FEW_INPUTS = 256
-# Bytes of preactivations, 25 µs or so of traffic, that are worth an op in a training step, which
-# pays more than that for it in Python. GPT-2 small at 4096 tokens has 36 such sites: a step took
-# 15 ms on the device and 54 in a loop, where packed + Inductor took 36.
-_OP_BYTES = 96 * 2**20
+# Bytes of preactivations that are worth an op in a training step: below, a library's kernels and
+# ours take the device as long. MNIST's net at batch 32, sites of 4 and 7 MiB: 290 and 286 µs.
+_OP_BYTES = 16 * 2**20
 # Bytes of output below which whatever follows costs a launch and no bandwidth.
 _SMALL_OUTPUT = 4 * 2**20
 # Taps of a convolution of images from which a library has nothing that is as good as one kernel.
