@@ -34,10 +34,9 @@ from pbfx_kernels.strategy import Problem, can_split, fallback_reason, fuses
 _LARGE_PRODUCT = 2 * 10**10
 # Inputs of linear ops whose preactivations would be most of the traffic; see `strategy`.
 _FEW_INPUTS = 256
-# Bytes of preactivations, 25 µs or so of traffic, that are worth an op in a training step, which
-# pays more than that for it in Python. GPT-2 small at 4096 tokens has 36 such sites: a step took
-# 15 ms on the device and 54 in a loop, where packed + Inductor took 36.
-_OP_BYTES = 96 * 2**20
+# Bytes of preactivations that are worth an op in a training step: below, a library's kernels and
+# ours take the device as long. MNIST's net at batch 32, sites of 4 and 7 MiB: 290 and 286 µs.
+_OP_BYTES = 16 * 2**20
 # Bytes of output below which whatever follows costs a launch and no bandwidth.
 _SMALL_OUTPUT = 4 * 2**20
 # Taps of a convolution of images from which a library has nothing that is as good as one kernel.
@@ -180,15 +179,17 @@ def dendrites_in_graph(
         z = _apart(widened(stacked, products), geometry, count, neurons)
     lined_up = (neurons, *(1,) * geometry.spatial)
     links = _links(to_soma.to(wide), soma, geometry, count, neurons, shape)
+    # Index by index, not unbound: a backward then keeps one tensor of each and not all its parts,
+    # which a compiler's partitioner saves apart where they are less than a quarter.
     if bias is not None:
-        bias = bias.detach().to(wide).reshape((count, *lined_up)).unbind()
-    cascade = to_dendrite.detach().to(wide).reshape((count * count, *lined_up)).unbind()
+        bias = bias.detach().to(wide).reshape((count, *lined_up))
+    cascade = to_dendrite.detach().to(wide).reshape((count, count, *lined_up))
     activations: list[Any] = []
     negated = None
     for d in range(count):
         z_d = z[d] if bias is None else z[d] + bias[d]
-        for e, a_e in enumerate(activations):
-            z_d = z_d + cascade[d * count + e] * a_e
+        for e, (a_e, link) in enumerate(zip(activations, [cascade[d]] * d, strict=True)):
+            z_d = z_d + link[e] * a_e
         a_d = activate(activation, z_d)
         added = links[d] * a_d
         # Kept negated, for the sake of signed zeros: see `reference.dendrites`.

@@ -29,6 +29,7 @@ from torch import Tensor
 from pbfx_kernels.depthwise_configs import WARPS, Strips, depthwise_strips
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, fast_activations, multiprocessors, on_device
+from pbfx_kernels.relaunch import relaunched
 from pbfx_kernels.triton_math import cascade, link, negated_sum, zeros
 
 # The cascade is unrolled for every row of a strip.
@@ -247,7 +248,7 @@ def convolve(
     return z
 
 
-@triton.jit
+@relaunched
 def _depthwise_kernel(
     out,
     kept,
@@ -380,7 +381,7 @@ def _depthwise_kernel(
                 tl.store(kept + at, value, mask=there)
 
 
-@triton.jit
+@relaunched
 def _depthwise_gradient_kernel(
     partial,
     grad,

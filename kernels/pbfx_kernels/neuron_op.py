@@ -12,20 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 from torch.nn import functional as F
 
 import pbfx_kernels.ops  # noqa: F401  registers the ops that a backward runs
 from pbfx_kernels.candidate_autograd import no_autocast
 from pbfx_kernels.dispatch import evaluate_dendrites
+from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.fused_configs import Blocks
 from pbfx_kernels.geometry import LINEAR
-from pbfx_kernels.strategy import can_fuse, linear_problem
+from pbfx_kernels.registering import op
+from pbfx_kernels.strategy import Problem, can_fuse, linear_problem
+from pbfx_kernels.tape import Taped, float32_precision
 from pbfx_kernels.validation import check_dendrites
 from pbfx_kernels.ways import fastest_way, neuron_ways
 
 
-@custom_op("pbfx::perforated_linear", mutates_args=())
+@op("perforated_linear")
 def perforated_linear_op(
     x: Tensor,
     weight: Tensor,
@@ -53,17 +55,11 @@ def perforated_linear_op(
     Raises:
         ArgumentError: the dendrites do not fit the soma (see `dendrites`).
     """
-    links = dendrite_bias, to_soma, to_dendrite, activation
-    with no_autocast(x):
-        if x.numel() and can_fuse(x, weight, dendrite_weight):
-            return _fused(x, weight, bias, dendrite_weight, *links, keep)
-        soma = F.linear(x, weight, bias)
-        check_dendrites(soma, x, dendrite_weight, *links, LINEAR)
-        out, activations = evaluate_dendrites(soma, x, dendrite_weight, *links, LINEAR, keep)
-    return out.contiguous(), activations.contiguous()
+    tensors = x, weight, bias, dendrite_weight, dendrite_bias, to_soma, to_dendrite
+    return _evaluated(tensors, activation, keep, float32_precision(x))
 
 
-def _fused(
+def _evaluate(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -73,25 +69,57 @@ def _fused(
     to_dendrite: Tensor,
     activation: str,
     keep: bool,
+    _: object,
+) -> tuple[Tensor, Tensor]:
+    links = dendrite_bias, to_soma, to_dendrite, activation
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    check_dendrites(out, x, dendrite_weight, *links, LINEAR)
+
+    def library() -> tuple[Tensor, Tensor]:
+        with no_autocast(x):
+            soma = F.linear(x, weight, bias)
+            found = evaluate_dendrites(soma, x, dendrite_weight, *links, LINEAR, keep)
+        return found[0].contiguous(), found[1].contiguous()
+
+    if not (x.numel() and can_fuse(x, weight, dendrite_weight)):
+        return library()
+    problem = linear_problem(x, weight, dendrite_weight)
+    assert problem is not None, "it can be fused"
+    return or_reference(
+        problem,
+        lambda: _fused(problem, x, weight, bias, dendrite_weight, *links, keep, out),
+        library,
+    )
+
+
+_evaluated = Taped(_evaluate)
+
+
+def _fused(
+    problem: Problem,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dendrite_weight: Tensor,
+    dendrite_bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    keep: bool,
+    out: Tensor,
 ) -> tuple[Tensor, Tensor]:
     from pbfx_kernels.fused_neuron import can_describe, fused_neuron, interleave
 
-    shape = (*x.shape[:-1], weight.shape[0])
-    out = x.new_empty(shape)
-    check_dendrites(
-        out, x, dendrite_weight, dendrite_bias, to_soma, to_dendrite, activation, LINEAR
-    )
-    activations = x.new_empty((len(to_soma) if keep else 0, *shape))
+    activations = x.new_empty((problem.dendrites if keep else 0, *out.shape))
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if can_describe(rows) else rows.clone(memory_format=torch.contiguous_format)
     weights, links = interleave(weight, dendrite_weight), (dendrite_bias, to_soma, to_dendrite)
-    flat = activations.view(len(to_soma), -1, shape[-1]) if keep else None
+    flat = activations.view(problem.dendrites, -1, problem.neurons) if keep else None
 
     def run(blocks: Blocks | None) -> None:
-        fused_neuron(rows, weights, bias, *links, activation, out.view(-1, shape[-1]), flat, blocks)
+        written = out.view(-1, problem.neurons)
+        fused_neuron(rows, weights, bias, *links, activation, written, flat, blocks)
 
-    problem = linear_problem(x, weight, dendrite_weight)
-    assert problem is not None, "it can be fused"
     ways = neuron_ways(problem)
     run(fastest_way("neuron", x, problem, activation, keep, ways, None, run))
     return out, activations

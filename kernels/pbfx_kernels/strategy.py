@@ -323,8 +323,13 @@ def route(problem: Problem, shape: Sequence[int]) -> Route | None:
 
 
 def _capability(tensor: Tensor) -> tuple[int, int] | None:
-    cuda = tensor.device.type == "cuda" and torch.version.hip is None
-    return torch.cuda.get_device_capability(tensor.device) if cuda and _has_triton() else None
+    return _capability_of(tensor.get_device()) if tensor.device.type == "cuda" else None
+
+
+@functools.cache
+def _capability_of(device: int) -> tuple[int, int] | None:
+    known = torch.version.hip is None and _has_triton()
+    return torch.cuda.get_device_capability(device) if known else None
 
 
 def fuses(problem: Problem) -> bool:

@@ -370,7 +370,7 @@ def test_mode_and_options_reach_inductor():
     assert settings.inner.config["max_autotune"] is True
     assert settings.inner.config["epilogue_fusion"] is False
     settings = settings_of(None, {"mode": "reduce-overhead", "strategy": "packed"})
-    assert settings.inner.config == {"triton.cudagraphs": True}
+    assert settings.inner.config["triton.cudagraphs"] is True
 
 
 def graph_of(model: nn.Module, x: Tensor) -> fx.GraphModule:
