@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import candidate_neurons, full_neurons, incumbent, neurons
 from benchmarks.neurons import Neuron, Tensors
 from pbfx_kernels import Geometry
-from pbfx_kernels.strategy import can_fuse, choose, problem_of
+from pbfx_kernels.strategy import can_fuse, choose, linear_problem, problem_of, streams
 
 FORWARD, STEP, CANDIDATE, GRADIENT = "forward", "step", "candidate", "full"
 MODES = (FORWARD, STEP, CANDIDATE, GRADIENT)
@@ -198,6 +198,10 @@ class _Watch(TorchDispatchMode):
                 form = tuple(stride), tuple(padding), tuple(dilation), groups, transposed
                 geometry = Geometry(*form, tuple(output_padding))
                 self.seen.append(choose(problem_of(soma, weight, geometry)).value)
+            elif name == "perforated_linear":
+                problem = linear_problem(args[0], args[1], args[3])
+                streamed = problem is not None and streams(problem)
+                self.seen.append("streamed" if streamed else "fused")
             elif name.startswith("perforated_"):
                 self.seen.append("depthwise" if name.endswith("depthwise") else "fused")
         return func(*args, **(kwargs or {}))
