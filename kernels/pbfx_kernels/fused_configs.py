@@ -105,7 +105,7 @@ def neuron_blocks(
         return Blocks(64, min(wide, 32, 128 // roles), deep, 4, 4)
     if element_size == 4:
         return _wide_elements(wide, roles, deep)
-    if inputs <= (16 if keep else 4) * deep:
+    if inputs <= (48 if keep else 4) * deep:
         # Short products: two programs per multiprocessor, so that one computes and writes
         # activations while the other multiplies.
         return Blocks(128, min(wide, 128 // roles), deep, 4, 3, 2)
@@ -145,19 +145,33 @@ def streams_of(
         dendrites: D, 1 to 7.
         element_size: bytes per element of the operands, 2 or 4.
     """
-    roles = power_of_two(dendrites + 1)
+    roles, line = power_of_two(dendrites + 1), 128 // element_size
+
+    def wide(columns: int) -> int:
+        return max(4, min(columns // roles, power_of_two(neurons)))
+
+    def tiles(tall: int, columns: int) -> int:
+        return ceiling(positions, tall) * ceiling(neurons, wide(columns))
+
+    # Large tiles read the least, where there are enough of them; wider ones spill on Blackwell.
+    if positions > 64 and tiles(128, 128) >= _ENOUGH:
+        return Streams(128, wide(128), _depth_of(inputs, line), 8, 4)
     tall = max(16, min(64, power_of_two(positions)))
-    deep = max(LEAST_DEPTH, min(256 // element_size, power_of_two(inputs)))
-    # Columns of a product, and how few they may become where programs are few.
-    most, least = (128, 64) if tall == 64 else (64, 32)
-    wide = max(4, min(most // roles, power_of_two(neurons)))
-    rows = ceiling(positions, tall)
-    while wide * roles > least and rows * ceiling(neurons, wide) < _ENOUGH:
-        wide //= 2
+    columns = 128 if tall == 64 else 64
+    if tiles(tall, columns) < _ENOUGH:
+        columns //= 2
+    programs, stages = tiles(tall, columns), 4 if tall < 64 else 3
+    if tall == 64 and columns == 128 and programs > _FULL:
+        # Half the shared memory, so that two programs fit.
+        return Streams(tall, wide(columns), _depth_of(inputs, line), 4, 4)
+    deep = _depth_of(inputs, 2 * line)
     # What a second kernel costs is worth it for long rows alone.
-    steps, programs = ceiling(inputs, deep), rows * ceiling(neurons, wide)
-    splits = max(1, min(_FULL // programs, steps // _LEAST_STEPS))
-    return Streams(tall, wide, deep, 4, 3 if tall == 64 else 4, splits)
+    splits = max(1, min(_FULL // programs, ceiling(inputs, deep) // _LEAST_STEPS))
+    return Streams(tall, wide(columns), deep, 4, stages, splits)
+
+
+def _depth_of(inputs: int, most: int) -> int:
+    return max(LEAST_DEPTH, min(most, power_of_two(inputs)))
 
 
 # Programs that keep the memory of a large GPU busy.

@@ -49,9 +49,12 @@ _MOST_FUSED_MEASURED = 3
 # it was seen to lose. With two dendrites a quarter of what it multiplies is zeros.
 _MOST_FROZEN_INPUTS = {1: 768, 2: 512, 3: 1024}
 # Rows up to which reading the weights where they are is the fastest: as many as a tile has, always;
-# more if there are few multiply-adds, those of roles that do not exist included. At 512x4096x1024
-# it is level with *packed*, at 256x4096x4096 10 % behind, at 256x1024x4096 17 % ahead.
+# more if there are few multiply-adds, those of roles that do not exist included, and of 32 bits a
+# quarter as many. At 256x4096x4096 it is level with *packed*, at 512x4096x1024 6 % ahead.
 _ONE_TILE, _MOST_STREAMED_POSITIONS, _MOST_STREAMED_PRODUCTS = 64, 512, 2**33
+# What Triton knows of the length of a row is whether it is a multiple of 16 elements; rows of other
+# lengths are read element by element.
+_STREAMED_ELEMENTS = 16
 # Neurons per group of a convolution: a narrower tile is mostly empty.
 _LEAST_GROUP, _LEAST_FUSED_GROUP = 10, 16
 # Channels that a step of the fused main loop reads at least: the shortest product.
@@ -380,13 +383,13 @@ def can_stream(problem: Problem) -> bool:
 
 def streams(problem: Problem) -> bool:
     """Return whether *streamed* is the fastest way to compute a linear site, its soma included."""
-    # Rows that start anywhere are read element by element.
-    aligned = problem.inputs * problem.dtype.itemsize % _DESCRIBED_BYTES == 0
+    aligned = problem.inputs % _STREAMED_ELEMENTS == 0
     if not aligned or problem.positions > _MOST_STREAMED_POSITIONS or not can_stream(problem):
         return False
     columns = power_of_two(problem.dendrites + 1) * problem.neurons
     products = problem.positions * columns * problem.inputs
-    if problem.positions > _ONE_TILE and products > _MOST_STREAMED_PRODUCTS:
+    most = _MOST_STREAMED_PRODUCTS * 4 // problem.dtype.itemsize**2
+    if problem.positions > _ONE_TILE and products > most:
         return False
     _say_if_unmeasured(problem)
     return True

@@ -55,13 +55,15 @@ def test_where_linear_somas_are_fused(problem: Problem, expected: bool) -> None:
         (but(positions=512, neurons=4096, channels=1024), True),
         # More to multiply than to read.
         (but(positions=256, neurons=4096, channels=4096), False),
-        (but(positions=512, neurons=4096, channels=1032), False),
+        (but(positions=512, neurons=4096, channels=1040), False),
         (but(positions=513), False),
-        # Rows that start anywhere.
+        # Rows that start anywhere, or where Triton cannot tell.
         (but(positions=1, channels=999), False),
-        (but(positions=1, channels=8), True),
-        (but(positions=1, channels=4), False),
-        (but(positions=1, channels=4, dtype=torch.float32, tf32=True), True),
+        (but(positions=300, neurons=1000, channels=1000), False),
+        (but(positions=1, channels=16), True),
+        (but(positions=1, channels=8, dtype=torch.float32, tf32=True), False),
+        (but(positions=512, neurons=1024, channels=1024, dtype=torch.float32, tf32=True), True),
+        (but(positions=256, neurons=4096, channels=1024, dtype=torch.float32, tf32=True), False),
         (but(positions=1, dtype=torch.float32), False),
         (but(positions=1, dtype=torch.float64), False),
         (but(positions=1, capability=(8, 0)), True),

@@ -18,9 +18,18 @@ MOST_STACK = 64
 # Dynamic shared memory of a program, in bytes: CUDA's limits for these capabilities.
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Positions, neurons, inputs: one row, few, tiles of 64 in both ways of sharing inputs, next to
-# nothing.
-SHAPES = ((1, 4096, 4096), (32, 1024, 4096), (128, 128, 9216), (256, 1024, 1024), (128, 10, 128))
+# Positions, neurons, inputs: one row, few, inputs shared, tiles of 64 and of 128 rows, many tiles,
+# next to nothing.
+SHAPES = (
+    (1, 4096, 4096),
+    (32, 1024, 4096),
+    (128, 128, 9216),
+    (256, 1024, 1024),
+    (128, 4096, 4096),
+    (512, 4096, 1024),
+    (64, 50257, 768),
+    (128, 10, 128),
+)
 CONFIGURATIONS = [
     (d, streams, dtype)
     for dtype, size in (("bf16", 2), ("fp32", 4))
