@@ -27,7 +27,7 @@ from torch import Tensor
 from pbfx_kernels.activations import activate
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.reference import accumulation_dtype, product
-from pbfx_kernels.strategy import Problem, can_split, fallback_reason, fuses
+from pbfx_kernels.strategy import Problem, can_split, fallback_reason, fuses, streams
 
 # Multiply-adds per dendrite above which a linear op is all products, and the extra passes of a
 # compiler's epilogue cost more than they save.
@@ -70,6 +70,9 @@ def choose_form(problem: Problem, training: bool, absorbs: bool, with_soma: bool
     # Inference gains twice as much: it keeps nothing in the place of the preactivations.
     worth_it = not training or problem.dendrites * written >= _OP_BYTES
     if with_soma and worth_it and fuses(problem):
+        return Form.FUSED
+    weights = (problem.dendrites + 1) * problem.neurons * problem.inputs * problem.dtype.itemsize
+    if with_soma and not training and weights >= _OP_BYTES and streams(problem):
         return Form.FUSED
     if fallback_reason(problem) is not None or problem.dendrites == 0:
         # Our kernels would not run: the compiler's are better than the reference.

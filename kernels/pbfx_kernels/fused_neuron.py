@@ -286,7 +286,8 @@ def fused_neuron(
     """
     dendrites, neurons = to_soma.shape
     positions, inputs = x.shape
-    blocks = blocks or neuron_blocks(positions, neurons, inputs, dendrites, x.element_size())
+    shape = positions, neurons, inputs, dendrites
+    blocks = blocks or neuron_blocks(*shape, x.element_size(), kept is not None)
     roles = roles_of(dendrites)
     tiles = ceiling(positions, blocks.positions) * ceiling(neurons, blocks.neurons)
     programs = min(tiles, multiprocessors(x) * blocks.resident)

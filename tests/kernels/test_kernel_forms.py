@@ -62,6 +62,11 @@ def test_a_kernel_for_the_soma_too_has_to_save_what_an_op_costs():
     # Inference keeps nothing, and gains the more.
     assert form(8192, 256, 256) is Form.PACKED
     assert form(8192, 256, 256, training=False) is Form.FUSED
+    # Likewise of few rows, where the weights are what is read, if they are many.
+    assert form(1, 4096, 4096, training=False) is Form.FUSED
+    assert form(1, 4096, 4096) is Form.PACKED
+    assert form(1, 4096, 4096, training=False, count=1) is Form.FUSED
+    assert form(256, 1024, 1024, training=False) is Form.PACKED
 
 
 @each_site
