@@ -23,55 +23,42 @@ class Strips:
     """The configuration of the depthwise kernels.
 
     Attributes:
-        rows: ROWS, outputs of a strip.
-        strips: BLOCK_S, a power of two.
+        rows: ROWS, outputs below one another that a thread computes.
+        strips: BLOCK_S, patches of outputs of a program, a power of two.
         neurons: BLOCK_N, likewise.
         unrolled: columns of taps up to which they are unrolled.
+        columns: COLUMNS, outputs side by side that a thread computes; divides W', and is 1 unless
+            all taps are unrolled.
     """
 
     rows: int
     strips: int
     neurons: int
     unrolled: int = 3
+    columns: int = 1
 
 
 def depthwise_strips(
-    images: int,
-    height: int,
-    width: int,
-    neurons: int,
-    roles: int,
-    taps: int,
-    stride: int,
-    dilation: int,
-    channels_last: bool,
+    out: tuple[int, ...], roles: int, form: tuple[int, ...], channels_last: bool
 ) -> Strips:
     """Choose the configuration of the depthwise kernels.
 
     Args:
-        images: B.
-        height: H', rows of the output.
-        width: W'.
-        neurons: N.
+        out: `(B, N, H', W')`, the shape of the output.
         roles: D, or D + 1 where the soma is computed too.
-        taps: of the kernel, down.
-        stride: likewise.
-        dilation: likewise.
+        form: stride, padding, dilation and taps, each down and along.
         channels_last: whether the channels are neighbours in memory; else columns are.
     """
-    rows = 1 if taps > UNROLLED_TAPS else min(4, power_of_two(height))
+    images, neurons, height, width = out
+    taps, across = form[6:]
     wide = wide_of(neurons, channels_last)
-    while True:
-        reach = (rows - 1) * stride + (taps - 1) * dilation + 1 if rows > 1 else 1
-        each = 8
-        while each > 1 and each * (rows * roles + reach) > _HELD:
-            each //= 2
-        strips = each * 32 * WARPS // wide
-        tiles = ceiling(images * ceiling(height, rows) * width, strips) * ceiling(neurons, wide)
-        # Half the rows give twice the programs, and half a thread's registers.
-        if rows == 1 or (tiles >= _BUSY and each * (rows * roles + reach) <= _HELD):
-            return Strips(rows, strips, wide)
-        rows //= 2
+    if taps > UNROLLED_TAPS or across > 3:
+        rows, columns = (1 if taps > UNROLLED_TAPS else min(4, power_of_two(height))), 1
+    else:
+        columns = next(n for n in (4, 2, 7, 1) if width % n == 0)
+        rows = 4
+    each = 2 if channels_last else 1
+    return Strips(rows, each * 32 * WARPS // wide, wide, columns=columns)
 
 
 def wide_of(neurons: int, channels_last: bool) -> int:

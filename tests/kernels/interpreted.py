@@ -33,12 +33,9 @@ from pbfx_kernels import (
 )
 from pbfx_kernels.conv_neuron_op import _empty
 from pbfx_kernels.depthwise_configs import Strips
+from pbfx_kernels.depthwise_gradient import fused_depthwise_gradient
 from pbfx_kernels.dispatch import evaluate_dendrites, recompute_to_soma_gradient
-from pbfx_kernels.fused_depthwise import (
-    depthwise_neuron,
-    fused_depthwise,
-    fused_depthwise_gradient,
-)
+from pbfx_kernels.fused_depthwise import depthwise_neuron, fused_depthwise
 from pbfx_kernels.fused_neuron import fused_neuron, interleave
 from pbfx_kernels.layout import stack_like
 from pbfx_kernels.strategy import Route, Strategy
@@ -288,20 +285,45 @@ def test_depthwise_neuron(site: Site, last: bool) -> None:
         assert_close(kept, torch.stack(ref_activations))
 
 
-def test_strips_do_not_show() -> None:
-    site = DEPTHWISE[1]
+PATCHED = (
+    Site("patches", (2, 5, 7, 16), (5, 1, 3, 3), _form(padding=1, groups=5)),
+    Site("patches-stride", (2, 3, 9, 16), (3, 1, 3, 3), _form(2, 1, groups=3)),
+    Site("patches-form", (1, 3, 8, 8), (3, 1, 3, 3), _form(1, (2, 3), (1, 2), groups=3)),
+    Site("patches-odd", (2, 3, 6, 15), (3, 1, 3, 3), _form(padding=(1, 0), groups=3)),
+)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("site", PATCHED, ids=lambda site: site.name)
+def test_strips_do_not_show(site: Site, last: bool) -> None:
     args = make_dendrites(site, 2).args(torch.float32)
-    tensors = [args[name].detach() for name in ORDER]
-    wanted, _ = evaluate(args, site, Strategy.DEPTHWISE)
-    grad = torch.randn_like(wanted)
-    wanted_sum = recompute(args, grad, site, Strategy.DEPTHWISE)
-    for strips in (Strips(1, 16, 4), Strips(2, 8, 1), Strips(4, 4, 8, 0), Strips(8, 2, 16)):
-        out = torch.full_like(wanted, torch.nan)
-        fused_depthwise(*tensors, "tanh", site.geometry, out, None, strips)
-        assert relative_error(out, wanted) < 1e-6
-        given = [args[name].detach() for name in ("x", "weight", "bias", "to_dendrite")]
-        found = fused_depthwise_gradient(grad, *given, "tanh", site.geometry, strips)
-        assert relative_error(found, wanted_sum) < 1e-5
+    given = {name: t.detach() for name, t in args.items()}
+    if last:
+        for name in ("soma", "x"):
+            given[name] = given[name].contiguous(memory_format=torch.channels_last)
+    tensors = [given[name] for name in ORDER]
+    wanted, wanted_activations = oracle_dendrites(
+        site, {n: t.double() for n, t in given.items()}, "tanh"
+    )
+    grad = torch.randn_like(given["soma"])
+    wanted_sum = (grad.double() * torch.stack(wanted_activations)).sum((1, 3, 4))
+    width = wanted.shape[-1]
+    several = [Strips(2, 4, 1, 3, n) for n in (2, 4, 8, width) if width % n == 0]
+    for strips in (Strips(1, 16, 4), Strips(4, 4, 8, 0), Strips(8, 2, 16), *several):
+        out, kept = (
+            torch.full_like(t, torch.nan) for t in (tensors[0], torch.stack([tensors[0]] * 2))
+        )
+        fused_depthwise(*tensors, "tanh", site.geometry, out, kept, strips)
+        assert_close(out, wanted)
+        assert_close(kept, torch.stack(wanted_activations))
+        found = fused_depthwise_gradient(
+            grad,
+            *(given[n] for n in ("x", "weight", "bias", "to_dendrite")),
+            "tanh",
+            site.geometry,
+            strips,
+        )
+        assert_close(found, wanted_sum)
 
 
 WALKED, POINTWISE, PATCHES = Route.WALKED, Route.POINTWISE, Route.PATCHES
