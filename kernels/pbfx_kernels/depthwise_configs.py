@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pbfx_kernels.launching import ceiling, power_of_two
 
 WARPS = 4
-# Float32 values of accumulators and inputs that a thread holds: with addresses and masks, 160
-# registers, which leave room for three programs of four warps.
-_HELD = 96
+# Accumulators that a thread holds: with inputs, addresses and masks, 160 registers, which leave
+# room for three programs of four warps.
+_HELD = 64
 # Taps along a column up to which they are unrolled; a longer kernel is looped over, row by row.
 UNROLLED_TAPS = 7
-# Programs of four warps that keep a large GPU busy: an H200 has 132 multiprocessors.
-_BUSY = 4 * 132
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,11 @@ class Strips:
 
 
 def depthwise_strips(
-    out: tuple[int, ...], roles: int, form: tuple[int, ...], channels_last: bool
+    out: tuple[int, ...],
+    roles: int,
+    form: tuple[int, ...],
+    up: tuple[int, int],
+    channels_last: bool,
 ) -> Strips:
     """Choose the configuration of the depthwise kernels.
 
@@ -47,17 +49,21 @@ def depthwise_strips(
         out: `(B, N, H', W')`, the shape of the output.
         roles: D, or D + 1 where the soma is computed too.
         form: stride, padding, dilation and taps, each down and along.
+        up: see `depthwise_planes.Planes`; rows and columns are multiples of it.
         channels_last: whether the channels are neighbours in memory; else columns are.
     """
-    images, neurons, height, width = out
+    _, neurons, height, width = out
     taps, across = form[6:]
     wide = wide_of(neurons, channels_last)
+    each = 2 if channels_last else 1
     if taps > UNROLLED_TAPS or across > 3:
         rows, columns = (1 if taps > UNROLLED_TAPS else min(4, power_of_two(height))), 1
     else:
-        columns = next(n for n in (4, 2, 7, 1) if width % n == 0)
-        rows = 4
-    each = 2 if channels_last else 1
+        held = _HELD // (each * roles)
+        columns = next(n for n in (4, 2, 7, 1) if width % n == 0 and n % up[1] == 0)
+        fits = [n for n in (8, 7, 4, 2, 1) if n % up[0] == 0 and n <= max(held // columns, up[0])]
+        # Few rows past the end; then the most that registers hold.
+        rows = min(fits, key=lambda n: (ceiling(height, n) * n, -n))
     return Strips(rows, each * 32 * WARPS // wide, wide, columns=columns)
 
 

@@ -1,5 +1,6 @@
 """What both *depthwise* kernels are told of a site: planes, their form, and how they are cut up."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,14 @@ class Planes:
         form: stride, padding, dilation and taps, each down and along.
         channels_last: whether the channels are neighbours in memory; else columns are.
         added: the axis that a tensor over a single dimension lacks, or None over two.
+        up: rows and columns from one of the input to the next; above one in the transpose of a
+            convolution with strides.
     """
 
     form: tuple[int, ...]
     channels_last: bool
     added: int | None
+    up: tuple[int, int] = (1, 1)
 
     @classmethod
     def of(cls, x: Tensor, geometry: Geometry, taps: tuple[int, ...]) -> "Planes":
@@ -47,18 +51,28 @@ class Planes:
             tensor = tensor.unsqueeze(self.added)
         return tensor if tensor.dim() == 4 else tensor[None]
 
-    def strips(self, x: Tensor, out: Tensor, roles: int) -> Strips:
-        """Choose the configuration of a kernel; tensors as of `view`."""
-        return depthwise_strips(tuple(out.shape), roles, self.form, self.channels_last)
+    def transposed(self) -> "Planes":
+        """Describe the convolution of the error that gives the input's gradient, taps reversed."""
+        stride, padding, dilation, taps = (self.form[i : i + 2] for i in range(0, 8, 2))
+        reach = ((t - 1) * d for t, d in zip(taps, dilation, strict=True))
+        padding = tuple(r - p for r, p in zip(reach, padding, strict=True))
+        form = (1, 1, *padding, *dilation, *taps)
+        return dataclasses.replace(self, form=form, up=(stride[0], stride[1]))
+
+    def strips(self, out: Tensor, roles: int) -> Strips:
+        """Choose the configuration of a kernel; `out` as of `view`."""
+        form = self.form, self.up
+        return depthwise_strips(tuple(out.shape), roles, *form, self.channels_last)
 
     def constants(self, x: Tensor, strips: Strips, neurons: int) -> dict[str, Any]:
         """Return what both kernels are compiled for; tensors as of `view`."""
         tall, wide = self.form[-2:]
         unrolled = wide <= strips.unrolled and tall <= UNROLLED_TAPS
+        strips_in = dataclasses.replace(strips, columns=strips.columns // self.up[1])
         return {
             "EVEN_N": neurons % strips.neurons == 0,
             "FORM": "patch" if unrolled else "strip" if tall <= UNROLLED_TAPS else "loop",
-            "WIDE": is_wide(strips, x),
+            "WIDE": is_wide(strips_in, x),
             "ROWS": strips.rows,
             "COLUMNS": strips.columns,
             "LEVELS": strips.columns.bit_length() - 1,
@@ -66,6 +80,24 @@ class Planes:
             "BLOCK_N": strips.neurons,
             "num_warps": WARPS,
         }
+
+
+def is_patched(taps: tuple[int, ...]) -> bool:
+    """Return whether all taps of a kernel are unrolled, as its gradients ask for."""
+    return max(taps) <= 3
+
+
+def transposes(geometry: Geometry, shape: tuple[int, ...], taps: tuple[int, ...]) -> bool:
+    """Return whether `depthwise_input_gradient` knows a convolution.
+
+    Args:
+        geometry: N groups.
+        shape: of the input, `(B, N, *spatial)`, the batch optional.
+        taps: of the kernel.
+    """
+    along = zip(shape[-geometry.spatial :], geometry.stride, strict=True)
+    even = all(step in (1, 2, 4) and size % step == 0 for size, step in along)
+    return is_patched(taps) and even
 
 
 def by_tap(weight: Tensor) -> Tensor:

@@ -205,19 +205,25 @@ def lies_within(at, SIZE, OFFSET: tl.constexpr, PAD: tl.constexpr, REACH: tl.con
 def add_column(
     z,
     tiles,
+    errors,
     weights,
     mask_n,
     next_role,
     next_tap,
     C: tl.constexpr,
+    U: tl.constexpr,
     STRIDE_H: tl.constexpr,
+    PAD_H: tl.constexpr,
     DILATION_H: tl.constexpr,
+    UP_H: tl.constexpr,
     TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr,
     ROLES: tl.constexpr,
+    WEIGH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Add one column of the input times one column of taps to column C of a patch."""
+    """Add one column of the input times column U of the taps to column C of a patch."""
     w = ()
     for t in tl.static_range(TAPS_H):
         for role in tl.static_range(ROLES):
@@ -229,8 +235,21 @@ def add_column(
             total = z[place * ROLES + role]
             if place % COLUMNS == C:
                 for t in tl.static_range(TAPS_H):
-                    tile = tiles[place // COLUMNS * STRIDE_H + t * DILATION_H]
-                    total += tile * w[t * ROLES + role]
+                    if (place // COLUMNS * STRIDE_H + t * DILATION_H - PAD_H) % UP_H == 0:
+                        # Not by a name: one would be no constant, and no index of a tuple.
+                        tile = tiles[
+                            (place // COLUMNS * STRIDE_H + t * DILATION_H - PAD_H) // UP_H
+                            + PAD_H // UP_H
+                        ]
+                        total += tile * w[t * ROLES + role]
+            added = added + (total,)
+    if WEIGH:
+        for tap in tl.static_range(TAPS_H * TAPS_W):
+            total = z[ROWS * COLUMNS * ROLES + tap]
+            if tap % TAPS_W == U:
+                for i in tl.static_range(ROWS):
+                    tile = tiles[i * STRIDE_H + tap // TAPS_W * DILATION_H]
+                    total += tile * errors[i * COLUMNS + C]
             added = added + (total,)
     return added
 
@@ -238,6 +257,7 @@ def add_column(
 @triton.jit
 def convolve(
     z,
+    errors,
     x,
     weights,
     top,
@@ -257,9 +277,12 @@ def convolve(
     DILATION_W: tl.constexpr,
     TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr,
+    UP_H: tl.constexpr,
+    UP_W: tl.constexpr,
     FORM: tl.constexpr,
     WIDE: tl.constexpr,
     ROLES: tl.constexpr,
+    WEIGH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -268,11 +291,12 @@ def convolve(
     """Add the products of all roles at all places of a patch.
 
     Args:
-        z: the accumulators, ROWS * COLUMNS * ROLES tiles `(BLOCK_S, BLOCK_N)`, roles last.
-        x: pointers to the first output's first row of taps, at the column of no padding,
-            `(BLOCK_S, BLOCK_N)`.
+        z: the accumulators, ROWS * COLUMNS * ROLES tiles `(BLOCK_S, BLOCK_N)`, roles last; then, if
+            WEIGH, TAPS_H * TAPS_W more, which gather errors times inputs.
+        errors: g at all places, if WEIGH.
+        x: pointers to where a patch starts in the input, padding aside, `(BLOCK_S, BLOCK_N)`.
         weights: `(ROLES, TAPS_H * TAPS_W, N)` contiguous, float32.
-        top: row of the input at the first tap, `(BLOCK_S,)`.
+        top: row of the input there, `(BLOCK_S,)`.
         left: likewise, the column.
         n: the neurons of the tile.
         mask_n: which of `n` exist.
@@ -289,10 +313,14 @@ def convolve(
         DILATION_W: along.
         TAPS_H: of the kernel.
         TAPS_W: likewise.
+        UP_H: how many rows lie from one of the input to the next, zeros in between; more than one
+            in a transposed convolution, whose stride is one, in "patch" alone.
+        UP_W: likewise, columns.
         FORM: "patch" unrolls all taps; "strip" those down and "loop" none, of patches with one
             column, and one row.
         WIDE: whether columns are loaded as vectors, in a patch.
         ROLES: soma and dendrites, or dendrites alone.
+        WEIGH: whether to gather the weights' gradient, in a patch that is not transposed.
         ROWS: of a patch.
         COLUMNS: likewise.
         LEVELS: its logarithm if WIDE.
@@ -301,29 +329,37 @@ def convolve(
     weights += n
     next_role, next_tap = N * (TAPS_H * TAPS_W), N * TAPS_W
     REACH_H: tl.constexpr = (TAPS_H - 1) * DILATION_H
-    TALL: tl.constexpr = (ROWS - 1) * STRIDE_H + REACH_H + 1
-    LAST: tl.constexpr = (COLUMNS - 1) * STRIDE_W + (TAPS_W - 1) * DILATION_W
+    LAST_W: tl.constexpr = (COLUMNS - 1) * STRIDE_W + (TAPS_W - 1) * DILATION_W
+    # Rows of the input from the first to past the last that a patch reads.
+    FIRST_H: tl.constexpr = -(PAD_H // UP_H)
+    TALL: tl.constexpr = ((ROWS - 1) * STRIDE_H + REACH_H - PAD_H) // UP_H + 1 - FIRST_H
     if FORM == "patch":
-        # Vectors, or columns, from the first to the last that holds an input of the patch.
-        FIRST: tl.constexpr = -((PAD_W + COLUMNS - 1) // COLUMNS) if WIDE else -PAD_W
-        END: tl.constexpr = (LAST - PAD_W) // COLUMNS + 1 if WIDE else LAST - PAD_W + 1
-        SIDE: tl.constexpr = COLUMNS if WIDE else 1
-        for block in tl.static_range(FIRST, END):
-            column = left + (PAD_W + block * SIDE)
-            if WIDE:
+        SIDE: tl.constexpr = COLUMNS // UP_W if WIDE else 1
+        # Likewise vectors, or columns.
+        FIRST: tl.constexpr = -(PAD_W // UP_W)
+        END: tl.constexpr = (LAST_W - PAD_W) // UP_W + 1
+        for block in tl.static_range(FIRST // SIDE, (END + SIDE - 1) // SIDE):
+            column = left + block * SIDE
+            if WIDE or UP_W > 1:
                 inside_w = (column >= 0) & (column < WIDTH)
             else:
-                inside_w = lies_within(column, WIDTH, block + PAD_W, PAD_W, LAST)
+                inside_w = lies_within(column, WIDTH, block + PAD_W, PAD_W, LAST_W)
             inside_w = inside_w[:, None] & mask_n[None, :]
             tiles = ()
             for r in tl.static_range(TALL):
-                inside = inside_w & lies_within(top + r, HEIGHT, r, PAD_H, REACH_H)[:, None]
-                if WIDE:
-                    place = x + r * x_h + (block * SIDE + tl.arange(0, COLUMNS))[None, :]
-                    tile = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-                    tiles = tiles + apart(tile, COLUMNS, LEVELS, BLOCK_S)
+                row = top + (FIRST_H + r)
+                if UP_H > 1:
+                    inside_h = (row >= 0) & (row < HEIGHT)
                 else:
-                    tile = tl.load(x + r * x_h + block * x_w, mask=inside, other=0.0)
+                    inside_h = lies_within(row, HEIGHT, r, PAD_H, REACH_H)
+                inside = inside_w & inside_h[:, None]
+                place = x + (FIRST_H + r) * x_h
+                if WIDE:
+                    place += (block * SIDE + tl.arange(0, SIDE))[None, :]
+                    tile = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+                    tiles = tiles + apart(tile, SIDE, LEVELS - UP_W // 2, BLOCK_S)
+                else:
+                    tile = tl.load(place + block * x_w, mask=inside, other=0.0)
                     tiles = tiles + (tile.to(tl.float32),)
             for j in tl.static_range(SIDE):
                 column_of_tiles = ()
@@ -331,65 +367,85 @@ def convolve(
                     column_of_tiles = column_of_tiles + (tiles[r * SIDE + j],)
                 for c in tl.static_range(COLUMNS):
                     for u in tl.static_range(TAPS_W):
-                        if c * STRIDE_W + u * DILATION_W == block * SIDE + j + PAD_W:
+                        if c * STRIDE_W + u * DILATION_W == (block * SIDE + j) * UP_W + PAD_W:
                             z = add_column(
                                 z,
                                 column_of_tiles,
+                                errors,
                                 weights + u * N,
                                 mask_n,
                                 next_role,
                                 next_tap,
                                 c,
+                                u,
                                 STRIDE_H,
+                                PAD_H,
                                 DILATION_H,
+                                UP_H,
                                 TAPS_H,
+                                TAPS_W,
                                 ROLES,
+                                WEIGH,
                                 ROWS,
                                 COLUMNS,
                             )
     else:
         for u in range(TAPS_W):
-            column = left + u * DILATION_W
+            column = left + (u * DILATION_W - PAD_W)
             inside_w = ((column >= 0) & (column < WIDTH))[:, None] & mask_n[None, :]
             along = x + (u * DILATION_W - PAD_W) * x_w
             if FORM == "strip":
                 tiles = ()
                 for r in tl.static_range(TALL):
-                    inside = inside_w & lies_within(top + r, HEIGHT, r, PAD_H, REACH_H)[:, None]
-                    tile = tl.load(along + r * x_h, mask=inside, other=0.0)
+                    row = top + (r - PAD_H)
+                    inside = inside_w & lies_within(row, HEIGHT, r, PAD_H, REACH_H)[:, None]
+                    tile = tl.load(along + (r - PAD_H) * x_h, mask=inside, other=0.0)
                     tiles = tiles + (tile.to(tl.float32),)
                 z = add_column(
                     z,
                     tiles,
+                    errors,
                     weights + u * N,
                     mask_n,
                     next_role,
                     next_tap,
                     0,
+                    0,
                     STRIDE_H,
+                    PAD_H,
                     DILATION_H,
+                    1,
                     TAPS_H,
+                    1,
                     ROLES,
+                    False,
                     ROWS,
                     1,
                 )
             else:
                 for t in range(TAPS_H):
-                    row = top + t * DILATION_H
+                    row = top + (t * DILATION_H - PAD_H)
                     inside = inside_w & ((row >= 0) & (row < HEIGHT))[:, None]
-                    tile = tl.load(along + t * DILATION_H * x_h, mask=inside, other=0.0)
+                    place = along + (t * DILATION_H - PAD_H) * x_h
+                    tile = tl.load(place, mask=inside, other=0.0).to(tl.float32)
                     z = add_column(
                         z,
-                        (tile.to(tl.float32),),
+                        (tile,),
+                        errors,
                         weights + u * N + t * next_tap,
                         mask_n,
                         next_role,
                         next_tap,
                         0,
+                        0,
+                        1,
+                        0,
+                        1,
                         1,
                         1,
                         1,
                         ROLES,
+                        False,
                         1,
                         1,
                     )
@@ -398,6 +454,8 @@ def convolve(
 
 @triton.jit
 def evaluate_patch(
+    gathered,
+    errors,
     x,
     weights,
     soma_bias,
@@ -423,6 +481,8 @@ def evaluate_patch(
     DILATION_W: tl.constexpr,
     TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr,
+    UP_H: tl.constexpr,
+    UP_W: tl.constexpr,
     D: tl.constexpr,
     OWN_SOMA: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -432,6 +492,7 @@ def evaluate_patch(
     LONG: tl.constexpr,
     FORM: tl.constexpr,
     WIDE: tl.constexpr,
+    WEIGH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -440,7 +501,11 @@ def evaluate_patch(
 ):
     """Return what a patch's roles give: place by place, the soma's output if OWN_SOMA, then a_d.
 
+    After all places come the TAPS_H * TAPS_W tiles of `gathered`, added to, if WEIGH.
+
     Args:
+        gathered: what was gathered of the weights' gradient so far, if WEIGH.
+        errors: g at all places, likewise.
         soma_bias: b, `(N,)`; not read without HAS_SOMA_BIAS.
         bias: c, `(D, N)`; not read without HAS_BIAS.
         to_dendrite: U, `(D, D, N)`.
@@ -454,25 +519,29 @@ def evaluate_patch(
     The rest is as of `convolve`, and x the whole input.
     """
     ROLES: tl.constexpr = D + 1 if OWN_SOMA else D
-    top, middle = row * STRIDE_H - PAD_H, column * STRIDE_W
+    top, left = row * STRIDE_H // UP_H, column * STRIDE_W // UP_W
+    SIDE: tl.constexpr = COLUMNS // UP_W
     z = ()
     for _ in tl.static_range(ROWS * COLUMNS):
         if OWN_SOMA:
             z = z + (start_from(soma_bias, n, mask_n, HAS_SOMA_BIAS, BLOCK_S, BLOCK_N),)
         for d in tl.static_range(D):
             z = z + (start_from(bias + d * N, n, mask_n, HAS_BIAS, BLOCK_S, BLOCK_N),)
+    if WEIGH:
+        z = z + gathered
     z = convolve(
         z,
-        x + offsets(image, top, middle, n, x_b, x_n, x_h, x_w, LONG, WIDE, COLUMNS),
+        errors,
+        x + offsets(image, top, left, n, x_b, x_n, x_h, x_w, LONG, WIDE, SIDE),
         weights,
         top,
-        middle - PAD_W,
+        left,
         n,
         mask_n,
         N,
         HEIGHT,
         WIDTH,
-        multiple(x_h, WIDE, COLUMNS),
+        multiple(x_h, WIDE, SIDE),
         x_w,
         STRIDE_H,
         STRIDE_W,
@@ -482,9 +551,12 @@ def evaluate_patch(
         DILATION_W,
         TAPS_H,
         TAPS_W,
+        UP_H,
+        UP_W,
         FORM,
         WIDE,
         ROLES,
+        WEIGH,
         ROWS,
         COLUMNS,
         LEVELS,
@@ -501,4 +573,7 @@ def evaluate_patch(
         results = results + cascade(
             own, bias, to_dendrite, n, mask_n, N, D, False, ACTIVATION, FAST, 1
         )
+    if WEIGH:
+        for tap in tl.static_range(TAPS_H * TAPS_W):
+            results = results + (z[ROWS * COLUMNS * ROLES + tap],)
     return results

@@ -78,6 +78,8 @@ def _depthwise_kernel(
     DILATION_W: tl.constexpr,
     TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr,
+    UP_H: tl.constexpr,
+    UP_W: tl.constexpr,
     D: tl.constexpr,
     OWN_SOMA: tl.constexpr,
     KEEP: tl.constexpr,
@@ -112,6 +114,8 @@ def _depthwise_kernel(
     s = block_s * BLOCK_S + tl.arange(0, BLOCK_S)
     image, row, column = patch_at(s, S, DOWN, ACROSS, ROWS, COLUMNS)
     results = evaluate_patch(
+        (),
+        (),
         x,
         weights,
         soma_bias,
@@ -137,6 +141,8 @@ def _depthwise_kernel(
         DILATION_W,
         TAPS_H,
         TAPS_W,
+        UP_H,
+        UP_W,
         D,
         OWN_SOMA,
         ACTIVATION,
@@ -146,6 +152,7 @@ def _depthwise_kernel(
         LONG,
         FORM,
         WIDE,
+        False,
         ROWS,
         COLUMNS,
         LEVELS,
@@ -180,7 +187,10 @@ def _depthwise_kernel(
         a = ()
         for d in tl.static_range(D):
             a = a + (results[place * ROLES + ROLES - D + d],)
-        sums = sums + (totals[place] - negated_sum(a, to_soma, n, mask_n, N, D, 1),)
+        total = totals[place]
+        if D > 0:
+            total -= negated_sum(a, to_soma, n, mask_n, N, D, 1)
+        sums = sums + (total,)
     at = offsets(image, row, column, n, out_b, out_n, out_h, out_w, LONG, WIDE_OUT, COLUMNS)
     store_patch(
         out + at,
@@ -249,8 +259,9 @@ def fused_depthwise(
     """
     weights = by_tap(weight.to(soma.dtype))
     links = bias, to_soma, to_dendrite, activation
-    taps = tuple(weight.shape[3:])
-    _launch(soma, x.to(soma.dtype), weights, None, *links, geometry, taps, out, kept, strips)
+    x = x.to(soma.dtype)
+    planes = Planes.of(x, geometry, tuple(weight.shape[3:]))
+    launch_depthwise(soma, x, weights, None, *links, planes, out, kept, strips)
 
 
 def depthwise_neuron(
@@ -286,11 +297,11 @@ def depthwise_neuron(
     """
     weights = by_tap(torch.cat((weight[None], dendrite_weight.to(x.dtype))))
     links = soma_bias, bias, to_soma, to_dendrite, activation
-    taps = tuple(weight.shape[2:])
-    _launch(None, x, weights, *links, geometry, taps, out, kept, strips)
+    planes = Planes.of(x, geometry, tuple(weight.shape[2:]))
+    launch_depthwise(None, x, weights, *links, planes, out, kept, strips)
 
 
-def _launch(
+def launch_depthwise(
     soma: Tensor | None,
     x: Tensor,
     weights: Tensor,
@@ -299,17 +310,31 @@ def _launch(
     to_soma: Tensor,
     to_dendrite: Tensor,
     activation: str,
-    geometry: Geometry,
-    taps: tuple[int, ...],
+    planes: Planes,
     out: Tensor,
     kept: Tensor | None,
     strips: Strips | None,
 ) -> None:
-    planes = Planes.of(x, geometry, taps)
+    """Launch the kernel, for a neuron or a plain convolution: D = 0.
+
+    Args:
+        soma: as of `fused_depthwise`; None to compute it.
+        x: likewise.
+        weights: of all roles, as of `by_tap`.
+        soma_bias: b, `(N,)`, or None.
+        bias: and the rest: as of `fused_depthwise`.
+        to_soma: likewise.
+        to_dendrite: likewise.
+        activation: likewise.
+        planes: the form of the site.
+        out: likewise.
+        kept: likewise.
+        strips: likewise.
+    """
     x, out = planes.view(x), planes.view(out)
     seen = out if soma is None else planes.view(soma)
     images, neurons, height, width = out.shape
-    strips = strips or planes.strips(x, out, len(weights))
+    strips = strips or planes.strips(out, len(weights))
     down, across = ceiling(height, strips.rows), width // strips.columns
     count = images * down * across
     wide_out = is_wide(strips, out, seen)
@@ -337,6 +362,7 @@ def _launch(
             *seen.stride(),
             *x.stride(),
             *planes.form,
+            *planes.up,
             D=len(to_soma),
             OWN_SOMA=soma is None,
             KEEP=kept is not None,
