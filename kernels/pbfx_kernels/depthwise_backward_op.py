@@ -18,6 +18,7 @@ from pbfx_kernels.candidate_autograd import no_autocast
 from pbfx_kernels.depthwise_planes import is_patched, transposes
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
+from pbfx_kernels.layout import channels_last
 from pbfx_kernels.strategy import Strategy, choose, problem_of
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -69,9 +70,12 @@ def perforated_depthwise_backward_op(
             grad, x, weight, geometry, (needs_x, needs_weight, needs_weight)
         )
         grad_links = recompute(grad, x, *links, geometry) if needs_links else None
-        found = (grad_x, grad_weight, grad_bias, grad_links)
-        a, b, c, d = (none.clone() if t is None else t for t in found)
-        return a, b, c, d
+        return (
+            none if grad_x is None else _laid_out(grad_x, x),
+            none.clone() if grad_weight is None else _laid_out(grad_weight, weight),
+            none.clone() if grad_bias is None else grad_bias,
+            none.clone() if grad_links is None else grad_links,
+        )
 
     def kernel() -> Gradients:
         from pbfx_kernels.depthwise_gradient import (
@@ -80,7 +84,10 @@ def perforated_depthwise_backward_op(
             fused_depthwise_gradient,
         )
 
-        error = _laid_out_like(x, grad)
+        error = grad.contiguous() if x.is_contiguous() else grad
+        if x.dim() == 4 and x.stride(1) == 1 and x.shape[1] > 1:
+            error = channels_last(grad)
+
         grad_x, grad_weight, grad_bias, grad_links = (grad.new_empty(0) for _ in range(4))
         if needs_weight:
             # Of no dendrites, if no links learn.
@@ -89,7 +96,7 @@ def perforated_depthwise_backward_op(
             given = dendrite_weight[:count], bias, to_dendrite[:count, :count], activation
             sums, taps, own = depthwise_gradients(error, x, *given, geometry)
             grad_links = sums if needs_links else grad_links
-            grad_weight, grad_bias = taps.to(weight.dtype), own.to(weight.dtype)
+            grad_weight, grad_bias = _laid_out(taps.to(weight.dtype), weight), own.to(weight.dtype)
         elif needs_links:
             grad_links = fused_depthwise_gradient(error, x, *links, geometry)
         if needs_x and transposes(geometry, tuple(x.shape), tuple(weight.shape[2:])):
@@ -98,7 +105,7 @@ def perforated_depthwise_backward_op(
         elif needs_x:
             found = convolution_backward(error, x, weight, geometry, (True, False, False))[0]
             assert found is not None
-            grad_x = found
+            grad_x = _laid_out(found, x)
         return grad_x, grad_weight, grad_bias, grad_links
 
     with no_autocast(x):
@@ -111,12 +118,10 @@ def perforated_depthwise_backward_op(
         return or_reference(problem, kernel, plain)
 
 
-def _laid_out_like(x: Tensor, grad: Tensor) -> Tensor:
-    """Return the error in the memory format of the input, of which threads read neighbours."""
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    if last and x.shape[1] > 1:
-        return grad.contiguous(memory_format=torch.channels_last)
-    return grad.contiguous() if x.is_contiguous() else grad
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return `tensor` with the strides that a graph was told of."""
+    laid = torch.empty_like(like)
+    return tensor if tensor.stride() == laid.stride() else laid.copy_(tensor)
 
 
 def convolution_backward(

@@ -1,7 +1,7 @@
 """Configurations of the depthwise kernels: a pure function over shape.
 
-A thread holds, per channel of its own, an accumulator for each role and row of a strip, and the
-rows of the input that they read. So many registers set how many channels or columns it takes.
+A thread holds, per channel of its own, an accumulator for each role and output of a patch, and a
+column of the input that they read. So many registers set how large a patch is.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,12 @@ from pbfx_kernels.launching import ceiling, power_of_two
 WARPS = 4
 # Accumulators that a thread holds: with inputs, addresses and masks, 160 registers, which leave
 # room for three programs of four warps.
-_HELD = 64
+_HELD = 128
+# Outputs of a channel that a thread computes: in NHWC each of two channels, whose weights take
+# registers; in NCHW all threads of a program share them.
+_PLACES = {True: 16, False: 32}
+# Roles up to which a thread takes two channels.
+_PAIRED_ROLES = 7
 # Taps along a column up to which they are unrolled; a longer kernel is looped over, row by row.
 UNROLLED_TAPS = 7
 
@@ -55,15 +60,21 @@ def depthwise_strips(
     _, neurons, height, width = out
     taps, across = form[6:]
     wide = wide_of(neurons, channels_last)
-    each = 2 if channels_last else 1
+    # Weights of many roles fill the registers of a kernel that keeps them.
+    each = 2 if channels_last and roles <= _PAIRED_ROLES else 1
     if taps > UNROLLED_TAPS or across > 3:
         rows, columns = (1 if taps > UNROLLED_TAPS else min(4, power_of_two(height))), 1
     else:
-        held = _HELD // (each * roles)
-        columns = next(n for n in (4, 2, 7, 1) if width % n == 0 and n % up[1] == 0)
-        fits = [n for n in (8, 7, 4, 2, 1) if n % up[0] == 0 and n <= max(held // columns, up[0])]
-        # Few rows past the end; then the most that registers hold.
-        rows = min(fits, key=lambda n: (ceiling(height, n) * n, -n))
+        # Few roles leave registers for more inputs.
+        several = (8, 4, 2, 1) if not channels_last else (4, 2, 1) if roles <= 2 else (2, 1)
+        columns = next(n for n in (*several, *up[1:]) if width % n == 0 and n % up[1] == 0)
+        # Of more roles the code is long too.
+        held = _HELD if roles <= _PAIRED_ROLES else _HELD // 2
+        places = min(_PLACES[channels_last], held // (each * roles))
+        fits = [n for n in (8, 7, 4, 2, 1) if n % up[0] == 0 and n * columns <= places]
+        reach = (taps - 1) * form[4] + 1
+        # The fewest rows of the input, read by patches from the first to past the end.
+        rows = min(fits or up[:1], key=lambda n: ceiling(height, n) * ((n - 1) * form[0] + reach))
     return Strips(rows, each * 32 * WARPS // wide, wide, columns=columns)
 
 

@@ -228,7 +228,9 @@ def depthwise_gradients(
         raise ValueError(f"kernels of {tuple(weight.shape[3:])} taps are looped over, not unrolled")
     sums = _sums(grad, x, weight, bias, to_dendrite, activation, geometry, True, strips)
     links, own, taps = sums.split((len(weight), 1, sums.shape[0] - len(weight) - 1))
-    return links, taps.t().reshape(weight.shape[1:]), own[0]
+    # Apart: results of an op may not share memory.
+    by_neuron = taps.t().clone(memory_format=torch.contiguous_format)
+    return links.clone(), by_neuron.reshape(weight.shape[1:]), own[0].clone()
 
 
 def depthwise_input_gradient(
@@ -272,8 +274,9 @@ def _sums(
     planes = Planes.of(x, geometry, taps)
     x, grad = planes.view(x), planes.view(grad)
     images, neurons, height, width = grad.shape
-    # The sums are one more role.
-    strips = strips or planes.strips(grad, dendrites + 1)
+    # The sums take registers too: those of the taps, where a thread keeps them for two channels.
+    held = 4 if weigh and planes.channels_last else 1
+    strips = strips or planes.strips(grad, dendrites + held)
     down, across = ceiling(height, strips.rows), width // strips.columns
     count = images * down * across
     tiles, blocks_n = ceiling(count, strips.strips), ceiling(neurons, strips.neurons)

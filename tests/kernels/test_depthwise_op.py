@@ -42,6 +42,32 @@ def test_op(site: Site, d: int, keep: bool) -> None:
     torch.library.opcheck(op, (*tensors, "tanh", *form_of(site), keep))
 
 
+@sites
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
+def test_backward_op(site: Site, needs: tuple[bool, bool, bool]) -> None:
+    args = {name: None if t is None else t.detach() for name, t in make_arguments(site, 2).items()}
+    grad = torch.randn_like(site.soma(args["x"], args["weight"], None))
+    op = torch.ops.pbfx.perforated_depthwise_backward.default
+    links = (args[name] for name in ("dendrite_weight", "dendrite_bias", "to_dendrite"))
+    given = grad, args["x"], args["weight"], *links, "tanh", *form_of(site), *needs
+    torch.library.opcheck(op, given)
+    found = op(*given)
+    assert [t.numel() > 0 for t in found] == [needs[0], needs[1], needs[1], needs[2]]
+
+
+def test_gradients_can_be_differentiated() -> None:
+    site = BY_NAME["conv2d-depthwise"]
+    args = make_arguments(site, 2)
+    args["to_soma"] = args["to_soma"].detach()
+    learning = [args[name] for name in ("x", "weight")]
+
+    def run(*tensors: Tensor) -> Tensor:
+        return call(args | dict(zip(("x", "weight"), tensors, strict=True)), site)[0]
+
+    small = [t.detach().requires_grad_() for t in learning]
+    torch.autograd.gradgradcheck(run, small, nondet_tol=1e-12)
+
+
 def test_channels_last_stays_so() -> None:
     site = BY_NAME["conv2d-depthwise"]
     args = make_arguments(site, 2)
