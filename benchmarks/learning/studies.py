@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -85,7 +85,6 @@ class Study:
 
 
 _CONTROLLED = ("plain", "sham", "perforated", "gradient", "perforated-last")
-_MNIST_SITES = {"last": ("fc2",), "cheap": ("conv1", "conv2", "fc2"), "linear": ("fc1", "fc2")}
 
 _ABLATIONS = (
     *("sham", "perforated"),
@@ -97,80 +96,47 @@ _ABLATIONS = (
     *("perforated[objective=correlation]", "perforated[initial_link=0.1]"),
     *("perforated[policy.dendrite_epochs=2]", "perforated[policy.dendrite_epochs=8]"),
     *("perforated[max_dendrites=5]", "sham[max_dendrites=5]"),
+    *("perforated[finish=True,max_dendrites=5]", "sham[finish=True,max_dendrites=5]"),
+    "perforated[activation=relu]",
+)
+
+_MNIST = Study(
+    "mnist",
+    data="mnist",
+    arms=(*_CONTROLLED, "wider2", "deeper2"),
+    widths=(1.0, 0.61, 0.25, 0.1, 0.05),
+    optimizer="adadelta",
+    rate=1.0,
+    gamma=0.7,
+    batch_size=64,
+    neuron_epochs=8,
+    dendrite_epochs=4,
+    dendrites=2,
+    selections={"last": ("fc2",), "cheap": ("conv1", "conv2", "fc2"), "linear": ("fc1", "fc2")},
 )
 
 STUDIES = {
     study.name: study
     for study in (
-        Study(
-            "mnist",
-            data="mnist",
-            arms=(*_CONTROLLED, "wider2", "deeper2"),
-            widths=(1.0, 0.61, 0.25, 0.1, 0.05),
-            optimizer="adadelta",
-            rate=1.0,
-            gamma=0.7,
-            batch_size=64,
-            neuron_epochs=8,
-            dendrite_epochs=4,
-            dendrites=2,
-            selections=_MNIST_SITES,
-        ),
-        Study(
-            "bare",
-            data="mnist",
+        _MNIST,
+        replace(
+            _MNIST,
+            name="bare",
             nets="bare",
             arms=("plain", "sham", "perforated", "perforated[tuning=full]", "gradient", "wider2"),
             widths=(0.25, 0.1, 0.05),
-            optimizer="adadelta",
-            rate=1.0,
-            gamma=0.7,
-            batch_size=64,
-            neuron_epochs=8,
-            dendrite_epochs=4,
-            dendrites=2,
-            selections=_MNIST_SITES,
         ),
-        Study(
-            "ablations",
-            data="mnist",
-            arms=_ABLATIONS,
-            widths=(1.0, 0.25, 0.1),
-            optimizer="adadelta",
-            rate=1.0,
-            gamma=0.7,
-            batch_size=64,
-            neuron_epochs=8,
-            dendrite_epochs=4,
-            dendrites=2,
-            selections=_MNIST_SITES,
-        ),
-        Study(
-            "compression",
-            data="mnist",
+        replace(_MNIST, name="ablations", arms=_ABLATIONS, widths=(1.0, 0.25, 0.1)),
+        replace(
+            _MNIST,
+            name="compression",
             arms=("plain", "perforated", "perforated-cheap", "perforated-last"),
-            widths=(1.0, 0.8, 0.61, 0.5, 0.35, 0.25, 0.165, 0.1),
-            optimizer="adadelta",
-            rate=1.0,
-            gamma=0.7,
-            batch_size=64,
-            neuron_epochs=8,
-            dendrite_epochs=4,
-            dendrites=2,
-            selections=_MNIST_SITES,
+            widths=(1.0, 0.8, 0.73, 0.61, 0.5, 0.35, 0.25, 0.165, 0.1),
         ),
         Study(
             "adult",
             data="adult",
-            arms=(
-                "plain",
-                "sham",
-                "perforated",
-                "gradient",
-                "perforated-last",
-                "wider2",
-                "deeper2",
-            ),
+            arms=(*_CONTROLLED, "wider2", "deeper2"),
             widths=(1.0, 0.25, 0.0625),
             optimizer="adamw",
             rate=2e-3,
@@ -184,15 +150,7 @@ STUDIES = {
         Study(
             "shakespeare",
             data="tiny_shakespeare",
-            arms=(
-                "plain",
-                "sham",
-                "perforated",
-                "gradient",
-                "perforated-last",
-                "wider2",
-                "deeper2",
-            ),
+            arms=(*_CONTROLLED, "wider2", "deeper2"),
             widths=(1.0, 0.5),
             optimizer="adamw",
             rate=2e-3,
@@ -212,15 +170,7 @@ STUDIES = {
         Study(
             "digits",
             data="digits",
-            arms=(
-                "plain",
-                "sham",
-                "perforated",
-                "gradient",
-                "perforated-last",
-                "wider3",
-                "deeper3",
-            ),
+            arms=(*_CONTROLLED, "wider3", "deeper3"),
             widths=(1.0,),
             optimizer="adamw",
             rate=0.05,

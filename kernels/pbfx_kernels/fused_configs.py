@@ -13,6 +13,9 @@ from pbfx_kernels.launching import ceiling, power_of_two
 # More accumulators than this spill at every useful tile.
 MOST_DENDRITES = 5
 
+# Inputs of the shortest product that Triton takes: 3.6 refuses fewer for 32 bits too.
+LEAST_DEPTH = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
@@ -92,7 +95,7 @@ def neuron_blocks(
         element_size: bytes per element of the operands, 2 or 4.
     """
     roles = power_of_two(dendrites + 1)
-    deep = max(32 // element_size, min(128 // element_size, power_of_two(inputs)))
+    deep = max(LEAST_DEPTH, min(128 // element_size, power_of_two(inputs)))
     wide = max(64 // roles, min(256 // roles, power_of_two(neurons)))
     if ceiling(positions, 128) * ceiling(neurons, wide) < _FULL:
         return Blocks(64, min(wide, 32, 128 // roles), deep, 4, 4)
@@ -154,7 +157,8 @@ def _wide_elements(wide: int, roles: int, deep: int) -> Blocks:
 
 def _depth(channels: int, element_size: int, whole: bool) -> int:
     """Choose BLOCK_K: 128 bytes, or less where much of that would be zeros or not be zeros."""
-    depths = [size // element_size for size in (128, 64, 32)]
+    most = 128 // element_size
+    depths = [deep for deep in (most, most // 2, most // 4) if deep >= LEAST_DEPTH]
     for deep in depths:
         padded = ceiling(channels, deep) * deep
         if padded == channels or (whole and padded <= _MOST_PADDED * channels):

@@ -161,6 +161,11 @@ def _parts(
 ) -> Iterator[tuple[slice, Input, tuple[int, int, int]]]:
     """Yield images of `out`, what their positions are computed from, and how they are counted."""
     images, neurons, height, width = out.shape
+    if route is Route.POINTWISE:
+        # Images as rows: boxes of rows and columns would cut what is written in NCHW into pieces.
+        row = _nhwc(x).flatten(1, 2)[:, None]
+        yield slice(None), Input(row, POINTWISE, kernel), (images, 1, height * width)
+        return
     if route is not Route.PATCHES:
         yield slice(None), Input(_nhwc(x), geometry, kernel), (images, height, width)
         return

@@ -48,8 +48,8 @@ _MOST_FUSED_MEASURED = 3
 _MOST_FROZEN_INPUTS = {1: 768, 2: 512, 3: 1024}
 # Neurons per group of a convolution: a narrower tile is mostly empty.
 _LEAST_GROUP, _LEAST_FUSED_GROUP = 10, 16
-# Bytes of channels that a step of the fused main loop reads at least.
-_STEP_BYTES = 32
+# Channels that a step of the fused main loop reads at least: the shortest product.
+_STEP_CHANNELS = 16
 # Positions of an image that a tile of neurons can step over in 32 bits.
 _MOST_PLACES = 2**24
 # Inputs per neuron of a convolution whose patches may be laid out as a matrix.
@@ -388,7 +388,7 @@ def _walks(problem: Problem) -> bool:
     # What comes after the channels of a group, or of a step, is no zeros.
     group = problem.neurons // geometry.groups
     fits = geometry.groups == 1 or (group >= _LEAST_FUSED_GROUP and group % 4 == 0)
-    return fits and bytes_ % _STEP_BYTES == 0
+    return fits and problem.channels % _STEP_CHANNELS == 0
 
 
 def _patched(problem: Problem) -> bool:

@@ -96,11 +96,14 @@ def test_every_arm_of_every_study_runs(study: str, arm: str) -> None:
     usual = 1 + grown * (1 + settings.get("policy.dendrite_epochs", 2))
     if job.arm.mode in (None, "gradient"):
         usual = job.epochs
-    finishing = [grown] if settings.get("finish") and outcome.stages[-1].epochs > usual else []
-    assert job.epochs == 4
-    assert len(outcome.curve) == usual + len(finishing)
     limits = [stage.dendrites for stage in outcome.stages]
-    assert limits == ([*range(grown + 1), *finishing] if job.arm.mode else [0])
+    finished = bool(settings.get("finish")) and outcome.stages[-1].epochs > usual
+    if finished:
+        # It goes on from the best network, which may have had fewer dendrites than the last.
+        assert limits.pop() in limits
+    assert job.epochs == 4
+    assert len(outcome.curve) == usual + finished
+    assert limits == ([*range(grown + 1)] if job.arm.mode else [0])
     for stage in outcome.stages:
         assert 0 <= stage.test_error <= 100
         assert stage.test_loss > 0

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pbfx_kernels.flops
 from pbfx_kernels import LINEAR, Geometry, dendrites, strategy
+from pbfx_kernels.fused_configs import conv_neuron_blocks, neuron_blocks
 from pbfx_kernels.layout import Grid, grid_of, is_regular
 from pbfx_kernels.strategy import Problem, Strategy, choose
 from pbfx_kernels.walking import merged_stride
@@ -77,6 +78,26 @@ def test_where_linear_somas_are_fused(problem: Problem, expected: bool) -> None:
 )
 def test_choice(problem: Problem, expected: Strategy) -> None:
     assert choose(problem) is expected
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("channels", [4, 8, 12, 16, 24, 40, 72, 128])
+def test_steps_are_as_deep_as_a_product_must_be(channels: int, size: int) -> None:
+    # Triton 3.6 refuses products of fewer than 16 inputs, of 32-bit elements too.
+    linear = neuron_blocks(65536, 64, channels, 3, size)
+    convolutions = [conv_neuron_blocks(65536, 64, channels, d, size, soma=d < 3) for d in (1, 3)]
+    assert min(blocks.inputs for blocks in (linear, *convolutions)) >= 16
+    divided = conv_neuron_blocks(65536, 64, channels, 3, size, whole=False)
+    problem = but(
+        geometry=Geometry.convolution(2, groups=2),
+        taps=9,
+        channels=channels,
+        dtype=torch.float32 if size == 4 else torch.bfloat16,
+        tf32=True,
+    )
+    # A step that reads past the channels of a group reads those of the next one.
+    walked = strategy.route(problem, (2, 2 * channels, 256, 128)) is strategy.Route.WALKED
+    assert walked == (channels % divided.inputs == 0)
 
 
 def test_what_is_chosen_can_be_run() -> None:
