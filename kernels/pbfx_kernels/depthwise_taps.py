@@ -15,6 +15,7 @@ Imported inside the functions that launch kernels, because it imports triton.
 
 # The type checker does not know what Triton adds to Python: launch options, static_range.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportIndexIssue=false
 
 import triton
 import triton.language as tl

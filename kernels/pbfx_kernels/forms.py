@@ -99,7 +99,7 @@ def choose_form(problem: Problem, training: bool, absorbs: bool, with_soma: bool
 def _depthwise_form(problem: Problem, training: bool, with_soma: bool) -> Form:
     """Choose for neurons that read a channel of their own: a library is slow at several to one.
 
-    One convolution with three outputs for each channel takes nine times what three convolutions do.
+    A convolution with three outputs for each channel takes 3 to 14 times what three of them do.
     """
     if with_soma:
         return Form.FUSED

@@ -15,6 +15,7 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 
 # The type checker does not know what Triton adds to Python: launch options, static_range.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportIndexIssue=false
 
 import torch
 import triton

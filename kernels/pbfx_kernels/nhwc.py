@@ -5,7 +5,7 @@ Floor: bytes, one read and one write. On an H200 in bfloat16, 64 images of 256 c
 """
 
 # The type checker does not know what Triton adds to Python: launch options.
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 import torch
 import triton
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pbfx_kernels.launching import ceiling, on_device
 
-# 64 and 128 bytes a row of either side, at two bytes each: the fastest of four at six shapes.
+# 64 and 128 bytes a row of either side, at two bytes each: at six shapes within 2 % of the fastest
+# of four tiles.
 _BLOCK_C, _BLOCK_S = 32, 64
 
 

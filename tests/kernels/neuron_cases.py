@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from kernel_cases import Site, make_dendrites, oracle_dendrites
+from kernel_cases import Site, Tensors, make_dendrites, oracle_dendrites
 from tolerances import assert_close
 from torch import Tensor
 
 NAMES = ("x", "weight", "bias", "dendrite_weight", "dendrite_bias", "to_soma", "to_dendrite")
 _PERFORATED = ("dendrite_weight", "dendrite_bias", "to_dendrite")
-Arguments = dict[str, Tensor | None]
+Arguments = Tensors
 # Of arguments, a site, and whether to return the activations.
 Call = Callable[[Arguments, Site, bool], tuple[Tensor, Tensor]]
 
