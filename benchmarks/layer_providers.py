@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import candidate_neurons, full_neurons, incumbent, neurons
 from benchmarks.neurons import Neuron, Tensors
 from pbfx_kernels import Geometry
-from pbfx_kernels.strategy import can_fuse, choose, problem_of
+from pbfx_kernels.strategy import can_fuse, choose, linear_problem, problem_of, streams
 
 FORWARD, STEP, CANDIDATE, GRADIENT = "forward", "step", "candidate", "full"
 MODES = (FORWARD, STEP, CANDIDATE, GRADIENT)
@@ -57,8 +58,9 @@ def providers(args: argparse.Namespace, tensors: Tensors, mode: str) -> dict[str
         for strategy in neurons.strategies(tensors):
             found[f"{PBFX} {strategy.value}"] = neurons.forced(layer, strategy)
     linear = not layer.geometry.spatial
-    if linear and can_fuse(tensors.inputs[0], tensors.weight, tensors.dendrites[0]):
-        found[f"{PBFX} fused"] = neurons.fused()
+    given = tensors.inputs[0], tensors.weight, tensors.dendrites[0]
+    if linear and can_fuse(*given):
+        found[f"{PBFX} {_of_op(*given)}"] = neurons.fused()
     found[LOOP] = neurons.loop(layer)
     found[PACKED] = neurons.packed(layer)
     if args.compile:
@@ -182,6 +184,12 @@ def start(
     return ready
 
 
+def _of_op(x: Tensor, weight: Tensor, dendrite_weight: Tensor) -> str:
+    """Return which kernel `pbfx::perforated_linear` runs."""
+    problem = linear_problem(x, weight, dendrite_weight)
+    return "streamed" if problem is not None and streams(problem) else "fused"
+
+
 class _Watch(TorchDispatchMode):
     """Listen to the ops of this package, and say what each of them runs with its arguments."""
 
@@ -198,6 +206,8 @@ class _Watch(TorchDispatchMode):
                 form = tuple(stride), tuple(padding), tuple(dilation), groups, transposed
                 geometry = Geometry(*form, tuple(output_padding))
                 self.seen.append(choose(problem_of(soma, weight, geometry)).value)
+            elif name == "perforated_linear":
+                self.seen.append(_of_op(args[0], args[1], args[3]))
             elif name.startswith("perforated_"):
                 self.seen.append("depthwise" if name.endswith("depthwise") else "fused")
         return func(*args, **(kwargs or {}))

@@ -1,6 +1,8 @@
 """What a restructure costs a compiled model: the call after it, compilations, and steps before it.
 
     eager                   what the tracker and `pbfx.grow` do by themselves, nothing compiled
+    grown before            the grown model, compiled as a whole for the first time: what all are
+                            judged by
     fresh compile           the first training step of the compiled model
     restructure             pbfx.grow, one more dendrite at every site
     first call after it     the training step that follows, which compiles what has changed
@@ -8,6 +10,10 @@
 *packed + Inductor* stands for the rival: it cannot grow, so its first call is that of a new model.
 Caches on disk are there, as they are for a user, and empty when a way begins: what the first call
 after a restructure finds in them this process has compiled for the model before it grew.
+
+Each way is a table and rows of its own, written as soon as it is measured. With `--resume` the rows
+in the file are taken for measured if they say the same model, mode, device and revision: a run that
+was cut off goes on, and ways can be measured by one process each, "grown" first.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +34,14 @@ import pbfx
 from benchmarks import restructure
 from benchmarks.benchmark import Benchmark, Case
 from benchmarks.compiling import counting
+from benchmarks.environment import environment
+from benchmarks.errors import UsageError
 from benchmarks.gate import output_fault, require
 from benchmarks.models import MODELS, Batch, fresh
 from benchmarks.options import count, natural, positive
 from benchmarks.packed import packed_of
 from benchmarks.providers import CONFIG, sgd
+from benchmarks.records import as_text, read, results_path
 from benchmarks.table import milliseconds
 from benchmarks.timing import Quantiles, wall
 from pbfx.backend import compile_graph
@@ -43,11 +53,11 @@ COLUMNS = (
     *("model", "width", "batch_size", "parameters", "sites", "provider", "mode", "dendrites"),
     *("event", "repeats", "ms_p20", "ms_p50", "ms_p80", "x_fresh", "compilations"),
 )
-PACKED = "packed + inductor"
+PACKED, GROWN = "packed + inductor", "pbfx, grown before"
 RESTRUCTURE, FIRST, FRESH = "restructure", "first call after it", "fresh compile"
 BEFORE, AFTER = "steady step before", "steady step after"
 # In words for the command line; the backend's are named with it in the table.
-WAYS = ("eager", "inductor", "pbfx", "regional", "reserve", "packed")
+WAYS = ("eager", "grown", "inductor", "pbfx", "regional", "reserve", "packed")
 # Of eager restructures, which vary more than compilations do.
 _ROUNDS = 3
 # A deep model adds up the roundings of its layers.
@@ -111,6 +121,7 @@ def run(args: argparse.Namespace) -> Iterator[Case]:
         GateError: if the compiled model's output after a growth is not the eager one's.
     """
     device = torch.device(args.device)
+    known = _rows_of(args)
     _warm_up(args, device)
     for name in args.models:
         model = MODELS[name]
@@ -118,7 +129,7 @@ def run(args: argparse.Namespace) -> Iterator[Case]:
         batch = model.batches(args.batch_size, device, args.seed)[0]
         setting = Setting(name, plain, batch, model.loss, args.dendrites, device)
         for mode in args.modes:
-            yield _case(args, setting, mode)
+            yield from _cases(args, setting, mode, known)
 
 
 @contextmanager
@@ -181,11 +192,13 @@ def _follow(args: argparse.Namespace, setting: Setting, way: Way) -> dict[str, _
     return events
 
 
-def _packed(args: argparse.Namespace, setting: Setting, mode: str) -> dict[str, _Event]:
-    """Time the rival with as many dendrites as the others have after they have grown."""
+def _fresh(
+    args: argparse.Namespace, setting: Setting, mode: str, build: Callable[[], nn.Module]
+) -> dict[str, _Event]:
+    """Time a model with as many dendrites as the others have after they have grown."""
     backend = functools.partial(compile_graph, options={"compiler": args.compiler, "mode": mode})
     with _compiling(backend) as (compile_, compiled):
-        model = packed_of(copy.deepcopy(setting.plain), setting.dendrites + 1).train()
+        model = build()
         optimizer, call = sgd(model), compile_(model)
         seconds = wall(lambda: setting.step(call, optimizer), setting.device)
         events = {FRESH: _Event([seconds], compiled())}
@@ -212,59 +225,99 @@ def _steady(
     )
 
 
-def _case(args: argparse.Namespace, setting: Setting, mode: str) -> Case:
-    found: dict[str, dict[str, _Event]] = {}
-    if "eager" in args.ways:
-        found["eager"] = _eager(args, setting)
-    for way in ways(mode, args.compiler, setting.dendrites + 1):
-        if way.name.removeprefix("pbfx, ") in args.ways:
-            found[way.name] = _follow(args, setting, way)
-    if "packed" in args.ways:
-        found[PACKED] = _packed(args, setting, mode)
-    # Every way is judged by a fresh compilation of the whole model; with a reserve that is one too.
-    fresh_ones = [found[name][FRESH] for name in ("pbfx", "pbfx, reserve") if name in found]
-    whole = fresh_ones[0].seconds[0] if fresh_ones else None
+def _cases(
+    args: argparse.Namespace, setting: Setting, mode: str, known: list[dict[str, str]]
+) -> Iterator[Case]:
+    """Yield a case for each way, the one that all are judged by first."""
+    grown = setting.dendrites + 1
+    follow = {way.name: way for way in ways(mode, args.compiler, grown)}
+    build = {
+        GROWN: lambda: setting.grown(CONFIG, grown),
+        PACKED: lambda: packed_of(copy.deepcopy(setting.plain), grown).train(),
+    }
     parameters = sum(p.numel() for p in setting.plain.parameters())
     sites = len(pbfx.explain(pbfx.transform(setting.plain)).sites)
+    shared = {
+        "model": setting.name,
+        "width": args.width,
+        "batch_size": args.batch_size,
+        "parameters": parameters,
+        "sites": sites,
+        "mode": mode,
+        "dendrites": setting.dendrites,
+    }
+    mine = [row for row in known if all(row[key] == as_text(shared)[key] for key in shared)]
+    done = {row["provider"] for row in mine}
+    whole = next(
+        (
+            float(row["ms_p50"]) / 1e3
+            for row in mine
+            if (row["provider"], row["event"]) == (GROWN, FRESH)
+        ),
+        None,
+    )
+    words = {"eager": "eager", "grown": GROWN, "packed": PACKED}
+    for word in WAYS:
+        name = words.get(word, f"pbfx, {word}" if f"pbfx, {word}" in follow else word)
+        if word not in args.ways or name in done:
+            continue
+        if name == "eager":
+            events = _eager(args, setting)
+        elif name in build:
+            events = _fresh(args, setting, mode, build[name])
+        elif name in follow:
+            events = _follow(args, setting, follow[name])
+        else:
+            continue
+        if name == GROWN:
+            whole = events[FRESH].seconds[0]
+        yield _case(shared | {"provider": name}, events, whole)
+
+
+def _case(shared: dict[str, Any], events: dict[str, _Event], whole: float | None) -> Case:
     cells, rows = [], []
-    for provider, events in found.items():
-        for event, measured in events.items():
-            taken = Quantiles.of(measured.seconds)
-            compilations = "-" if measured.compilations is None else str(measured.compilations)
-            share = None if whole is None else taken.p50 / whole
-            shown = "-" if share is None else f"{share:.2f}"
-            cells.append((provider, event, milliseconds(taken.p50), shown, compilations))
-            rows.append(
-                {
-                    "model": setting.name,
-                    "width": args.width,
-                    "batch_size": args.batch_size,
-                    "parameters": parameters,
-                    "sites": sites,
-                    "provider": provider,
-                    "mode": mode,
-                    "dendrites": setting.dendrites,
-                    "event": event,
-                    "repeats": len(measured.seconds),
-                    "ms_p20": taken.p20 * 1e3,
-                    "ms_p50": taken.p50 * 1e3,
-                    "ms_p80": taken.p80 * 1e3,
-                    "x_fresh": share,
-                    "compilations": measured.compilations,
-                }
-            )
+    for event, measured in events.items():
+        taken = Quantiles.of(measured.seconds)
+        compilations = "-" if measured.compilations is None else str(measured.compilations)
+        share = None if whole is None else taken.p50 / whole
+        shown = "-" if share is None else f"{share:.2f}"
+        cells.append((event, milliseconds(taken.p50), shown, compilations))
+        rows.append(
+            shared
+            | {
+                "event": event,
+                "repeats": len(measured.seconds),
+                "ms_p20": taken.p20 * 1e3,
+                "ms_p50": taken.p50 * 1e3,
+                "ms_p80": taken.p80 * 1e3,
+                "x_fresh": share,
+                "compilations": measured.compilations,
+            }
+        )
     title = (
-        f"{setting.name}, width {args.width:g}, batch {args.batch_size}, mode {mode}: "
-        f"D = {setting.dendrites} to {setting.dendrites + 1} at {sites} sites"
+        f"{shared['provider']}: {shared['model']}, width {shared['width']:g}, batch "
+        f"{shared['batch_size']}, mode {shared['mode']}: D = {shared['dendrites']} to "
+        f"{shared['dendrites'] + 1} at {shared['sites']} sites"
     )
-    headings = ("", "event", "ms", "x fresh", "compilations")
-    return Case(
-        title,
-        headings,
-        cells,
-        ["x fresh: of the fresh compile by pbfx, or by pbfx with a reserve"],
-        rows,
-    )
+    notes = ["x fresh: of the fresh compile of the grown model as a whole"]
+    return Case(title, ("event", "ms", "x fresh", "compilations"), cells, notes, rows)
+
+
+def _rows_of(args: argparse.Namespace) -> list[dict[str, str]]:
+    """Return the rows that a run with `--resume` need not measure again.
+
+    Raises:
+        UsageError: if the options name no file to resume from.
+    """
+    if not args.resume:
+        return []
+    path = results_path("recompile", args)
+    if path is None:
+        raise UsageError("--resume goes on with a file of rows: name it with --out, or --save")
+    device = torch.device(args.device)
+    here = as_text(environment("recompile", device, args.dtype, args.seed, args.revision))
+    fixed = [name for name in here if name != "utc"]
+    return [row for row in read(path) if all(row[name] == here[name] for name in fixed)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -274,6 +327,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=count, default=8, help="(default 8)")
     parser.add_argument("--dendrites", type=natural, default=2, help="before it grows (default 2)")
     parser.add_argument("--repeats", type=count, default=10, help="of steady steps (default 10)")
+    parser.add_argument(
+        "--resume", action="store_true", help="skip the ways whose rows the file has already"
+    )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["default"])
     parser.add_argument(

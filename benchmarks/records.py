@@ -58,6 +58,14 @@ def append(path: Path, columns: tuple[str, ...], rows: Iterable[Mapping[str, obj
         writer.writerows(map(as_text, rows))
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of `path`, none if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def as_text(row: Mapping[str, object]) -> dict[str, str]:
     """Return a row as it stands in the file."""
     return {

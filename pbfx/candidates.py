@@ -18,14 +18,12 @@ from torch import Tensor, nn
 
 import pbfx_kernels
 from pbfx.config import Config
+from pbfx.copies import Filling
 from pbfx.reserve import padded
 from pbfx.sited import Sited, fit_form, in_torch_func, pad, per_dendrite
 from pbfx.sites import Site
 from pbfx.spread import Spread
 from pbfx_kernels import Moment
-
-# It has no public name.
-_foreach_zero_: Any = torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
 
 # What candidates hold for each older dendrite.
 _LINKS = ("to_dendrite", "best_to_dendrite")
@@ -53,6 +51,9 @@ class Candidates(Sited):
     them. `spread` measures the preactivations of candidates that join after a norm.
     """
 
+    bias: nn.Parameter | None
+    to_dendrite: nn.Parameter
+    moments: nn.Parameter
     direction: Tensor
     error_mean: Tensor
     regression: Tensor | None
@@ -74,24 +75,26 @@ class Candidates(Sited):
         bias: Tensor | None,
         dendrites: int,
         reserved: int = 0,
+        filling: Filling | None = None,
     ) -> None:
         super().__init__(site, weight.device)
         # Which of the dendrites that they read exist; None without a reserve.
         self.alive = dendrites if reserved else None
         self.activation = config.activation
         count, neurons = weight.shape[0], site.neurons
-        self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
-        links = weight.new_zeros(count, reserved or dendrites, neurons)
-        self.to_dendrite = nn.Parameter(links)
+        # As attributes they cost a restructure several times as much.
+        own = self._parameters
+        own["weight"] = nn.Parameter(weight)
+        own["bias"] = None if bias is None else nn.Parameter(bias)
+        memory = Filling() if filling is None else filling
+        links = memory.zeros(weight, (count, reserved or dendrites, neurons))
+        own["to_dendrite"] = nn.Parameter(links)
         sums = len(Moment), count, neurons
         # Sums over many batches of small numbers: float32 at least, whatever the model's dtype.
         precise = torch.promote_types(weight.dtype, torch.float32)
         # 2-D, because an optimizer may take matrices only (Muon), and the user's optimizer holds
         # this parameter.
-        moments = weight.new_empty(sums[0] * count, neurons, dtype=precise)
-        self.moments = nn.Parameter(moments)
-        memory = [moments]
+        own["moments"] = nn.Parameter(memory.zeros(weight, (sums[0] * count, neurons), precise))
         shapes: dict[str, tuple[int, ...]] = {
             "direction": (count, neurons),
             "error_mean": (neurons,),
@@ -107,17 +110,16 @@ class Candidates(Sited):
         if climbs:
             shapes["regression"] = (2, count, neurons)
         for name, shape in shapes.items():
-            memory.append(weight.new_empty(shape, dtype=precise))
-            self.register_buffer(name, memory[-1])
+            self._buffers[name] = memory.zeros(weight, shape, precise)
         if not climbs:
-            self.register_buffer("regression", None)
-        # One launch for all.
-        _foreach_zero_(memory)
+            self._buffers["regression"] = None
         # A norm scales what its neuron computes; dendrites join after it and have to come scaled.
-        self.spread = Spread(count, neurons, weight, precise) if site.norm else None
-        self.register_buffer("best_weight", weight.detach().clone())
-        self.register_buffer("best_bias", None if bias is None else bias.detach().clone())
-        self.register_buffer("best_to_dendrite", links.clone())
+        self.spread = Spread(count, neurons, weight, precise, memory) if site.norm else None
+        self._buffers["best_weight"] = memory.copy(weight)
+        self._buffers["best_bias"] = None if bias is None else memory.copy(bias)
+        self._buffers["best_to_dendrite"] = memory.zeros_like(links)
+        if filling is None:
+            memory.fill()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Candidates:
         # Sums over many batches keep their float32 under `half` and `bfloat16`.

@@ -8,21 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Elements: 512 bytes of float32, as torch's allocator aligns.
+_ALIGNED = 128
+_SMALL = 2**20
+
 
 @torch.no_grad()
 def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return a copy of each tensor, detached, in memory of its own."""
-    if not _are_plain(tensors):
+    """Return a copy of each tensor, detached. They share memory with each other only."""
+    if not are_plain(tensors):
         return [tensor.detach().clone() for tensor in tensors]
-    copies = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
-    copy_into(copies, tensors)
-    return copies
+    copies: dict[int, Tensor] = {}
+    alike: dict[Any, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        # Large ones gain nothing, and need not find so much memory in one piece.
+        if tensor.is_contiguous() and tensor.numel() <= _SMALL:
+            alike.setdefault((tensor.dtype, tensor.device), []).append(index)
+        else:
+            copies[index] = torch.empty_like(tensor, requires_grad=False)
+    for (dtype, device), indices in alike.items():
+        # Where the parts begin, a kernel may read several numbers at once.
+        sizes = [-(-tensors[index].numel() // _ALIGNED) * _ALIGNED for index in indices]
+        memory = torch.empty(sum(sizes), dtype=dtype, device=device)
+        for index, part in zip(indices, memory.split(sizes), strict=True):
+            tensor = tensors[index]
+            copies[index] = part[: tensor.numel()].view(tensor.shape)
+    ordered = [copies[index] for index in range(len(tensors))]
+    copy_into(ordered, tensors)
+    return ordered
 
 
 @torch.no_grad()
 def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Overwrite each of `targets` with the one of `sources` in its place, of the same shape."""
-    if not (_are_plain(targets) and _are_plain(sources)):
+    if not (are_plain(targets) and are_plain(sources)):
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
         return
@@ -33,14 +52,63 @@ def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         columns[0].append(target)
         columns[1].append(source)
     for columns in alike.values():
-        _foreach_copy_(*columns)
+        copy_alike(*columns)
 
 
-def _are_plain(tensors: Sequence[Tensor]) -> bool:
+@torch.no_grad()
+def copy_alike(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Do what `copy_into` does, for plain tensors of one dtype on one device."""
+    _foreach_copy_(targets, sources)
+
+
+class Filling:
+    """Memory for many owners, which is written in one call for all once it is there.
+
+    On a GPU a launch costs more than most of these tensors take to write.
+    """
+
+    def __init__(self) -> None:
+        self._zeros: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def zeros(self, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """Return what `like.new_zeros` does, to be filled."""
+        made = like.new_empty(shape, dtype=dtype)
+        self._zeros.append(made)
+        return made
+
+    def zeros_like(self, tensor: Tensor) -> Tensor:
+        """Return what `torch.zeros_like` does, without gradients, to be filled."""
+        made = torch.empty_like(tensor, requires_grad=False)
+        self._zeros.append(made)
+        return made
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Return what `tensor.detach().clone()` does, to be filled."""
+        made = torch.empty_like(tensor, requires_grad=False)
+        self._copies.append((made, tensor.detach()))
+        return made
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Write all that has been asked for so far."""
+        alike: dict[Any, list[Tensor]] = {}
+        for tensor in self._zeros:
+            alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        for tensors in alike.values():
+            _foreach_zero_(tensors)
+        if self._copies:
+            targets, sources = zip(*self._copies, strict=True)
+            copy_into(targets, sources)
+        self._zeros, self._copies = [], []
+
+
+def are_plain(tensors: Sequence[Tensor]) -> bool:
     """Return whether none is of a class with ways of its own, or sparse."""
     kinds = set(map(type, tensors)) <= {Tensor, nn.Parameter}
     return kinds and all(tensor.layout is torch.strided for tensor in tensors)
 
 
-# It has no public name.
+# They have no public names.
+_foreach_zero_: Any = torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
 _foreach_copy_: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]

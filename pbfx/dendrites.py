@@ -50,6 +50,9 @@ class Dendrites(Sited):
     """
 
     lists_channels = True
+    bias: nn.Parameter | None
+    to_soma: nn.Parameter
+    to_dendrite: nn.Parameter
     candidates: Candidates | None
     mask: Tensor | None
     # Whether the last neuron phase has begun, in which perforated dendrites train by
@@ -63,10 +66,12 @@ class Dendrites(Sited):
         neurons = site.neurons
         like = weight.detach()
         slots = config.reserve
-        self.weight = nn.Parameter(like.new_zeros(slots, *site.shape))
-        self.bias = nn.Parameter(like.new_zeros(slots, neurons)) if site.biased else None
-        self.to_soma = nn.Parameter(like.new_zeros(slots, neurons))
-        self.to_dendrite = nn.Parameter(like.new_zeros(slots, slots, neurons))
+        # As attributes they cost a restructure several times as much.
+        own = self._parameters
+        own["weight"] = nn.Parameter(like.new_zeros(slots, *site.shape))
+        own["bias"] = nn.Parameter(like.new_zeros(slots, neurons)) if site.biased else None
+        own["to_soma"] = nn.Parameter(like.new_zeros(slots, neurons))
+        own["to_dendrite"] = nn.Parameter(like.new_zeros(slots, slots, neurons))
         # How many slots are dendrites, and ones for those: a number in the graph would be a new
         # graph with every dendrite. None without a reserve.
         self.alive = 0 if slots else None
@@ -188,11 +193,12 @@ class Dendrites(Sited):
             links = F.pad(self.to_dendrite[:old, :old], (0, 0, 0, 1, 0, 1))
             if old:
                 links[old, :old] = to_dendrite[:old]
-        self.to_soma = stacked(self.to_soma, to_soma)
-        self.to_dendrite = nn.Parameter(links)
+        own = self._parameters
+        own["to_soma"] = stacked(self.to_soma, to_soma)
+        own["to_dendrite"] = nn.Parameter(links)
         if self.bias is not None and bias is not None:
-            self.bias = stacked(self.bias, bias)
-        self.weight = stacked(self.weight, weight)
+            own["bias"] = stacked(self.bias, bias)
+        own["weight"] = stacked(self.weight, weight)
         self._resized(old + 1)
 
     def resize(self, count: int) -> None:

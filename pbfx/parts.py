@@ -33,11 +33,13 @@ class Survey(NamedTuple):
         dendrites: per neuron, of the most grown site.
         parameters: of the network, candidates not counted. Of `to_dendrite` (D, D, N) the strictly
             lower triangle counts; the rest is never read.
+        modules: all of the model's.
     """
 
     parts: dict[str, PerforatedModule]
     dendrites: int
     parameters: int
+    modules: list[nn.Module]
 
 
 def survey(model: nn.Module) -> Survey:
@@ -75,7 +77,8 @@ def _walk(model: nn.Module) -> Survey:
     parts: dict[str, PerforatedModule] = {}
     seen: set[int] = set()
     dendrites = parameters = 0
-    for path, module in modules_in(model).items():
+    modules = modules_in(model)
+    for path, module in modules.items():
         if isinstance(module, Candidates):
             continue
         if isinstance(module, PerforatedModule):
@@ -89,7 +92,7 @@ def _walk(model: nn.Module) -> Survey:
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 parameters += parameter.numel()
-    return Survey(parts, dendrites, parameters)
+    return Survey(parts, dendrites, parameters, list(modules.values()))
 
 
 def _checked(model: nn.Module, parts: dict[str, PerforatedModule]) -> dict[str, PerforatedModule]:

@@ -12,6 +12,7 @@ from pbfx.absorbed import absorb, assign
 from pbfx.candidates import Candidates, bend_of
 from pbfx.capture import CONSTANT
 from pbfx.compiled import drop_compiled_code
+from pbfx.copies import Filling
 from pbfx.dendrites import Dendrites
 from pbfx.draws import Draw, draw_weights
 from pbfx.errors import CheckpointError, ConfigError, PassError
@@ -133,10 +134,12 @@ class PerforatedModule(fx.GraphModule):
             for (site, _), dendrites in zip(pools, owners, strict=True)
         ]
         drawn = self.draw([(site, count) for site, (_, count) in zip(places, pools, strict=True)])
+        filling = Filling()
         for site, dendrites, (weight, bias) in zip(places, owners, drawn, strict=True):
             if bias is not None and bend:
                 bias += bend
-            self._give_candidates(dendrites, site, weight, bias)
+            self._give_candidates(dendrites, site, weight, bias, filling)
+        filling.fill()
 
     def draw(self, sets: Sequence[tuple[Site, int]]) -> list[tuple[Tensor, Tensor | None]]:
         """Draw from the private generator, for each site and count weights (count, *W) and biases
@@ -163,12 +166,19 @@ class PerforatedModule(fx.GraphModule):
         return Structure(counts)
 
     def _give_candidates(
-        self, dendrites: Dendrites, site: Site, weight: Tensor, bias: Tensor | None
+        self,
+        dendrites: Dendrites,
+        site: Site,
+        weight: Tensor,
+        bias: Tensor | None,
+        filling: Filling | None = None,
     ) -> None:
         """Let the candidates of `dendrites` be a pool with these weights."""
         config = self.perforation.config
         slots = dendrites.slots if config.reserve else 0
-        dendrites.candidates = Candidates(site, config, weight, bias, dendrites.count, slots)
+        dendrites.candidates = Candidates(
+            site, config, weight, bias, dendrites.count, slots, filling
+        )
 
     def adopt(self, structure: Structure) -> None:
         """Take on `structure`: the first D dendrites of each site survive, new ones are zero.
@@ -224,10 +234,16 @@ class PerforatedModule(fx.GraphModule):
 
     def train(self, mode: bool = True) -> PerforatedModule:
         """Set the mode as usual; in the dendrite phase the network's own modules stay in eval."""
-        super().train(mode)
-        if self.perforation.phase is Phase.DENDRITE:
-            for child in self.children():
-                child.train(False)
+        if self.perforation.phase is not Phase.DENDRITE:
+            super().train(mode)
+            return self
+        if self.perforation.kind.train is nn.Module.train:
+            self.training = mode
+        else:
+            # The user's own may do more.
+            super().train(mode)
+        for child in self._modules.values():
+            hold_in_eval(child)
         return self
 
     def _lookup(self, path: str) -> Dendrites | None:
@@ -309,6 +325,19 @@ class PerforatedModule(fx.GraphModule):
             "_is_replica": True,
         }
         return replica
+
+
+def hold_in_eval(module: nn.Module | None) -> None:
+    """Do what `module.train(False)` does, and leave alone what is in eval."""
+    if module is None:
+        return
+    if type(module).train is not nn.Module.train:
+        module.train(False)
+        return
+    if module.training:
+        module.training = False
+    for child in module._modules.values():
+        hold_in_eval(child)
 
 
 def _state(module: PerforatedModule) -> dict[str, Any]:

@@ -20,8 +20,17 @@ from torch.utils.hooks import RemovableHandle
 
 from pbfx.absorbed import Absorbed
 from pbfx.config import Config
+from pbfx.copies import Filling
 from pbfx.dendrites import Dendrites
-from pbfx.learning import SiteLearner, new_cohort, prospect_of, reached, select
+from pbfx.learning import (
+    Chosen,
+    SiteLearner,
+    chosen,
+    new_cohort,
+    prospect_of,
+    reached,
+    select,
+)
 from pbfx.optimizers import Schedule, sync_optimizer
 from pbfx.parts import candidate_parameters, managed_parameters, parts_of, soma_weight_of
 from pbfx.passes.hold_eval import held_by_graph
@@ -122,20 +131,25 @@ def start_dendrite_phase(model: nn.Module) -> tuple[Frozen, dict[str, SiteLearne
 
 def learners_of(model: nn.Module) -> dict[str, SiteLearner]:
     """Return a new learner, not yet attached, for every pool of candidates in `model`."""
-    cohort = new_cohort()
-    return {
-        join(path, name): SiteLearner(dendrites.candidates, part.perforation.config, cohort)
+    cohort, filling = new_cohort(), Filling()
+    learners = {
+        join(path, name): SiteLearner(
+            dendrites.candidates, part.perforation.config, cohort, filling
+        )
         for path, part in parts_of(model).items()
         for name, dendrites in part.grown().items()
         if dendrites.candidates is not None
     }
+    filling.fill()
+    return learners
 
 
 def freeze(model: nn.Module) -> None:
     """Let only candidates require gradients, drop every gradient, hold the parts in eval."""
     learning = {id(p) for p in candidate_parameters(model).values()}
     for parameter in parameters_in(model).values():
-        parameter.requires_grad_(id(parameter) in learning)
+        if parameter.requires_grad != (id(parameter) in learning):
+            parameter.requires_grad_(not parameter.requires_grad)
         # A zero left behind would still move a parameter under momentum or weight decay.
         parameter.grad = None
     for part in parts_of(model).values():
@@ -201,6 +215,8 @@ def promote(model: nn.Module, learners: dict[str, SiteLearner]) -> None:
     growing, reasons = _growing(model, heard)
     for reason in reasons:
         logger.info("%s", reason)
+    names = [name for name, channels in growing.items() if channels]
+    best = dict(zip(names, chosen([learners[name].candidates for name in names]), strict=True))
     for path, part in parts_of(model).items():
         grown = part.grown()
         for site in part.perforation.sites:
@@ -208,8 +224,8 @@ def promote(model: nn.Module, learners: dict[str, SiteLearner]) -> None:
             if full not in learners:
                 continue
             grown[site.name].candidates = None
-            if growing.get(full):
-                _accept(part, site, growing[full], learners[full])
+            if full in best:
+                _accept(part, site, growing[full], learners[full], best[full])
                 continue
             if full not in heard:
                 logger.info("no dendrite at %s: no error has reached it in this phase", full)
@@ -263,10 +279,14 @@ def _growing(
 
 
 def _accept(
-    part: PerforatedModule, site: Site, channels: tuple[int, ...], learner: SiteLearner
+    part: PerforatedModule,
+    site: Site,
+    channels: tuple[int, ...],
+    learner: SiteLearner,
+    best: Chosen,
 ) -> None:
     """Append the best candidate of each of these neurons of the pool."""
-    pool, (weight, bias, links) = learner.candidates.site, learner.chosen()
+    pool, (weight, bias, links) = learner.candidates.site, best
     share = part.perforation.config.initial_link
     to_soma = learner.first_link(share) if share else None
     dendrites = part.ensure_dendrites(site)

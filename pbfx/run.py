@@ -55,12 +55,18 @@ class Run:
         """Return whether no neuron phase has scored so well."""
         return self.best_score is None or self._better(score, self.best_score)
 
-    def keep(self, model: nn.Module, score: float) -> None:
-        """Copy the network of `model` if it is the best of its phase."""
+    def keep(self, model: nn.Module, score: float, found: Survey) -> None:
+        """Copy the network of `model` if it is the best of its phase.
+
+        Args:
+            model: in a neuron phase.
+            score: of its network.
+            found: what a walk over it has found.
+        """
         if self.current is None:
             self.current = Snapshot.take(model, score)
         elif self._better(score, self.current.score):
-            self.current = self.current.renewed(model, score)
+            self.current = self.current.renewed(model, score, found.modules)
 
     def kept(self, decision: Decision) -> Snapshot | None:
         """Return the network that is accepted from `decision` on."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from pbfx.copies import copies_of, copy_into
+from pbfx.copies import are_plain, copies_of, copy_alike, copy_into
 from pbfx.parts import adopt, network_state, structure_of
 from pbfx.paths import modules_in
 from pbfx.structure import Counts, Structure
@@ -21,6 +23,7 @@ class Snapshot:
     score: float
     structure: Structure
     tensors: dict[str, Tensor]
+    origin: _Origin | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @classmethod
     def take(cls, model: nn.Module, score: float) -> Snapshot:
@@ -33,18 +36,28 @@ class Snapshot:
             name: next(copies) if isinstance(value, Tensor) else copy.deepcopy(value)
             for name, value in state.items()
         }
-        return cls(score, structure_of(model).without_candidates(), kept)
+        origin = _Origin.of(list(modules_in(model).values()), state, kept)
+        return cls(score, structure_of(model).without_candidates(), kept, origin)
 
-    def renewed(self, model: nn.Module, score: float) -> Snapshot:
+    def renewed(self, model: nn.Module, score: float, modules: Sequence[nn.Module]) -> Snapshot:
         """Copy the network of `model`, which has the structure that it had here.
 
         What this snapshot holds is overwritten: many small copies in one call, and no new memory.
+
+        Args:
+            model: in a neuron phase.
+            score: of its network.
+            modules: all of the model's.
         """
+        if self.origin is not None and self.origin.copy(modules):
+            return dataclasses.replace(self, score=score)
         state = network_state(model)
         if not self._fits(state):
             return Snapshot.take(model, score)
         copy_into(list(self.tensors.values()), list(state.values()))
-        return dataclasses.replace(self, score=score)
+        # It may have come from a file.
+        origin = _Origin.of(modules, state, self.tensors)
+        return dataclasses.replace(self, score=score, origin=origin)
 
     def _fits(self, state: dict[str, Any]) -> bool:
         """Return whether `state` is of the tensors that are held here, no others, and only them."""
@@ -83,6 +96,73 @@ class Snapshot:
             copy_into(list(state.values()), list(self.tensors.values()))
         else:
             model.load_state_dict(self.tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """Where in a model the tensors of a snapshot come from, so that no name is asked for again.
+
+    Attributes:
+        owners: identities of the modules and their tensors, in the order of a walk.
+        columns: of tensors that are copied in one call: places in that order, the snapshot's own
+            tensors, and what those of the model look like.
+    """
+
+    owners: list[int]
+    columns: list[tuple[list[int], list[Tensor], list[_Look]]]
+
+    @classmethod
+    def of(
+        cls, modules: Sequence[nn.Module], state: dict[str, Any], kept: dict[str, Any]
+    ) -> _Origin | None:
+        """Return where `state` comes from, None if it is not made of the modules' own tensors."""
+        held = _held_by(modules)
+        places = {id(tensor): place for place, tensor in enumerate(held)}
+        tensors = list(state.values())
+        if not are_plain(tensors) or not all(id(tensor) in places for tensor in tensors):
+            return None
+        columns: dict[Any, tuple[list[int], list[Tensor], list[_Look]]] = {}
+        for tensor, copied in zip(tensors, kept.values(), strict=True):
+            look = _look_of(tensor)
+            where, targets, looks = columns.setdefault(look[1:], ([], [], []))
+            where.append(places[id(tensor)])
+            targets.append(copied)
+            looks.append(look)
+        return cls(_identities(modules, held), list(columns.values()))
+
+    def copy(self, modules: Sequence[nn.Module]) -> bool:
+        """Copy what `modules` hold now; return whether it was done, which it is not for others."""
+        held = _held_by(modules)
+        if _identities(modules, held) != self.owners:
+            return False
+        sources = [[held[place] for place in places] for places, _, _ in self.columns]
+        # A tensor may have moved, or have another dtype now, and be the same object.
+        looks = [list(map(_look_of, column)) for column in sources]
+        if looks != [expected for _, _, expected in self.columns]:
+            return False
+        for (_, targets, _), column in zip(self.columns, sources, strict=True):
+            copy_alike(targets, column)
+        return True
+
+
+_Look = tuple[torch.Size, torch.dtype, torch.device]
+
+
+def _look_of(tensor: Tensor) -> _Look:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _held_by(modules: Sequence[nn.Module]) -> list[Any]:
+    """Return parameters and buffers, None among them, in the order of `modules`."""
+    held: list[Any] = []
+    for module in modules:
+        held.extend(module._parameters.values())
+        held.extend(module._buffers.values())
+    return held
+
+
+def _identities(modules: Sequence[nn.Module], held: Sequence[Any]) -> list[int]:
+    return [*map(id, modules), *map(id, held)]
 
 
 def _loads_plainly(model: nn.Module, state: dict[str, Tensor]) -> bool:

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pbfx.copies import Filling
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -23,6 +25,7 @@ class Spread(nn.Module):
         neurons: N.
         like: for the device.
         dtype: of the sums.
+        filling: writes their first zeros, with those of others; here if None.
 
     Source: Chan, Golub and LeVeque, *Updating Formulae and a Pairwise Algorithm for Computing
     Sample Variances*, 1979.
@@ -32,17 +35,27 @@ class Spread(nn.Module):
     mean: Tensor
     squares: Tensor
 
-    def __init__(self, candidates: int, neurons: int, like: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        candidates: int,
+        neurons: int,
+        like: Tensor,
+        dtype: torch.dtype,
+        filling: Filling | None = None,
+    ) -> None:
         super().__init__()
         # Told by the host, so that a graph has the measurement or has it not.
         self.open = True
         self.batches = 0
+        memory = Filling() if filling is None else filling
         for name, shape in {
             "count": (),
             "mean": (candidates, neurons),
             "squares": (candidates, neurons),
         }.items():
-            self.register_buffer(name, like.new_zeros(shape, dtype=dtype))
+            self._buffers[name] = memory.zeros(like, shape, dtype)
+        if filling is None:
+            memory.fill()
 
     @torch.no_grad()
     def add(self, z: Tensor, channel_axis: int) -> None:

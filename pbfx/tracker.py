@@ -13,11 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pbfx import restructure
+from pbfx.acting import Resets, carry_out
 from pbfx.belonging import check, check_optimizer
 from pbfx.budget import Budget
-from pbfx.by_hand import grow_part
 from pbfx.capacity import Capacity, CapacityTest
-from pbfx.deciding import decide, grows_at_once
+from pbfx.deciding import decide
 from pbfx.errors import TrackerError
 from pbfx.history import Epoch, Step
 from pbfx.learning import SiteLearner
@@ -25,6 +25,7 @@ from pbfx.listening import Listening, resumed
 from pbfx.measuring import measure, show_figures
 from pbfx.optimizers import Schedule, Stepping, hold
 from pbfx.parts import Survey, parts_of, survey
+from pbfx.paths import parameters_in
 from pbfx.phase import Phase
 from pbfx.policy import Action, Decision, Plateau, PolicyLike, Situation, possible
 from pbfx.ranks import (
@@ -40,7 +41,7 @@ from pbfx.rates import RateSearch, Search
 from pbfx.restructure import Frozen
 from pbfx.run import Run
 from pbfx.run_files import made, write_best, write_last
-from pbfx.settings import PerDendrite, at
+from pbfx.settings import PerDendrite
 from pbfx.undo import undoing
 from pbfx.waypoint import Waypoint
 
@@ -208,7 +209,7 @@ class Tracker:
         run, phase = self._run, self.phase
         improved = phase is Phase.NEURON and run.improves(value)
         if phase is Phase.NEURON:
-            run.keep(self.model, value)
+            run.keep(self.model, value, found)
         seconds = time.perf_counter() - self._since
         candidate_score, sites = measure(self.model, self._learners)
         check_candidates(candidate_score, wrappers)
@@ -231,8 +232,7 @@ class Tracker:
             if run.search is not None:
                 self._carry_on(run.search)
         else:
-            self._restructure(decision, wrappers)
-            found = survey(self.model)
+            found = self._restructure(decision, wrappers)
             logger.info("%s", decision.reason)
         if self.complete:
             write_best(self.directory, self.model)
@@ -303,68 +303,25 @@ class Tracker:
             decision = Decision(Action.COMPLETE, str(self.capacity), decision.keep)
         return possible(decision, situation)
 
-    def _restructure(self, decision: Decision, wrappers: Wrappers) -> None:
+    def _restructure(self, decision: Decision, wrappers: Wrappers) -> Survey:
         """Carry out a decision; the tracker's own state changes only when the model's has."""
         check_renewable(wrappers)
-        run, over = self._run, decision.action is Action.COMPLETE
-        source = run.current if decision.action is Action.GROW else run.kept(decision)
-        start = run.test.start if over and run.test is not None else None
-        if start is not None:
-            source = start.network
-        frozen, learners, search = None, {}, None
         parts = self.model, self.optimizer, self._schedule
-        # Promotion makes new tensors; all else returns to a snapshot, which is copied into old
-        # ones.
-        values = decision.action is not Action.PROMOTE
-        with undoing(*parts, values=values):
-            with restructure.synchronised(self.model, self.optimizer):
-                if decision.action is Action.PROMOTE:
-                    assert self._frozen is not None
-                    restructure.promote(self.model, self._learners)
-                    restructure.thaw(self.model, self._frozen)
-                else:
-                    assert source is not None
-                    source.restore(self.model)
-                    if self._frozen is not None:
-                        restructure.thaw(self.model, self._frozen)
-                    if decision.action is Action.FINISH or run.finishing:
-                        restructure.set_finishing(self.model, decision.action is Action.FINISH)
-                    elif not over:
-                        frozen, learners = self._grow()
-                if not over:
-                    dendrites = self.dendrites
-                    if at(self.reset_learning_rate, dendrites):
-                        self._schedule.reset()
-                    if at(self.reset_optimizer_state, dendrites):
-                        self.optimizer.state.clear()
-            if start is not None:
-                start.restore(*parts)
-                for path, part in parts_of(self.model).items():
-                    part.perforation.draws = start.draws[path]
-                show_figures(self.model, ())
-            elif not over and not learners and decision.action is not Action.FINISH:
-                search = self._new_search()
+        resets = Resets(self.reset_learning_rate, self.reset_optimizer_state)
+        outcome = carry_out(decision, self._run, self._listening, parts, resets, self._new_search)
         renew(wrappers)
-        listen_together(learners, wrappers)
-        self._listening.change(self.model, self.optimizer, frozen, learners)
-        self._parameters = dict(self.model.named_parameters())
-        run.turn(decision, search)
+        listen_together(outcome.learners, wrappers)
+        self._listening.change(self.model, self.optimizer, outcome.frozen, outcome.learners)
+        self._parameters = parameters_in(self.model)
+        self._run.turn(decision, outcome.search)
+        return outcome.found
 
-    def _grow(self) -> tuple[Frozen | None, dict[str, SiteLearner]]:
-        """Start a dendrite phase, or add dendrites at once where the mode of learning has none."""
-        parts = parts_of(self.model).values()
-        if grows_at_once(parts):
-            for part in parts:
-                grow_part(part, 1, dict.fromkeys(site.name for site in part.perforation.sites))
-            return None, {}
-        return restructure.start_dendrite_phase(self.model)
-
-    def _new_search(self) -> Search | None:
+    def _new_search(self, dendrites: int) -> Search | None:
         """Start to search for a learning rate, where that is wanted and no test is under way."""
         if self.learning_rates is None or self._run.test is not None:
             return None
         start = Waypoint.take(self.model, self.optimizer, self._schedule)
-        search = Search(self.learning_rates, self.dendrites, self.maximize, start)
+        search = Search(self.learning_rates, dendrites, self.maximize, start)
         self._schedule.scale(search.factor)
         return search
 

@@ -44,7 +44,7 @@ LAYERS: list[tuple[str, str]] = [
     ),
     (
         "policy history waypoint budget rates capacity belonging run run_files deciding listening "
-        "measuring ranks tracker",
+        "measuring acting ranks tracker",
         "when to restructure, and the call that does it",
     ),
     ("backend", "torch.compile: lowers what the verbs made"),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pbfx_kernels import reference
 from pbfx_kernels.geometry import Geometry
+from pbfx_kernels.tape import Taped, float32_precision
 from pbfx_kernels.validation import check_candidates, check_once
 
 # What the kernels compute in; float64 runs the reference.
@@ -35,6 +36,19 @@ def preactivate(
     geometry: Geometry,
 ) -> Tensor:
     """Compute what `reference.candidate_preactivations` does, strides aside."""
+    tensors = x, activations, weight, bias, to_dendrite
+    return _preactivated(tensors, geometry, float32_precision(activations))
+
+
+def _preactivate(
+    x: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor,
+    geometry: Geometry,
+    _: object,
+) -> Tensor:
     dtype = activations.dtype
     if not activations.shape[0]:
         bias = None if bias is None else bias.to(dtype)
@@ -47,6 +61,9 @@ def preactivate(
 
     z = reference.preactivations(x.to(dtype), weight.to(dtype), None, geometry)
     return add_cascade_(z, activations, bias, to_dendrite, geometry.channel_axis)
+
+
+_preactivated = Taped(_preactivate)
 
 
 def differentiate(
@@ -66,6 +83,23 @@ def differentiate(
     Kernels leave the weight's gradient in the dtype of the computation, and the small ones as parts
     of one buffer.
     """
+    tensors = grad, z, x, activations, direction, error_mean, regression
+    return _differentiated(tensors, tuple(weight_shape), activation, geometry, float32_precision(z))
+
+
+def _differentiate(
+    grad: Tensor,
+    z: Tensor,
+    x: Tensor,
+    activations: Tensor,
+    direction: Tensor,
+    error_mean: Tensor,
+    regression: Tensor | None,
+    weight_shape: tuple[int, ...],
+    activation: str,
+    geometry: Geometry,
+    _: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not fused(z):
         return reference.candidates_backward(
             grad,
@@ -88,6 +122,9 @@ def differentiate(
     if signal.weight_scale != 1:
         weight = weight.float() * signal.weight_scale
     return weight, signal.bias, signal.to_dendrite, signal.moments
+
+
+_differentiated = Taped(_differentiate)
 
 
 def fused(tensor: Tensor) -> bool:
@@ -156,7 +193,12 @@ def apply(
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Hold autocast off inside an op: the dtype of the soma's output, already autocast, decides."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+    if not autocasts(device):
+        return nullcontext()
+    if torch.compiler.is_compiling():
+        return torch.autocast(device, enabled=False)
+    # Takes its keys from the dispatcher, for a quarter of the time.
+    return torch._C._DisableAutocast()
 
 
 def autocasts(device: str) -> bool:

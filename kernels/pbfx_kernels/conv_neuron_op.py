@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 from torch.nn import functional as F
 
 import pbfx_kernels.ops  # noqa: F401  registers the ops that a backward runs
@@ -23,11 +22,13 @@ from pbfx_kernels.errors import ArgumentError
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like
+from pbfx_kernels.registering import op
 from pbfx_kernels.strategy import conv2d_problem, route
+from pbfx_kernels.tape import Taped, float32_precision
 from pbfx_kernels.validation import check_dendrites
 
 
-@custom_op("pbfx::perforated_conv2d", mutates_args=())
+@op("perforated_conv2d")
 def perforated_conv2d_op(
     x: Tensor,
     weight: Tensor,
@@ -68,7 +69,25 @@ def perforated_conv2d_op(
     Raises:
         ArgumentError: the dendrites do not fit the soma (see `dendrites`), or `x` has no batch.
     """
-    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    tensors = x, weight, bias, dendrite_weight, dendrite_bias, to_soma, to_dendrite
+    form = tuple(stride), tuple(padding), tuple(dilation), groups
+    return _evaluated(tensors, activation, form, keep, float32_precision(x))
+
+
+def _evaluate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dendrite_weight: Tensor,
+    dendrite_bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    form: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
+    keep: bool,
+    _: object,
+) -> tuple[Tensor, Tensor]:
+    geometry = Geometry(*form)
     links = dendrite_bias, to_soma, to_dendrite, activation
     out = _empty(x, weight, geometry)
     check_dendrites(out, x, dendrite_weight, *links, geometry)
@@ -92,18 +111,19 @@ def perforated_conv2d_op(
         return out, activations
 
     def library() -> tuple[Tensor, Tensor]:
-        soma = F.conv2d(
-            x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups
-        )
-        found, activations = evaluate_dendrites(soma, x, dendrite_weight, *links, geometry, keep)
-        return out.copy_(found), stack_like(out, len(activations)).copy_(activations)
+        with no_autocast(x):
+            soma = F.conv2d(x, weight, bias, *form)
+            found = evaluate_dendrites(soma, x, dendrite_weight, *links, geometry, keep)
+        return out.copy_(found[0]), stack_like(out, len(found[1])).copy_(found[1])
 
-    with no_autocast(x):
-        problem = conv2d_problem(x, weight, dendrite_weight, geometry)
-        read = None if problem is None else route(problem, x.shape)
-        if problem is None or read is None or not out.numel():
-            return library()
-        return or_reference(problem, kernel, library)
+    problem = conv2d_problem(x, weight, dendrite_weight, geometry)
+    read = None if problem is None else route(problem, x.shape)
+    if problem is None or read is None or not out.numel():
+        return library()
+    return or_reference(problem, kernel, library)
+
+
+_evaluated = Taped(_evaluate)
 
 
 def _empty(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -171,6 +191,9 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ..
         return (None,) * 13
     x, weight, activations, *dendrites = ctx.saved_tensors
     activation, stride, padding, dilation, groups = ctx.form
+    if x is not None and _channels_last(x):
+        # Both backwards want it so, and in a graph it is fused with what gives the error.
+        grad = grad.contiguous(memory_format=torch.channels_last)
     own: tuple[Any, ...] = (None, None, None)
     if any(ctx.needs):
         found = torch.ops.aten.convolution_backward.default(

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from pbfx_kernels.candidate_autograd import no_autocast
-from pbfx_kernels.dispatch import (
-    evaluate_dendrites,
-    recompute_to_soma_gradient,
-    sum_to_soma_gradient,
-)
+from pbfx_kernels.dispatch import evaluate_dendrites
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like
+from pbfx_kernels.ops import sum_links, sum_links_again
+from pbfx_kernels.tape import Taped, float32_precision
 from pbfx_kernels.validation import check_dendrites, check_once
 
 
@@ -49,15 +47,27 @@ def apply(
         ArgumentError: shapes, dtypes, devices or names do not fit.
     """
     tensors = soma, x, weight, bias, to_soma, to_dendrite
-    check_once(check_dendrites, tensors, activation, geometry)
     if torch.is_grad_enabled():
         return _cxx_apply(*tensors, activation, geometry, keep)
-    return _evaluate(*tensors, activation, geometry, keep)
+    return _evaluated(tensors, activation, geometry, keep, float32_precision(soma))
 
 
-def _evaluate(soma: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _evaluate(
+    soma: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+    keep: bool,
+    _: object,
+) -> tuple[Tensor, Tensor]:
+    links = weight, bias, to_soma, to_dendrite, activation
+    check_once(check_dendrites, (soma, x, *links[:4]), activation, geometry)
     with no_autocast(soma):
-        out, activations = evaluate_dendrites(soma, *arguments)
+        out, activations = evaluate_dendrites(soma, x, *links, geometry, keep)
     # What follows rounds by the layout that it finds: the soma's, without gaps.
     if out.stride() != soma.stride():
         dense = torch.empty_like(soma)
@@ -66,6 +76,9 @@ def _evaluate(soma: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     if activations.shape[0] and activations.stride()[1:] != out.stride():
         activations = stack_like(out, activations.shape[0]).copy_(activations)
     return out, activations
+
+
+_evaluated = Taped(_evaluate)
 
 
 class _Dendrites(torch.autograd.Function):
@@ -82,8 +95,9 @@ class _Dendrites(torch.autograd.Function):
         geometry: Geometry,
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        links = weight, bias, to_soma, to_dendrite, activation
-        out, activations = _evaluate(soma, x, *links, geometry, keep)
+        tensors = soma, x, weight, bias, to_soma, to_dendrite
+        precision = float32_precision(soma)
+        out, activations = _evaluated(tensors, activation, geometry, keep, precision)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(activations)
         ctx.learns = ctx.needs_input_grad[4]
@@ -110,16 +124,15 @@ def _links_gradient(ctx: Any, grad: Tensor) -> Tensor:
         (activations,) = ctx.saved_tensors
         if ops is not None:
             return ops.dendrites_backward.default(grad, activations, axis)
-        with no_autocast(grad):
-            return sum_to_soma_gradient(grad, activations, axis)
+        return sum_links((grad, activations), axis)
     x, weight, bias, to_dendrite = ctx.saved_tensors
-    dendrites = grad, x, weight, bias, to_dendrite, ctx.activation
     if ops is not None:
+        dendrites = grad, x, weight, bias, to_dendrite, ctx.activation
         form = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
         output = geometry.transposed, geometry.output_padding
         return ops.dendrites_recompute.default(*dendrites, *form, *output)
-    with no_autocast(grad):
-        return recompute_to_soma_gradient(*dendrites, geometry)
+    tensors = grad, x, weight, bias, to_dendrite
+    return sum_links_again(tensors, ctx.activation, geometry, float32_precision(grad))
 
 
 # The C++ half of `Function.apply`; the Python half looks for function transforms once more.

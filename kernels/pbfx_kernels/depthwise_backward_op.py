@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 import pbfx_kernels.ops  # noqa: F401  registers the op that recomputes
 from pbfx_kernels.candidate_autograd import no_autocast
@@ -19,12 +18,13 @@ from pbfx_kernels.depthwise_planes import is_patched, transposes
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import channels_last
+from pbfx_kernels.registering import op
 from pbfx_kernels.strategy import Strategy, choose, problem_of
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-@custom_op("pbfx::perforated_depthwise_backward", mutates_args=())
+@op("perforated_depthwise_backward")
 def perforated_depthwise_backward_op(
     grad: Tensor,
     x: Tensor,

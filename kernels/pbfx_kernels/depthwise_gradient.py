@@ -18,7 +18,6 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -28,13 +27,14 @@ from pbfx_kernels.depthwise_taps import evaluate_patch, load_patch, offsets, pat
 from pbfx_kernels.fused_depthwise import launch_depthwise
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, fast_activations, multiprocessors, on_device
+from pbfx_kernels.relaunch import relaunched
 from pbfx_kernels.triton_math import zeros
 
 # Programs per multiprocessor: enough to hide latency, few enough partial sums.
 _WAVES = 8
 
 
-@triton.jit
+@relaunched
 def _depthwise_gradient_kernel(
     partial,
     grad,

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 import pbfx_kernels.ops  # noqa: F401  registers the ops that a backward runs
 from pbfx_kernels import reference
@@ -23,7 +22,9 @@ from pbfx_kernels.dispatch import evaluate_dendrites
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like
+from pbfx_kernels.registering import op
 from pbfx_kernels.strategy import Strategy, choose, problem_of
+from pbfx_kernels.tape import Taped, float32_precision
 from pbfx_kernels.validation import check_dendrites
 
 
@@ -42,7 +43,7 @@ def runs_depthwise(x: Tensor, weight: Tensor, dendrite_weight: Tensor, geometry:
     return choose(problem_of(x, dendrite_weight, geometry)) is Strategy.DEPTHWISE
 
 
-@custom_op("pbfx::perforated_depthwise", mutates_args=())
+@op("perforated_depthwise")
 def perforated_depthwise_op(
     x: Tensor,
     weight: Tensor,
@@ -76,29 +77,50 @@ def perforated_depthwise_op(
     Raises:
         ArgumentError: the dendrites do not fit the soma (see `dendrites`).
     """
-    geometry = _geometry(weight, stride, padding, dilation)
-    links = dendrite_bias, to_soma, to_dendrite, activation
-    with no_autocast(x):
+    tensors = x, weight, bias, dendrite_weight, dendrite_bias, to_soma, to_dendrite
+    form = tuple(stride), tuple(padding), tuple(dilation)
+    return _evaluated(tensors, activation, form, keep, float32_precision(x))
 
-        def plain() -> tuple[Tensor, Tensor]:
+
+def _evaluate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dendrite_weight: Tensor,
+    dendrite_bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    form: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    keep: bool,
+    _: object,
+) -> tuple[Tensor, Tensor]:
+    geometry = _geometry(weight, *form)
+    links = dendrite_bias, to_soma, to_dendrite, activation
+
+    def plain() -> tuple[Tensor, Tensor]:
+        with no_autocast(x):
             soma = reference.product(x, weight, bias, geometry)
             check_dendrites(soma, x, dendrite_weight, *links, geometry)
             found = evaluate_dendrites(soma, x, dendrite_weight, *links, geometry, keep)
-            out, activations = _allocate(x, weight, len(to_soma) if keep else 0, geometry)
-            return out.copy_(found[0]), activations.copy_(found[1])
+        out, activations = _allocate(x, weight, len(to_soma) if keep else 0, geometry)
+        return out.copy_(found[0]), activations.copy_(found[1])
 
-        def kernel() -> tuple[Tensor, Tensor]:
-            from pbfx_kernels.fused_depthwise import depthwise_neuron
+    def kernel() -> tuple[Tensor, Tensor]:
+        from pbfx_kernels.fused_depthwise import depthwise_neuron
 
-            out, activations = _allocate(x, weight, len(to_soma) if keep else 0, geometry)
-            check_dendrites(out, x, dendrite_weight, *links, geometry)
-            kept = activations if keep else None
-            depthwise_neuron(x, weight, bias, dendrite_weight, *links, geometry, out, kept)
-            return out, activations
+        out, activations = _allocate(x, weight, len(to_soma) if keep else 0, geometry)
+        check_dendrites(out, x, dendrite_weight, *links, geometry)
+        kept = activations if keep else None
+        depthwise_neuron(x, weight, bias, dendrite_weight, *links, geometry, out, kept)
+        return out, activations
 
-        if not runs_depthwise(x, weight, dendrite_weight, geometry):
-            return plain()
-        return or_reference(problem_of(x, dendrite_weight, geometry), kernel, plain)
+    if not runs_depthwise(x, weight, dendrite_weight, geometry):
+        return plain()
+    return or_reference(problem_of(x, dendrite_weight, geometry), kernel, plain)
+
+
+_evaluated = Taped(_evaluate)
 
 
 def _geometry(

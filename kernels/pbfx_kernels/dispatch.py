@@ -146,6 +146,37 @@ def sum_to_soma_gradient(grad: Tensor, activations: Tensor, channel_axis: int) -
     )
 
 
+def sum_links_and_bias(
+    grad: Tensor, activations: Tensor, links: torch.dtype, bias: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Sum `dT_d = Σ_p g ⊙ a_d` and `db = Σ_p g` of a linear op.
+
+    Args:
+        grad: g, `(..., N)`.
+        activations: a, `(D, *grad)`; D may be 0.
+        links: dtype of dT.
+        bias: dtype of db.
+
+    Returns:
+        `(D, N)` and `(N,)`.
+    """
+    dendrites, neurons = activations.shape[0], grad.shape[-1]
+    problem = _problem_of_sum(grad.shape, grad.dtype, grad.device, dendrites, grad.dim() - 1)
+
+    def plain() -> tuple[Tensor, Tensor]:
+        sums = reference.dendrites_backward(grad, activations, -1)
+        return sums.to(links), grad.sum_to_size(neurons).to(bias, copy=True)
+
+    def kernel() -> tuple[Tensor, Tensor]:
+        from pbfx_kernels.link_and_bias_gradient import link_and_bias_gradients
+
+        rows = grad.reshape(-1, neurons)
+        return link_and_bias_gradients(rows, activations.flatten(1, -2), links, bias)
+
+    known = choose(problem) is not Strategy.REFERENCE and grad.dim() > 1
+    return or_reference(problem, kernel, plain) if known else plain()
+
+
 @functools.lru_cache(REMEMBERED)
 def _problem_of_sum(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dendrites: int, axis: int

@@ -27,17 +27,23 @@ from torch import Tensor
 from pbfx_kernels.activations import activate
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.reference import accumulation_dtype, product
-from pbfx_kernels.strategy import Problem, can_split, fallback_reason, fuses, is_depthwise
+from pbfx_kernels.strategy import (
+    Problem,
+    can_split,
+    fallback_reason,
+    fuses,
+    is_depthwise,
+    streams,
+)
 
 # Multiply-adds per dendrite above which a linear op is all products, and the extra passes of a
 # compiler's epilogue cost more than they save.
 _LARGE_PRODUCT = 2 * 10**10
 # Inputs of linear ops whose preactivations would be most of the traffic; see `strategy`.
 _FEW_INPUTS = 256
-# Bytes of preactivations, 25 µs or so of traffic, that are worth an op in a training step, which
-# pays more than that for it in Python. GPT-2 small at 4096 tokens has 36 such sites: a step took
-# 15 ms on the device and 54 in a loop, where packed + Inductor took 36.
-_OP_BYTES = 96 * 2**20
+# Bytes of preactivations that are worth an op in a training step: below, a library's kernels and
+# ours take the device as long. MNIST's net at batch 32, sites of 4 and 7 MiB: 290 and 286 µs.
+_OP_BYTES = 16 * 2**20
 # Bytes of output below which whatever follows costs a launch and no bandwidth.
 _SMALL_OUTPUT = 4 * 2**20
 # Taps of a convolution of images from which a library has nothing that is as good as one kernel.
@@ -71,6 +77,9 @@ def choose_form(problem: Problem, training: bool, absorbs: bool, with_soma: bool
     # Inference gains twice as much: it keeps nothing in the place of the preactivations.
     worth_it = not training or problem.dendrites * written >= _OP_BYTES
     if with_soma and worth_it and fuses(problem):
+        return Form.FUSED
+    weights = (problem.dendrites + 1) * problem.neurons * problem.inputs * problem.dtype.itemsize
+    if with_soma and not training and weights >= _OP_BYTES and streams(problem):
         return Form.FUSED
     if fallback_reason(problem) is not None or problem.dendrites == 0:
         # Our kernels would not run: the compiler's are better than the reference.
@@ -192,15 +201,17 @@ def dendrites_in_graph(
         z = _apart(widened(stacked, products), geometry, count, neurons)
     lined_up = (neurons, *(1,) * geometry.spatial)
     links = _links(to_soma.to(wide), soma, geometry, count, neurons, shape)
+    # Index by index, not unbound: a backward then keeps one tensor of each and not all its parts,
+    # which a compiler's partitioner saves apart where they are less than a quarter.
     if bias is not None:
-        bias = bias.detach().to(wide).reshape((count, *lined_up)).unbind()
-    cascade = to_dendrite.detach().to(wide).reshape((count * count, *lined_up)).unbind()
+        bias = bias.detach().to(wide).reshape((count, *lined_up))
+    cascade = to_dendrite.detach().to(wide).reshape((count, count, *lined_up))
     activations: list[Any] = []
     negated = None
     for d in range(count):
         z_d = z[d] if bias is None else z[d] + bias[d]
-        for e, a_e in enumerate(activations):
-            z_d = z_d + cascade[d * count + e] * a_e
+        for e, (a_e, link) in enumerate(zip(activations, [cascade[d]] * d, strict=True)):
+            z_d = z_d + link[e] * a_e
         a_d = activate(activation, z_d)
         added = links[d] * a_d
         # Kept negated, for the sake of signed zeros: see `reference.dendrites`.

@@ -13,14 +13,15 @@ and M, N rounded up to a multiple of four.
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from pbfx_kernels import reference
 from pbfx_kernels.candidate_autograd import autocasts, no_autocast
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import LINEAR
 from pbfx_kernels.launching import ceiling, power_of_two
+from pbfx_kernels.registering import op
 from pbfx_kernels.strategy import fuses_frozen, linear_problem
+from pbfx_kernels.tape import Taped, float32_precision
 
 # Neurons whose rows take turns; see `fused_neuron`.
 _QUAD = 4
@@ -99,10 +100,10 @@ def frozen_neurons(
         return _plain(x, *links)
     if torch.compiler.is_compiling():
         return torch.ops.pbfx.frozen_neurons.default(x, *links)
-    return _evaluate(x, *links)
+    return _evaluated((x, *links[:4]), activation, float32_precision(x))
 
 
-@custom_op("pbfx::frozen_neurons", mutates_args=())
+@op("frozen_neurons")
 def frozen_neurons_op(
     x: Tensor,
     weights: Tensor,
@@ -121,8 +122,9 @@ def frozen_neurons_op(
         to_dendrite: U.
         activation: f.
     """
+    tensors = x, weights, bias, to_soma, to_dendrite
     with no_autocast(x):
-        return _evaluate(x, weights, bias, to_soma, to_dendrite, activation).contiguous()
+        return _evaluated(tensors, activation, float32_precision(x)).contiguous()
 
 
 @frozen_neurons_op.register_fake
@@ -162,6 +164,7 @@ def _evaluate(
     to_soma: Tensor,
     to_dendrite: Tensor,
     activation: str,
+    _: object,
 ) -> Tensor:
     links = weights, bias, to_soma, to_dendrite, activation
     count, each = to_soma.shape
@@ -170,6 +173,9 @@ def _evaluate(
     if not x.numel() or problem is None or not fuses_frozen(problem):
         return _plain(x, *links)
     return or_reference(problem, lambda: _launch(x, *links), lambda: _plain(x, *links))
+
+
+_evaluated = Taped(_evaluate)
 
 
 def _launch(

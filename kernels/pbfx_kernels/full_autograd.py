@@ -17,6 +17,7 @@ from pbfx_kernels.errors import ArgumentError
 from pbfx_kernels.full_gradient import differentiate_full, evaluate_full
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.ops import laid_out, strides_of
+from pbfx_kernels.tape import Taped, float32_precision
 from pbfx_kernels.validation import check_dendrites, check_once
 
 
@@ -50,8 +51,50 @@ def apply(
         ArgumentError: shapes, dtypes, devices or names do not fit.
     """
     tensors = soma, x, weight, bias, to_soma, to_dendrite
-    check_once(check_full, tensors, activation, geometry, frozen)
     return _cxx_apply(*tensors, activation, geometry, frozen, keep)
+
+
+def _evaluate(
+    soma: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+    frozen: int,
+    keep: bool,
+    _: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    links = weight, bias, to_soma, to_dendrite
+    check_once(check_full, (soma, x, *links), activation, geometry, frozen)
+    with no_autocast(soma):
+        out, activations, z = evaluate_full(soma, x, *links, activation, geometry, keep)
+    # What follows rounds by the layout that it finds: the soma's, without gaps.
+    return laid_out(out, strides_of(soma)), activations, z
+
+
+def _differentiate(
+    grad: Tensor,
+    z: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+    frozen: int,
+    wants: tuple[bool, bool, bool],
+    _: object,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    links = weight, bias, to_soma, to_dendrite, activation
+    with no_autocast(grad):
+        return differentiate_full(grad, z, x, *links, geometry, frozen, wants)
+
+
+_evaluated, _differentiated = Taped(_evaluate), Taped(_differentiate)
 
 
 class _FullDendrites(torch.autograd.Function):
@@ -69,16 +112,16 @@ class _FullDendrites(torch.autograd.Function):
         frozen: int,
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        links = weight, bias, to_soma, to_dendrite, activation
-        with no_autocast(soma):
-            out, activations, z = evaluate_full(soma, x, *links, geometry, keep)
+        tensors, precision = (x, weight, bias, to_soma, to_dendrite), float32_precision(soma)
+        out, activations, z = _evaluated(
+            (soma, *tensors), activation, geometry, frozen, keep, precision
+        )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(activations)
         if any(ctx.needs_input_grad[1:]):
-            ctx.save_for_backward(z, x, weight, bias, to_soma, to_dendrite)
+            ctx.save_for_backward(z, *tensors)
             ctx.form = activation, geometry, frozen
-        # What follows rounds by the layout that it finds: the soma's, without gaps.
-        return laid_out(out, strides_of(soma)), activations
+        return out, activations
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -92,8 +135,7 @@ class _FullDendrites(torch.autograd.Function):
             again = differentiable(grad, tensors, activation, geometry, frozen, wanted)
             return grad, *again, *(None,) * 4
         wants = wanted[0], wanted[1], any(wanted[2:])
-        with no_autocast(grad):
-            found = differentiate_full(grad, z, *tensors, activation, geometry, frozen, wants)
+        found = _differentiated((grad, z, *tensors), *ctx.form, wants, float32_precision(grad))
         return grad, *learned(tensors, found, wanted), *(None,) * 4
 
 

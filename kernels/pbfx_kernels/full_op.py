@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from pbfx_kernels import reference
 from pbfx_kernels.candidate_autograd import no_autocast
@@ -28,9 +27,11 @@ from pbfx_kernels.full_gradient import (
 )
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.ops import geometry_of, laid_out, stack_strides, strides_of
+from pbfx_kernels.registering import op
+from pbfx_kernels.tape import Taped, float32_precision
 
 
-@custom_op("pbfx::full_dendrites", mutates_args=())
+@op("full_dendrites")
 def full_dendrites_op(
     soma: Tensor,
     x: Tensor,
@@ -53,8 +54,25 @@ def full_dendrites_op(
     Without `keep`, the activations that come back are `(0, *soma)`.
     """
     geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
-    check_full(soma, x, weight, bias, to_soma, to_dendrite, activation, geometry, frozen)
+    tensors = soma, x, weight, bias, to_soma, to_dendrite
+    return _evaluated(tensors, activation, geometry, frozen, keep, float32_precision(soma))
+
+
+def _evaluate(
+    soma: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+    frozen: int,
+    keep: bool,
+    _: object,
+) -> tuple[Tensor, Tensor, Tensor]:
     links = weight, bias, to_soma, to_dendrite, activation
+    check_full(soma, x, *links, geometry, frozen)
     with no_autocast(soma):
         out, activations, z = evaluate_full(soma, x, *links, geometry, keep)
     return (
@@ -62,6 +80,9 @@ def full_dendrites_op(
         laid_out(activations, stack_strides(soma)),
         laid_out(z, _saved(soma, x, len(to_soma), geometry, "meta").stride()),
     )
+
+
+_evaluated = Taped(_evaluate)
 
 
 @full_dendrites_op.register_fake
@@ -93,7 +114,7 @@ def _(
     )
 
 
-@custom_op("pbfx::full_dendrites_backward", mutates_args=())
+@op("full_dendrites_backward")
 def full_dendrites_backward_op(
     grad: Tensor,
     z: Tensor,
@@ -119,11 +140,28 @@ def full_dendrites_backward_op(
     What is not wanted is empty, `(0,)`.
     """
     geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
+    tensors = grad, z, x, weight, bias, to_soma, to_dendrite
+    wants = wants_x, wants_weight, wants_sums
+    return _differentiated(tensors, activation, geometry, frozen, wants, float32_precision(grad))
+
+
+def _differentiate(
+    grad: Tensor,
+    z: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+    frozen: int,
+    wants: tuple[bool, bool, bool],
+    _: object,
+) -> tuple[Tensor, Tensor, Tensor]:
     links = weight, bias, to_soma, to_dendrite, activation, geometry, frozen
     with no_autocast(grad):
-        grad_x, grad_weight, sums = differentiate_full(
-            grad, z, x, *links, (wants_x, wants_weight, wants_sums)
-        )
+        grad_x, grad_weight, sums = differentiate_full(grad, z, x, *links, wants)
     return (
         grad.new_empty(0) if grad_x is None else laid_out(grad_x, strides_of(x)),
         # The layout of a convolution's weight gradient depends on the backend; the fake promises a
@@ -131,6 +169,9 @@ def full_dendrites_backward_op(
         grad.new_empty(0) if grad_weight is None else grad_weight.contiguous(),
         _no_sums(grad) if sums is None else sums,
     )
+
+
+_differentiated = Taped(_differentiate)
 
 
 @full_dendrites_backward_op.register_fake

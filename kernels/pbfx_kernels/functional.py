@@ -8,10 +8,18 @@ from torch.nn import functional as F
 
 import pbfx_kernels.conv_neuron_op
 import pbfx_kernels.neuron_op  # noqa: F401  registers its op and those of `pbfx_kernels.ops`
-from pbfx_kernels import candidate_autograd, dendrite_autograd
+from pbfx_kernels import candidate_autograd, dendrite_autograd, neuron_autograd
 from pbfx_kernels.depthwise_op import runs_depthwise
 from pbfx_kernels.geometry import LINEAR, Geometry
-from pbfx_kernels.strategy import Problem, conv2d_problem, fuses, linear_problem, recomputes, route
+from pbfx_kernels.strategy import (
+    Problem,
+    conv2d_problem,
+    fuses,
+    linear_problem,
+    recomputes,
+    route,
+    streams,
+)
 
 
 def dendrites(
@@ -181,11 +189,14 @@ def perforated_linear(
 
     Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
     """
+    if not len(dendrite_weight):
+        return F.linear(x, weight, bias)
     if _may_fuse(x) and _wins(linear_problem(x, weight, dendrite_weight)):
         keep = torch.is_grad_enabled() and to_soma.requires_grad
-        op = torch.ops.pbfx.perforated_linear.default
-        links = dendrite_bias, to_soma, to_dendrite
-        return op(x, weight, bias, dendrite_weight, *links, activation, keep)[0]
+        tensors = x, weight, bias, dendrite_weight, dendrite_bias, to_soma, to_dendrite
+        eager = candidate_autograd.runs_eagerly(*tensors)
+        op = neuron_autograd.apply if eager else torch.ops.pbfx.perforated_linear.default
+        return op(*tensors, activation, keep)[0]
     soma = F.linear(x, weight, bias)
     return dendrites(
         soma, x, dendrite_weight, dendrite_bias, to_soma, to_dendrite, activation, LINEAR, False
@@ -257,7 +268,9 @@ def _may_fuse(x: Tensor) -> bool:
 
 def _wins(problem: Problem | None, shape: Sequence[int] = ()) -> bool:
     """Return whether soma and dendrites had better be one kernel, for a convolution of `shape`."""
-    return problem is not None and fuses(problem) and (not shape or bool(route(problem, shape)))
+    if problem is None:
+        return False
+    return streams(problem) or (fuses(problem) and (not shape or bool(route(problem, shape))))
 
 
 def _backward_wants_activations(

@@ -83,7 +83,12 @@ def conv2d_blocks(
 
 
 def neuron_blocks(
-    positions: int, neurons: int, inputs: int, dendrites: int, element_size: int = 2
+    positions: int,
+    neurons: int,
+    inputs: int,
+    dendrites: int,
+    element_size: int = 2,
+    keep: bool = False,
 ) -> Blocks:
     """Choose the configuration of `fused_neuron`.
 
@@ -93,6 +98,7 @@ def neuron_blocks(
         inputs: K.
         dendrites: D, 1 to 7.
         element_size: bytes per element of the operands, 2 or 4.
+        keep: whether activations are written.
     """
     roles = power_of_two(dendrites + 1)
     deep = max(LEAST_DEPTH, min(128 // element_size, power_of_two(inputs)))
@@ -101,11 +107,79 @@ def neuron_blocks(
         return Blocks(64, min(wide, 32, 128 // roles), deep, 4, 4)
     if element_size == 4:
         return _wide_elements(wide, roles, deep)
-    if inputs <= 4 * deep:
-        # Short products: two programs per multiprocessor, so that one computes activations while
-        # the other multiplies.
+    if inputs <= (48 if keep else 4) * deep:
+        # Short products: two programs per multiprocessor, so that one computes and writes
+        # activations while the other multiplies.
         return Blocks(128, min(wide, 128 // roles), deep, 4, 3, 2)
     return Blocks(128, wide, deep, 8, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The configuration of `streamed_neuron`.
+
+    Attributes:
+        positions: BLOCK_P.
+        neurons: BLOCK_N.
+        inputs: BLOCK_K.
+        warps: per program.
+        stages: of the software pipeline.
+        splits: programs that share the inputs of a tile.
+    """
+
+    positions: int
+    neurons: int
+    inputs: int
+    warps: int
+    stages: int
+    splits: int = 1
+
+
+def streams_of(
+    positions: int, neurons: int, inputs: int, dendrites: int, element_size: int = 2
+) -> Streams:
+    """Choose the configuration of `streamed_neuron`.
+
+    Args:
+        positions: P.
+        neurons: N.
+        inputs: K.
+        dendrites: D, 1 to 7.
+        element_size: bytes per element of the operands, 2 or 4.
+    """
+    roles, line = power_of_two(dendrites + 1), 128 // element_size
+
+    def wide(columns: int) -> int:
+        return max(4, min(columns // roles, power_of_two(neurons)))
+
+    def tiles(tall: int, columns: int) -> int:
+        return ceiling(positions, tall) * ceiling(neurons, wide(columns))
+
+    # Large tiles read the least, where there are enough of them; wider ones spill on Blackwell.
+    if positions > 64 and tiles(128, 128) >= _ENOUGH:
+        return Streams(128, wide(128), _depth_of(inputs, line), 8, 4)
+    tall = max(16, min(64, power_of_two(positions)))
+    columns = 128 if tall == 64 else 64
+    if tiles(tall, columns) < _ENOUGH:
+        columns //= 2
+    programs, stages = tiles(tall, columns), 4 if tall < 64 else 3
+    if tall == 64 and columns == 128 and programs > _FULL:
+        # Half the shared memory, so that two programs fit.
+        return Streams(tall, wide(columns), _depth_of(inputs, line), 4, 4)
+    deep = _depth_of(inputs, 2 * line)
+    # What a second kernel costs is worth it for long rows alone.
+    splits = max(1, min(_FULL // programs, ceiling(inputs, deep) // _LEAST_STEPS))
+    return Streams(tall, wide(columns), deep, 4, stages, splits)
+
+
+def _depth_of(inputs: int, most: int) -> int:
+    return max(LEAST_DEPTH, min(most, power_of_two(inputs)))
+
+
+# Programs that keep the memory of a large GPU busy.
+_ENOUGH = 3 * _FULL // 4
+# Steps of the main loop that a split has at least: 8 take as long as the second kernel.
+_LEAST_STEPS = 8
 
 
 # A step of the main loop may be so much deeper than the channels that are left for it.

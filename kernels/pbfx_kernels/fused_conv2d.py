@@ -19,7 +19,6 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -27,10 +26,11 @@ from pbfx_kernels.fused_configs import Blocks, conv2d_blocks
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, fast_activations, on_device
 from pbfx_kernels.layout import grid_of, regular
+from pbfx_kernels.relaunch import relaunched
 from pbfx_kernels.triton_math import finish, zeros
 
 
-@triton.jit
+@relaunched
 def _conv2d_dendrites_kernel(
     out,
     kept,

@@ -21,23 +21,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pbfx_kernels.fused_configs import Blocks, box_of, conv_neuron_blocks
 from pbfx_kernels.fused_neuron import apart, roles_of
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, fast_activations, multiprocessors, on_device
+from pbfx_kernels.relaunch import boxes, relaunched
 from pbfx_kernels.triton_math import cascade, link, negated_sum
 
 POINTWISE = Geometry.convolution(2)
 
 
-@triton.jit
+@relaunched
 def _conv_neuron_kernel(
     out,
     kept,
@@ -179,7 +179,7 @@ class Input:
         """Channels of one group."""
         return self.x.shape[3] // self.geometry.groups
 
-    def described(self, box: tuple[int, int, int], channels: int) -> TensorDescriptor:
+    def described(self, box: tuple[int, int, int], channels: int) -> Any:
         """Describe boxes of images, rows, columns and channels, a stride's steps apart.
 
         The axes are the image, the row in whole strides and the rest, the column in whole strides,
@@ -187,11 +187,11 @@ class Input:
         """
         images, height, width, deep = self.x.shape
         down, along = self.geometry.stride
-        return TensorDescriptor(
+        return boxes(
             self.x,
-            [images, height // down, down, width // along, along * deep],
-            [height * width * deep, down * width * deep, width * deep, along * deep, 1],
-            [box[0], box[1], 1, box[2], channels],
+            (images, height // down, down, width // along, along * deep),
+            (height * width * deep, down * width * deep, width * deep, along * deep, 1),
+            (box[0], box[1], 1, box[2], channels),
         )
 
 
@@ -341,11 +341,8 @@ def _launch(
             out if kept is None else kept,
             out if soma is None else soma,
             given.described(box, blocks.inputs),
-            TensorDescriptor(
-                weights,
-                list(weights.shape),
-                list(weights.stride()),
-                [roles * blocks.neurons, blocks.inputs],
+            boxes(
+                weights, weights.shape, weights.stride(), (roles * blocks.neurons, blocks.inputs)
             ),
             out if soma is None else soma,
             to_soma if bias is None else bias.contiguous(),

@@ -18,7 +18,6 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportIndexIssue=false
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -34,13 +33,14 @@ from pbfx_kernels.depthwise_taps import (
 )
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, fast_activations, on_device
+from pbfx_kernels.relaunch import relaunched
 from pbfx_kernels.triton_math import negated_sum
 
 # The cascade is unrolled for every output of a patch.
 MOST_DENDRITES = 8
 
 
-@triton.jit
+@relaunched
 def _depthwise_kernel(
     out,
     kept,

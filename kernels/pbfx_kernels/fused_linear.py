@@ -16,17 +16,17 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from pbfx_kernels.fused_configs import Blocks, linear_blocks
 from pbfx_kernels.launching import ceiling, fast_activations, on_device
 from pbfx_kernels.layout import grid_of, regular
+from pbfx_kernels.relaunch import relaunched
 from pbfx_kernels.triton_math import finish, zeros
 
 
-@triton.jit
+@relaunched
 def _linear_dendrites_kernel(
     out,
     kept,

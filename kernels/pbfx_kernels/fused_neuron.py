@@ -17,12 +17,12 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pbfx_kernels.fused_configs import Blocks, neuron_blocks
 from pbfx_kernels.launching import (
@@ -32,6 +32,7 @@ from pbfx_kernels.launching import (
     on_device,
     power_of_two,
 )
+from pbfx_kernels.relaunch import boxes, relaunched
 from pbfx_kernels.triton_math import cascade, link, negated_sum
 from pbfx_kernels.walking import merged_stride
 
@@ -75,7 +76,7 @@ def columns(tiles, COUNT: tl.constexpr):
         return first, second, third, fourth
 
 
-@triton.jit
+@relaunched
 def _neuron_kernel(
     out,
     kept,
@@ -140,7 +141,7 @@ def _neuron_kernel(
                 tl.store(at, a[d].to(kept.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@relaunched
 def _interleave_kernel(
     rows,
     weight,
@@ -285,7 +286,8 @@ def fused_neuron(
     """
     dendrites, neurons = to_soma.shape
     positions, inputs = x.shape
-    blocks = blocks or neuron_blocks(positions, neurons, inputs, dendrites, x.element_size())
+    shape = positions, neurons, inputs, dendrites
+    blocks = blocks or neuron_blocks(*shape, x.element_size(), kept is not None)
     roles = roles_of(dendrites)
     tiles = ceiling(positions, blocks.positions) * ceiling(neurons, blocks.neurons)
     programs = min(tiles, multiprocessors(x) * blocks.resident)
@@ -322,5 +324,5 @@ def fused_neuron(
         )
 
 
-def _described(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+def _described(matrix: Tensor, rows: int, columns: int) -> Any:
+    return boxes(matrix, matrix.shape, matrix.stride(), (rows, columns))

@@ -1,5 +1,6 @@
 """Small things that every launcher needs."""
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -7,18 +8,24 @@ from torch import Tensor
 
 # Of a GPU that nobody asked about: kernels then get a grid that fits many.
 _MULTIPROCESSORS = 128
+_HERE = nullcontext()
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the device of `tensor` current, as Triton launches on the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    """Make the device of `tensor` current where it is not: Triton launches on the current one."""
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _HERE
 
 
 def multiprocessors(tensor: Tensor) -> int:
     """Return how many multiprocessors the device of `tensor` has; a guess where there are none."""
-    if not tensor.is_cuda:
-        return _MULTIPROCESSORS
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return _multiprocessors(tensor.get_device()) if tensor.is_cuda else _MULTIPROCESSORS
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def power_of_two(number: int) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from pbfx_kernels import reference
 from pbfx_kernels.candidate_autograd import autocasts, no_autocast
 from pbfx_kernels.geometry import Geometry
-from pbfx_kernels.strategy import fallback_reason, problem_of
+from pbfx_kernels.strategy import fallback_reason, linear_problem, problem_of, streams
 
 
 def pack(stacked: Tensor, geometry: Geometry) -> Tensor:
@@ -71,6 +71,8 @@ def neurons(
             return r
         soma, *z = _split(r, count + 1, geometry)
         return reference.join(soma, z, to_soma, to_dendrite, activation, geometry)[0]
+    if _streams(x, weight, count, geometry):
+        return _streamed(x, weight, bias, to_soma, to_dendrite, activation)
     offsets = None
     if bias is not None and geometry.spatial:
         # A library adds the bias of a convolution in a pass of its own over all that it wrote; the
@@ -118,6 +120,44 @@ def joined(
         z = reference.product(x, weight, None if bias is None else bias.to(dtype), geometry)
         parts = _split(z, count, geometry)
         return reference.join(soma, parts, to_soma, to_dendrite, activation, geometry)[0]
+
+
+def _streams(x: Tensor, weight: Tensor, count: int, geometry: Geometry) -> bool:
+    """Return whether one kernel had better read the packed weight of few rows' neurons."""
+    if geometry.spatial or autocasts(x.device.type):
+        return False
+    stacked = weight.unflatten(0, (count + 1, -1))
+    problem = linear_problem(x, stacked[0], stacked[1:])
+    return problem is not None and streams(problem)
+
+
+def _streamed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+) -> Tensor:
+    from pbfx_kernels.streamed_neuron import streamed_neuron
+
+    count, each = to_soma.shape
+    stacked = weight.unflatten(0, (count + 1, each))
+    own, theirs = (None, None) if bias is None else (bias[:each], bias[each:].view(count, each))
+    out = x.new_empty((*x.shape[:-1], each))
+    streamed_neuron(
+        x.reshape(-1, x.shape[-1]),
+        stacked[0],
+        stacked[1:],
+        own,
+        theirs,
+        to_soma,
+        to_dendrite,
+        activation,
+        out.view(-1, each),
+        None,
+    )
+    return out
 
 
 def _split(r: Tensor, stacked: int, geometry: Geometry) -> tuple[Tensor, ...]:

@@ -8,18 +8,18 @@ Floor: bytes, one read and one write. On an H200 in bfloat16, 64 images of 256 c
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from pbfx_kernels.launching import ceiling, on_device
+from pbfx_kernels.relaunch import relaunched
 
 # 64 and 128 bytes a row of either side, at two bytes each: at six shapes within 2 % of the fastest
 # of four tiles.
 _BLOCK_C, _BLOCK_S = 32, 64
 
 
-@triton.jit
+@relaunched
 def _nhwc_kernel(out, x, C, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
     blocks_s, blocks_c = tl.cdiv(S, BLOCK_S), tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)

@@ -19,12 +19,12 @@ dead-code elimination cannot drop it, and it works with a frozen base. Its stati
 averages them.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from pbfx_kernels import candidate_autograd, reference
 from pbfx_kernels.candidate_autograd import no_autocast as _no_autocast
@@ -34,10 +34,13 @@ from pbfx_kernels.dispatch import (
     sum_to_soma_gradient,
 )
 from pbfx_kernels.geometry import Geometry
+from pbfx_kernels.registering import op
+from pbfx_kernels.tape import Taped, float32_precision
 from pbfx_kernels.validation import check_candidates, check_dendrites
+from pbfx_kernels.walking import REMEMBERED
 
 
-@custom_op("pbfx::dendrites", mutates_args=())
+@op("dendrites")
 def dendrites_op(
     soma: Tensor,
     x: Tensor,
@@ -59,12 +62,30 @@ def dendrites_op(
     Without `keep`, the activations that come back are `(0, *soma)`.
     """
     geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
-    check_dendrites(soma, x, weight, bias, to_soma, to_dendrite, activation, geometry)
+    tensors = soma, x, weight, bias, to_soma, to_dendrite
+    return _evaluated(tensors, activation, geometry, keep, float32_precision(soma))
+
+
+def _evaluate(
+    soma: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_soma: Tensor,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+    keep: bool,
+    _: object,
+) -> tuple[Tensor, Tensor]:
+    links = weight, bias, to_soma, to_dendrite, activation
+    check_dendrites(soma, x, *links, geometry)
     with _no_autocast(soma):
-        out, activations = evaluate_dendrites(
-            soma, x, weight, bias, to_soma, to_dendrite, activation, geometry, keep
-        )
+        out, activations = evaluate_dendrites(soma, x, *links, geometry, keep)
     return laid_out(out, strides_of(soma)), laid_out(activations, stack_strides(soma))
+
+
+_evaluated = Taped(_evaluate)
 
 
 @dendrites_op.register_fake
@@ -91,11 +112,18 @@ def _(
     return torch.empty_like(soma), activations
 
 
-@custom_op("pbfx::dendrites_backward", mutates_args=())
+@op("dendrites_backward")
 def dendrites_backward_op(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:
     """Match `reference.dendrites_backward`."""
+    return sum_links((grad, activations), channel_axis)
+
+
+def _sum(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:
     with _no_autocast(grad):
         return sum_to_soma_gradient(grad, activations, channel_axis)
+
+
+sum_links = Taped(_sum)
 
 
 @dendrites_backward_op.register_fake
@@ -104,7 +132,7 @@ def _(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:
     return grad.new_empty(shape, dtype=reference.accumulation_dtype(grad.dtype))
 
 
-@custom_op("pbfx::dendrites_recompute", mutates_args=())
+@op("dendrites_recompute")
 def dendrites_recompute_op(
     grad: Tensor,
     x: Tensor,
@@ -121,8 +149,25 @@ def dendrites_recompute_op(
 ) -> Tensor:
     """Match `reference.dendrites_backward` on the activations of `reference.dendrites`."""
     geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
+    tensors = grad, x, weight, bias, to_dendrite
+    return sum_links_again(tensors, activation, geometry, float32_precision(grad))
+
+
+def _sum_again(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor,
+    activation: str,
+    geometry: Geometry,
+    _: object,
+) -> Tensor:
     with _no_autocast(grad):
         return recompute_to_soma_gradient(grad, x, weight, bias, to_dendrite, activation, geometry)
+
+
+sum_links_again = Taped(_sum_again)
 
 
 @dendrites_recompute_op.register_fake
@@ -178,7 +223,7 @@ def _dendrites_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tup
 dendrites_op.register_autograd(_dendrites_gradients, setup_context=_dendrites_setup)
 
 
-@custom_op("pbfx::candidates", mutates_args=())
+@op("candidates")
 def candidates_op(
     neuron: Tensor,
     x: Tensor,
@@ -261,7 +306,7 @@ def _(
     return torch.empty_like(neuron), z
 
 
-@custom_op("pbfx::candidates_backward", mutates_args=())
+@op("candidates_backward")
 def candidates_backward_op(
     grad: Tensor,
     z: Tensor,
@@ -375,9 +420,11 @@ def geometry_of(
     output_padding: Sequence[int],
 ) -> Geometry:
     """Put the arguments of an op together."""
-    return Geometry(
-        tuple(stride), tuple(padding), tuple(dilation), groups, transposed, tuple(output_padding)
-    )
+    form = tuple(stride), tuple(padding), tuple(dilation)
+    return _geometry(*form, groups, transposed, tuple(output_padding))
+
+
+_geometry = functools.lru_cache(REMEMBERED)(Geometry)
 
 
 def strides_of(soma: Tensor) -> tuple[int, ...]:

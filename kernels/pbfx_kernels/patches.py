@@ -11,19 +11,19 @@ times the input, so this is for images: few channels, and outputs that are sever
 
 import math
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from pbfx_kernels.fused_configs import box_of
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, on_device
+from pbfx_kernels.relaunch import relaunched
 
 # Positions of a tile, a thread each, and inputs that are loaded at a time.
 _BLOCK_P, _MOST_K = 128, 32
 
 
-@triton.jit
+@relaunched
 def _patches_kernel(
     rows,
     x,

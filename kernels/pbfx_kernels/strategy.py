@@ -5,6 +5,7 @@
     split       one kernel for all dendrites, which adds to the soma that the library computed
     depthwise   likewise, where every neuron reads one channel of its own
     fused       one kernel for soma and dendrites, where the graph holds them as one node
+    streamed    likewise, for few rows: every weight is read once, from where it is
 
 The thresholds are measured; docs/kernels.md has the table. Nothing is tuned at run time.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pbfx_kernels.geometry import LINEAR, Geometry
+from pbfx_kernels.launching import power_of_two
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,6 +48,13 @@ _MOST_FUSED_MEASURED = 3
 # positions: 7 % less at 128x4096x1024, where few tiles leave multiprocessors idle, is the most that
 # it was seen to lose. With two dendrites a quarter of what it multiplies is zeros.
 _MOST_FROZEN_INPUTS = {1: 768, 2: 512, 3: 1024}
+# Rows up to which reading the weights where they are is the fastest: as many as a tile has, always;
+# more if there are few multiply-adds, those of roles that do not exist included, and of 32 bits a
+# quarter as many. At 256x4096x4096 it is level with *packed*, at 512x4096x1024 6 % ahead.
+_ONE_TILE, _MOST_STREAMED_POSITIONS, _MOST_STREAMED_PRODUCTS = 64, 512, 2**33
+# What Triton knows of the length of a row is whether it is a multiple of 16 elements; rows of other
+# lengths are read element by element.
+_STREAMED_ELEMENTS = 16
 # Neurons per group of a convolution: a narrower tile is mostly empty.
 _LEAST_GROUP, _LEAST_FUSED_GROUP = 10, 16
 # Channels that a step of the fused main loop reads at least: the shortest product.
@@ -161,8 +170,7 @@ def choose(problem: Problem) -> Strategy:
         return Strategy.REFERENCE
     if problem.dendrites == 0 or problem.positions == 0 or problem.neurons == 0:
         return Strategy.REFERENCE
-    if problem.capability is not None and problem.capability[0] != _MEASURED_CAPABILITY:
-        _say_unmeasured_once(problem.capability)
+    _say_if_unmeasured(problem)
     if is_depthwise(problem):
         return Strategy.DEPTHWISE
     return Strategy.SPLIT if can_split(problem) and _split_wins(problem) else Strategy.PACKED
@@ -233,7 +241,7 @@ def can_fuse(
     if geometry.spatial:
         return route_of(x, weight, dendrite_weight, geometry) is not None
     problem = linear_problem(x, weight, dendrite_weight)
-    return problem is not None and _launches(problem)
+    return problem is not None and launches(problem)
 
 
 def linear_problem(x: Tensor, weight: Tensor, dendrite_weight: Tensor) -> Problem | None:
@@ -311,7 +319,7 @@ def route(problem: Problem, shape: Sequence[int]) -> Route | None:
     geometry, sizes = problem.geometry, [_hint(size) for size in shape]
     # Kernels count the elements of one image in 32 bits.
     near = problem.positions < _MOST_PLACES * sizes[0] and math.prod(sizes[1:]) < 2**31
-    if not near or not _launches(problem):
+    if not near or not launches(problem):
         return None
     if not _walks(problem):
         return Route.PATCHES
@@ -323,8 +331,13 @@ def route(problem: Problem, shape: Sequence[int]) -> Route | None:
 
 
 def _capability(tensor: Tensor) -> tuple[int, int] | None:
-    cuda = tensor.device.type == "cuda" and torch.version.hip is None
-    return torch.cuda.get_device_capability(tensor.device) if cuda and _has_triton() else None
+    return _capability_of(tensor.get_device()) if tensor.device.type == "cuda" else None
+
+
+@functools.cache
+def _capability_of(device: int) -> tuple[int, int] | None:
+    known = torch.version.hip is None and _has_triton()
+    return torch.cuda.get_device_capability(device) if known else None
 
 
 def fuses(problem: Problem) -> bool:
@@ -341,7 +354,7 @@ def fuses(problem: Problem) -> bool:
     least = max(_LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO * problem.inputs)
     if problem.dtype.itemsize == 4:
         few = problem.dendrites <= _MOST_FUSED_MEASURED and problem.inputs <= _MOST_FUSED_TF32
-        return few and problem.positions >= least and _launches(problem)
+        return few and problem.positions >= least and launches(problem)
     return _knows_fused(problem) and problem.positions >= least
 
 
@@ -357,10 +370,37 @@ def fuses_frozen(problem: Problem) -> bool:
 def _knows_fused(problem: Problem) -> bool:
     """Return whether a *fused* kernel was measured for problems like this one."""
     few = problem.dendrites <= _MOST_FUSED_MEASURED
-    return few and problem.dtype.itemsize == 2 and _launches(problem)
+    return few and problem.dtype.itemsize == 2 and launches(problem)
 
 
-def _launches(problem: Problem) -> bool:
+def can_stream(problem: Problem) -> bool:
+    """Return whether the *streamed* kernel knows a site: linear, in 16 bits or TF32, D up to 7."""
+    size, tf32 = problem.dtype.itemsize, problem.dtype == torch.float32 and problem.tf32
+    return (
+        fallback_reason(problem) is None
+        and problem.geometry == LINEAR
+        and (size == 2 or tf32)
+        and 1 <= problem.dendrites <= _MOST_FUSED
+        and 0 < problem.positions < 2**31
+        and min(problem.neurons, problem.inputs) > 0
+    )
+
+
+def streams(problem: Problem) -> bool:
+    """Return whether *streamed* is the fastest way to compute a linear site, its soma included."""
+    aligned = problem.inputs % _STREAMED_ELEMENTS == 0
+    if not aligned or problem.positions > _MOST_STREAMED_POSITIONS or not can_stream(problem):
+        return False
+    columns = power_of_two(problem.dendrites + 1) * problem.neurons
+    products = problem.positions * columns * problem.inputs
+    most = _MOST_STREAMED_PRODUCTS * 4 // problem.dtype.itemsize**2
+    if problem.positions > _ONE_TILE and products > most:
+        return False
+    _say_if_unmeasured(problem)
+    return True
+
+
+def launches(problem: Problem) -> bool:
     """Return whether a *fused* kernel can compute a site; for convolutions see `route` too."""
     # Elsewhere it may spill.
     hopper = problem.capability is not None and problem.capability[0] == 9
@@ -427,6 +467,11 @@ def _has_triton() -> bool:
 def _say_once(reason: str) -> None:
     """Log a fallback the first time that it happens."""
     _LOG.info("sites run the reference, in plain torch: %s", reason)
+
+
+def _say_if_unmeasured(problem: Problem) -> None:
+    if problem.capability is not None and problem.capability[0] != _MEASURED_CAPABILITY:
+        _say_unmeasured_once(problem.capability)
 
 
 @functools.cache

@@ -18,16 +18,27 @@ from pbfx_kernels.depthwise_configs import UNROLLED_TAPS, WARPS, Strips, wide_of
 from pbfx_kernels.fused_configs import (
     MOST_DENDRITES,
     Blocks,
+    Streams,
     conv2d_blocks,
     linear_blocks,
     neuron_blocks,
+    streams_of,
 )
 from pbfx_kernels.launching import on_device
-from pbfx_kernels.strategy import Problem, Strategy, can_split, is_depthwise
+from pbfx_kernels.strategy import (
+    Problem,
+    Strategy,
+    can_split,
+    can_stream,
+    is_depthwise,
+    launches,
+)
 
 W = TypeVar("W")
 
 _SMALLEST = 16
+# Rows beyond which reading the weights once per tile of 64 cannot pay.
+_MOST_STREAMED = 1024
 
 
 def fastest_way(
@@ -126,19 +137,37 @@ def _other_blocks(problem: Problem) -> Iterator[Blocks]:
     yield change(usual, stages=7 - usual.stages)
 
 
-def neuron_ways(problem: Problem) -> Iterator[tuple[str, Blocks | None]]:
-    """Yield configurations of the *fused* kernel for a linear site, by name; None is the usual."""
+def neuron_ways(problem: Problem) -> Iterator[tuple[str, Blocks | Streams | None]]:
+    """Yield how one kernel can compute a linear site, by name; None is the usual way."""
     yield "usual", None
     shape = problem.positions, problem.neurons, problem.inputs, problem.dendrites
-    usual = neuron_blocks(*shape, problem.dtype.itemsize)
-    change = dataclasses.replace
-    others = (
-        change(usual, positions=192 - usual.positions),
-        change(usual, stages=7 - usual.stages),
-        change(usual, warps=4, resident=2),
-        change(usual, positions=64, warps=4, stages=4, resident=2),
+    if can_stream(problem) and problem.positions <= _MOST_STREAMED:
+        yield from ((_streamed_name(each), each) for each in _streams(problem))
+    if launches(problem):
+        usual = neuron_blocks(*shape, problem.dtype.itemsize)
+        change = dataclasses.replace
+        others = (
+            change(usual, positions=192 - usual.positions),
+            change(usual, stages=7 - usual.stages),
+            change(usual, warps=4, resident=2),
+            change(usual, positions=64, warps=4, stages=4, resident=2),
+        )
+        yield from ((_name(blocks), blocks) for blocks in dict.fromkeys(others) if blocks != usual)
+
+
+def _streams(problem: Problem) -> Iterator[Streams]:
+    shape = problem.positions, problem.neurons, problem.inputs, problem.dendrites
+    usual = streams_of(*shape, problem.dtype.itemsize)
+    fewer, change = max(1, usual.splits // 2), dataclasses.replace
+    yield from dict.fromkeys(
+        (usual, change(usual, stages=7 - usual.stages), change(usual, splits=fewer))
     )
-    yield from ((_name(blocks), blocks) for blocks in dict.fromkeys(others) if blocks != usual)
+
+
+def _streamed_name(streams: Streams) -> str:
+    sizes = f"{streams.positions}x{streams.neurons}x{streams.inputs}"
+    splits = f" {streams.splits} splits" if streams.splits > 1 else ""
+    return f"streamed {sizes} {streams.warps} warps {streams.stages} stages{splits}"
 
 
 def _name(blocks: Blocks) -> str:

@@ -72,6 +72,7 @@ def lower(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> 
     context = LoweringContext(settings.strategy, settings.products, training)
     lowered = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     lowered.meta.update(gm.meta)
+    _keep_sources(gm, lowered)
     run_passes(lowered, context, LOWERING)
     lowered.recompile()
     forms = collections.Counter(record.form for record in context.records.values())
@@ -84,6 +85,21 @@ def lower(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> 
     for record in context.records.values():
         logger.debug("%s: %s, %s", record.site, record.form, record.reason)
     return lowered
+
+
+def _keep_sources(gm: fx.GraphModule, copied: fx.GraphModule) -> None:
+    """Tell of a copied graph's inputs what Dynamo told of the graph's: where they come from.
+
+    AOTAutograd then knows which of them are parameters, that stay where they are: a backward may
+    keep them for nothing, and a CUDA graph need not copy them at every step.
+    """
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(gm, name):
+            setattr(copied, name, getattr(gm, name))
+    ours, theirs = (graph.find_nodes(op="placeholder") for graph in (copied.graph, gm.graph))
+    for node, original in zip(ours, theirs, strict=True):
+        if hasattr(original, "_dynamo_source"):
+            node._dynamo_source = original._dynamo_source
 
 
 def _reset() -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 
+from pbfx.backend.overlap import overlapping
 from pbfx.backend.settings import Compiled, Settings
 from pbfx.errors import PassError
 from pbfx.passes.lower_dendrites import module_path
@@ -55,12 +56,21 @@ def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Set
     """
     region_of = assign_regions(gm.graph)
     if len(set(region_of.values())) < 2:
-        return settings.inner(gm, example_inputs)
+        with overlapping():
+            return settings.inner(gm, example_inputs)
     split = split_module(
         gm, nn.Module(), lambda node: region_of[node.name], keep_original_order=True
     )
     mode, inputs = _as_fake(example_inputs)
-    _Compilation(split, settings, mode).run(*inputs)
+    before = set(_compiled)
+    try:
+        with overlapping():
+            _Compilation(split, settings, mode).run(*inputs)
+    except BaseException:
+        # Some of it may have no kernels.
+        for key in _compiled.keys() - before:
+            del _compiled[key]
+        raise
     return split
 
 
@@ -104,9 +114,12 @@ def assign_regions(graph: fx.Graph) -> dict[str, int]:
     block of its container has: the mean over the last block's output is no part of that block.
     """
     computed = [node for node in graph.nodes if node.op not in _NOT_COMPUTED]
-    paths = [module_path(node).removesuffix(".dendrites") for node in computed]
+    given = [module_path(node) for node in computed]
+    paths = [path.removesuffix(".dendrites") for path in given]
     inside = {path: match[1] for path in paths if (match := _BLOCK.fullmatch(path))}
     blocks = set(inside.values())
+    if len(blocks) < 2:
+        return _whole_mutations(graph, _by_site(computed, given))
     runs: list[_Run] = []
     for node, path in zip(computed, paths, strict=True):
         here = path if path in blocks else inside.get(path, "")
@@ -116,6 +129,19 @@ def assign_regions(graph: fx.Graph) -> dict[str, int]:
     runs = _cut(runs)
     regions = {node.name: number for number, run in enumerate(runs) for node in run.nodes}
     return _whole_mutations(graph, regions)
+
+
+def _by_site(nodes: Sequence[fx.Node], paths: Sequence[str]) -> dict[str, int]:
+    """Return the number of the region of each node, where every site but the first begins one."""
+    sites = {path.removesuffix(".dendrites") for path in paths if path.endswith(".dendrites")}
+    here, number, regions = None, 0, {}
+    for node, path in zip(nodes, paths, strict=True):
+        site = path.removesuffix(".dendrites")
+        if site in sites and site != here:
+            number += here is not None
+            here = site
+        regions[node.name] = number
+    return regions
 
 
 @dataclasses.dataclass

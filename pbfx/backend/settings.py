@@ -108,6 +108,10 @@ def _inductor(mode: str | None, options: dict[str, Any]) -> Compiler:
     # It raises this for a value of the wrong type.
     except RuntimeError as error:
         raise ConfigError(f"backend 'pbfx': Inductor refuses an option: {error}") from error
+    from pbfx.backend.bare import CallBare
+
+    last = "post_grad_custom_post_pass"
+    wrapper.config[last] = CallBare(wrapper.config.get(last))
     return wrapper
 
 

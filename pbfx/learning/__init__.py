@@ -1,5 +1,6 @@
 """How dendrites are trained: moments of activation and error, a site's learner, the choice."""
 
+from pbfx.learning.epoch import Chosen, chosen
 from pbfx.learning.learner import SiteLearner, figures_of, measure_all, new_cohort, reached
 from pbfx.learning.moments import Statistics, statistics
 from pbfx.learning.newest import hold_older
@@ -14,9 +15,11 @@ from pbfx.learning.selection import (
 
 __all__ = [
     "Choice",
+    "Chosen",
     "Prospect",
     "SiteLearner",
     "Statistics",
+    "chosen",
     "figures_of",
     "hold_older",
     "measure_all",

@@ -88,6 +88,42 @@ def _remember(pool: Candidates, better: Tensor) -> None:
             torch.where(rows, live.detach(), best, out=best)
 
 
+class Chosen(NamedTuple):
+    """The best candidate of each neuron of a site, in memory of its own.
+
+    Attributes:
+        weight: (*W).
+        bias: (N,), or None where candidates have none.
+        to_dendrite: (D, N).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    to_dendrite: Tensor
+
+
+@torch.no_grad()
+def chosen(pools: Sequence[Candidates]) -> list[Chosen]:
+    """Return the best candidates of each pool.
+
+    Where no batch ever measured, or every candidate of a neuron is constant, the first stands in.
+    """
+    found: dict[int, Chosen] = {}
+    for indices in _alike(pools, range(len(pools))):
+        together = [pools[index] for index in indices]
+        widths = [pool.best_score.shape[1] for pool in together]
+        winners = _joined(together, "best_score").argmax(0, keepdim=True).split(widths, -1)
+        for index, pool, winner in zip(indices, together, winners, strict=True):
+            rows = pool.site.along_weight(winner).expand(1, *pool.site.shape)
+            best_bias, links = pool._buffers["best_bias"], pool.best_to_dendrite
+            bias = None if best_bias is None else best_bias.gather(0, winner)[0]
+            older = winner[:, None].expand(1, *links.shape[1:])
+            found[index] = Chosen(
+                pool.best_weight.gather(0, rows)[0], bias, links.gather(0, older)[0]
+            )
+    return [found[index] for index in range(len(pools))]
+
+
 @torch.no_grad()
 def picked(pools: Sequence[Candidates]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Yield which of `pools` go together, and of their chosen candidates side by side the moments

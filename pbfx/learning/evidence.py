@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pbfx.copies import Filling
 from pbfx.learning.epoch import numbers
 from pbfx_kernels import Moment
 
@@ -42,11 +43,15 @@ class Evidence:
 
     Args:
         like: the candidates' `moments`, for device and dtype.
+        filling: writes the first zeros, with those of others; here if None.
     """
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, filling: Filling | None = None) -> None:
+        memory = Filling() if filling is None else filling
         # B, Σ t, Σ t², Σ P
-        self.sums = like.detach().new_zeros(4)
+        self.sums = memory.zeros(like.detach(), (4,))
+        if filling is None:
+            memory.fill()
 
 
 def judge(

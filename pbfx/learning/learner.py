@@ -25,10 +25,11 @@ from torch.utils.hooks import RemovableHandle
 
 from pbfx.candidates import Candidates
 from pbfx.config import Config
+from pbfx.copies import Filling
 from pbfx.errors import RestructureError
 from pbfx.figures import SiteFigures
 from pbfx.learning.cohort import Cohort
-from pbfx.learning.epoch import measure, numbers, picked, promises
+from pbfx.learning.epoch import Chosen, chosen, measure, numbers, picked, promises
 from pbfx.learning.evidence import Evidence, collect, judge, weigh
 from pbfx.learning.moments import Statistics, statistics
 from pbfx.learning.scaling import resume_scaling, scale_candidates, scaling_batches
@@ -48,23 +49,31 @@ class SiteLearner:
         candidates: the pool; its buffers are this learner's memory.
         config: step size, priming, decay, and how often a batch only measures.
         cohort: the learners to step together with; alone if None.
+        filling: writes the zeros that all is counted from, with those of others; here if None.
     """
 
     def __init__(
-        self, candidates: Candidates, config: Config, cohort: Cohort | None = None
+        self,
+        candidates: Candidates,
+        config: Config,
+        cohort: Cohort | None = None,
+        filling: Filling | None = None,
     ) -> None:
         self.candidates, self.config = candidates, config
         phase = config.phase(candidates.dendrites)
         self.rules = Rules(phase.measure_every, phase.priming_batches, phase.moment_decay)
         self._cohort = new_cohort() if cohort is None else cohort
-        self._turns = candidates.moments.new_zeros((), dtype=torch.int64)
-        self.evidence = Evidence(candidates.moments)
+        memory = Filling() if filling is None else filling
+        self._turns = memory.zeros(candidates.moments, (), torch.int64)
+        self.evidence = Evidence(candidates.moments, memory)
         self._parameters = list(candidates.parameters())
         self._learnt = candidates.learnt()
         # It holds state and settings only: `_step` calls its kernel, for all that is wrapped around
         # an optimizer's step costs more than a small site.
         self._adam = torch.optim.Adam(self._learnt, lr=phase.candidate_lr, fused=True)
-        self._prepare()
+        self._prepare(memory)
+        if filling is None:
+            memory.fill()
         self._line: tuple[tuple[int, ...], Tensor | None] = (), None
         self._handle: RemovableHandle | None = None
         # Of the processes that train the model together, if there are several.
@@ -167,40 +176,22 @@ class SiteLearner:
                 found_inf=verdict.idle,
             )
 
-    def _prepare(self) -> None:
+    def _prepare(self, memory: Filling) -> None:
         """Give every tensor that learns the state that Adam would make at its first step."""
-        made: list[Tensor] = []
         for parameter in self._learnt:
             state = self._adam.state[parameter]
             if not state:
-                state["step"] = torch.empty((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.empty_like(parameter, requires_grad=False)
-                state["exp_avg_sq"] = torch.empty_like(parameter, requires_grad=False)
-                made += state.values()
-        if made:
-            # One launch for all.
-            _foreach_zero_(made)
+                state["step"] = memory.zeros(parameter, (), torch.float32)
+                state["exp_avg"] = memory.zeros_like(parameter)
+                state["exp_avg_sq"] = memory.zeros_like(parameter)
 
     def measure(self) -> float | None:
         """Close an epoch at this site alone; see `pbfx.learning.epoch.measure`."""
         return measure([self.candidates])[0]
 
-    @torch.no_grad()
-    def chosen(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the best candidate of each neuron: weight (*W), bias (N,) or None, to_dendrite
-        (D, N).
-
-        Where no batch ever measured, or every candidate of a neuron is constant, the first stands
-        in.
-        """
-        pool = self.candidates
-        winner = pool.best_score.argmax(0)
-        neurons = torch.arange(winner.numel(), device=winner.device)
-        best_bias = pool._buffers["best_bias"]
-        bias = None if best_bias is None else best_bias[winner, neurons]
-        rows = pool.site.along_weight(winner[None]).expand(1, *pool.site.shape)
-        weight = pool.best_weight.gather(0, rows)[0]
-        return weight, bias, pool.best_to_dendrite[winner, :, neurons].T
+    def chosen(self) -> Chosen:
+        """Return the best candidate of each neuron; see `pbfx.learning.epoch.chosen`."""
+        return chosen([self.candidates])[0]
 
     @torch.no_grad()
     def prospects(self) -> tuple[Statistics, Tensor]:
@@ -270,15 +261,14 @@ class SiteLearner:
         if "evidence" in state:
             self.evidence.sums.copy_(state["evidence"])
         # A state that was saved before the first step holds none.
-        self._prepare()
+        memory = Filling()
+        self._prepare(memory)
+        memory.fill()
         resume_scaling(self.candidates, int(state["batches"]), self.config)
 
 
 # The kernel of `torch.optim.Adam(fused=True)`, which has no public name of its own.
 _fused_adam_: Any = torch._fused_adam_  # pyright: ignore[reportPrivateImportUsage]
-
-# It has no public name either.
-_foreach_zero_: Any = torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
 
 # The buffers of candidates that a turn reads and edits, by their names in `Memory`.
 _MEMORY = (

@@ -1,13 +1,16 @@
 """Hold the network in eval mode, whatever `model.train()` says.
 
     dropout(x)                        ->    x
-    batch_norm(x)                     ->    F.batch_norm(x, running statistics, training=False)
+    batch_norm(x)                     ->    held_norm(x, batch_norm), with its running statistics
     f(x, training=self.training)      ->    f(x, training=False)
 
 In the dendrite phase the network is frozen, and freezing has to include its noise: with dropout
 active the error is noise too, and candidates learn nothing (measured: held-out correlations stay at
 chance). The user's loop calls `model.train()` at will, so the graph must not read that flag. A
 lowered graph is for inference, and held in eval for good.
+
+A lowered graph, which others read too, has `F.batch_norm(x, running statistics, training=False)` in
+the place of `held_norm`: five nodes where a restructure has to be quick with two.
 
 Norms that keep no running statistics use the batch's in either mode and stay as they are. Modules
 whose mode no graph shows (attention, recurrent nets), and those with hooks, which have to go on
@@ -27,7 +30,7 @@ from pbfx.dendrites import Dendrites
 from pbfx.passes.context import PassContext, copy_provenance, get_attr
 from pbfx.paths import module_at, modules_in
 from pbfx.phase import Phase
-from pbfx.sites import is_site_module, read_input
+from pbfx.sites import held_norm, is_site_module, read_input
 
 DROPOUTS = (
     nn.Dropout,
@@ -51,7 +54,10 @@ def hold_eval(gm: fx.GraphModule, ctx: PassContext) -> int:
             if computes_as(module, DROPOUTS):
                 node.replace_all_uses_with(read_input(node))
             elif computes_as(module, NORMS) and module.running_mean is not None:
-                node.replace_all_uses_with(_eval_norm(gm.graph, node, module))
+                norm = (
+                    _spelt_norm(gm.graph, node, module) if ctx.lowering else _norm(gm.graph, node)
+                )
+                node.replace_all_uses_with(norm)
             else:
                 continue
         elif node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training":
@@ -88,7 +94,15 @@ def computes_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     )
 
 
-def _eval_norm(graph: fx.Graph, node: fx.Node, module: Any) -> fx.Node:
+def _norm(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    with graph.inserting_before(node):
+        norm = get_attr(graph, str(node.target))
+        held = graph.call_function(held_norm, (read_input(node), norm))
+    copy_provenance(node, held)
+    return held
+
+
+def _spelt_norm(graph: fx.Graph, node: fx.Node, module: Any) -> fx.Node:
     with graph.inserting_before(node):
         mean, variance, weight, bias = (
             get_attr(graph, f"{node.target}.{name}") if getattr(module, name) is not None else None

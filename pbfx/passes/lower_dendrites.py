@@ -37,6 +37,7 @@ import pbfx_kernels.neuron_op  # noqa: F401
 from pbfx.passes.context import copy_provenance, part
 from pbfx_kernels import Geometry
 from pbfx_kernels.forms import Form, choose_form, dendrites_in_graph, stacked_activations
+from pbfx_kernels.packed import prefers_nhwc
 from pbfx_kernels.strategy import is_depthwise, problem_of, recomputes, route
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,11 @@ _LOOKS = (
     "contiguous detach"
 )
 _VIEWS = frozenset(_LOOKS.split())
+
+
+# Bytes of a site's activations that are kept rather than computed again; an eager call, which does
+# not know what else there is, computes them again at any size.
+_KEPT_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +214,7 @@ def _fuse(graph: fx.Graph, node: fx.Node, call: _Call, ctx: LoweringContext) -> 
             op = torch.ops.pbfx.perforated_depthwise.default
         else:
             op, form = torch.ops.pbfx.perforated_conv2d.default, (*form, geometry.groups)
-        learns = learns and not recomputes(call.soma, call.weight, geometry)
+        learns = learns and not _computes_again(call)
     keep = part(node, 1) is not None or (ctx.training and learns)
     last = node.prev
     with graph.inserting_before(node):
@@ -218,11 +224,44 @@ def _fuse(graph: fx.Graph, node: fx.Node, call: _Call, ctx: LoweringContext) -> 
             if isinstance(value, Tensor) and value.dtype is not call.soma.dtype:
                 tensor = graph.call_method("to", (tensor, call.soma.dtype))
             cast.append(tensor)
+        nhwc = geometry.spatial and _walks_nhwc(value_of(x), call)
+        if nhwc:
+            how = {"memory_format": torch.channels_last}
+            cast[0] = graph.call_method("contiguous", (cast[0],), how)
         fused = graph.call_function(op, (*cast, *links, call.activation, *form, keep))
     _describe(last, node)
     node.replace_all_uses_with(fused)
+    if nhwc:
+        _restore(graph, fused)
     graph.erase_node(node)
     graph.erase_node(soma)
+
+
+def _walks_nhwc(x: Any, call: _Call) -> bool:
+    """Return whether an op in NCHW would copy its input to NHWC, and its backward the error.
+
+    A graph's copies are fused with what comes before and after.
+    """
+    known = isinstance(x, Tensor) and call.soma.is_contiguous()
+    return known and prefers_nhwc(x.shape, call.soma.element_size(), call.geometry)
+
+
+def _restore(graph: fx.Graph, fused: fx.Node) -> None:
+    """Give what an op returns in NHWC the layout that the graph was captured with."""
+    for taken in list(fused.users):
+        taken.meta["example_value"] = value_of(fused)[taken.args[1]]
+        with graph.inserting_after(taken):
+            restored = graph.call_method("contiguous", (taken,))
+        taken.replace_all_uses_with(restored, lambda user, new=restored: user is not new)
+        copy_provenance(taken, restored)
+        _propagate([restored])
+
+
+def _computes_again(call: _Call) -> bool:
+    """Return whether a backward computes activations again: where they are worth the memory."""
+    problem = problem_of(call.soma, call.weight, call.geometry)
+    kept = problem.dendrites * problem.positions * problem.neurons * problem.dtype.itemsize
+    return kept > _KEPT_BYTES and recomputes(call.soma, call.weight, call.geometry)
 
 
 def _describe(last: fx.Node, node: fx.Node) -> None:

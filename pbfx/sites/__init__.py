@@ -14,7 +14,7 @@ from pbfx.sites.choose import choose_sites
 from pbfx.sites.describe import describe_sites
 from pbfx.sites.functions import is_transpose, read_call, read_input, soma_weight
 from pbfx.sites.layers import is_site_module, why_no_layer
-from pbfx.sites.norms import Join, find_join, is_permutation
+from pbfx.sites.norms import Join, find_join, held_norm, is_permutation
 from pbfx.sites.site import Padding, Site, Skipped, Subset, convolution_form, leaves
 from pbfx.sites.unfold import UNFOLDABLE, graph_of_cell, is_cell, unfold
 
@@ -38,6 +38,7 @@ __all__ = [
     "find_join",
     "folded_weights",
     "graph_of_cell",
+    "held_norm",
     "is_cell",
     "is_op",
     "is_permutation",

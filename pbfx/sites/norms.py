@@ -37,8 +37,17 @@ NORMS = (
     nn.InstanceNorm3d,
     nn.RMSNorm,
 )
+
+
+def held_norm(x: torch.Tensor, norm: Any) -> torch.Tensor:
+    """Return what the batch norm `norm` gives for `x` in eval, whatever its mode."""
+    statistics = norm.running_mean, norm.running_var
+    return F.batch_norm(x, *statistics, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+
 FUNCTIONS: dict[Callable[..., Any], str] = {
     F.batch_norm: "batch_norm",
+    held_norm: "batch_norm",
     F.group_norm: "group_norm",
     F.layer_norm: "layer_norm",
     F.instance_norm: "instance_norm",
@@ -142,8 +151,9 @@ def _norm(root: nn.Module, node: fx.Node) -> str | None:
 def _features(root: nn.Module, norm: fx.Node) -> int | None:
     """Return how many features a norm says that it normalises, None where it does not say."""
     shape: Any
-    if norm.op == "call_module":
-        module = module_at(root, str(norm.target))
+    held = norm.args[1] if norm.target is held_norm else None
+    if norm.op == "call_module" or isinstance(held, fx.Node):
+        module = module_at(root, str((held if isinstance(held, fx.Node) else norm).target))
         named = getattr(module, "num_features", getattr(module, "num_channels", None))
         shape = getattr(module, "normalized_shape", named)
     elif FUNCTIONS[norm.target] in ("layer_norm", "rms_norm"):  # pyright: ignore[reportArgumentType]

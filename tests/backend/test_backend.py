@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ from torch.nn import functional as F
 import pbfx
 from models import CASES, Case, randomise, run
 from pbfx.backend import compile_graph, compiler
+from pbfx.backend.overlap import overlapping
 from pbfx.backend.regions import _compiled as compiled_regions
-from pbfx.backend.regions import assign_regions
+from pbfx.backend.regions import assign_regions, forget_regions
 from pbfx.backend.settings import settings_of
 from pbfx.errors import ConfigError, PassError
 from pbfx.passes.lower_dendrites import LoweringContext, lower_dendrites
@@ -381,7 +383,7 @@ def test_mode_and_options_reach_inductor():
     assert settings.inner.config["max_autotune"] is True
     assert settings.inner.config["epilogue_fusion"] is False
     settings = settings_of(None, {"mode": "reduce-overhead", "strategy": "packed"})
-    assert settings.inner.config == {"triton.cudagraphs": True}
+    assert settings.inner.config["triton.cudagraphs"] is True
 
 
 def graph_of(model: nn.Module, x: Tensor) -> fx.GraphModule:
@@ -473,3 +475,94 @@ def test_plain_inductor_takes_it_too():
     model, x = grown(case).eval(), case.input()
     with torch._inductor.config.patch(compile_threads=1):
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
+
+
+class Workers:
+    """Stands for Inductor's: notes when they are waited for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from torch._inductor.async_compile import AsyncCompile
+
+        self.waited: list[str] = []
+        self.kind = AsyncCompile
+
+        def wait(kernels: object, scope: dict[str, str]) -> None:
+            self.waited.append(scope["name"])
+
+        monkeypatch.setattr(AsyncCompile, "wait", wait)
+        self.wait = wait
+
+    def compile(self, name: str) -> None:
+        self.kind().wait({"name": name})
+
+
+def test_kernels_of_all_regions_are_waited_for_at_the_end(monkeypatch):
+    workers = Workers(monkeypatch)
+    with overlapping():
+        workers.compile("stem")
+        workers.compile("block")
+        assert not workers.waited
+        assert torch._functorch.config.force_non_lazy_backward_lowering
+    assert workers.waited == ["stem", "block"]
+    assert workers.kind.wait is workers.wait
+    assert not torch._functorch.config.force_non_lazy_backward_lowering
+
+
+def test_where_a_region_fails_those_before_it_get_their_kernels(monkeypatch):
+    workers = Workers(monkeypatch)
+
+    def fail() -> None:
+        with overlapping():
+            workers.compile("stem")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert workers.waited == ["stem"]
+    assert workers.kind.wait is workers.wait
+
+
+def test_a_region_whose_kernels_fail_is_forgotten(monkeypatch):
+    from torch._inductor.codecache import PyCodeCache
+
+    monkeypatch.setattr(PyCodeCache, "modules_no_attr", {})
+    workers = Workers(monkeypatch)
+    for name in ("stem", "block"):
+        module = PyCodeCache.modules_no_attr[name] = types.ModuleType(name)
+        vars(module).update(name=name)
+
+    def fail() -> None:
+        with overlapping():
+            for module in list(PyCodeCache.modules_no_attr.values()):
+                workers.kind().wait(vars(module))
+            monkeypatch.setattr(workers, "waited", None)
+
+    # Nothing can be noted any more.
+    with pytest.raises(AttributeError, match="append"):
+        fail()
+    assert PyCodeCache.modules_no_attr == {}
+
+
+def test_regions_are_compiled_anew_after_a_failure(monkeypatch):
+    model, x = grown(CASES["residual"]), CASES["residual"].input()
+
+    def crashes(*_: object) -> None:
+        raise OSError("a worker has died")
+
+    forget_regions()
+    with monkeypatch.context() as patch:
+        patch.setattr("pbfx.backend.overlap._finish", crashes)
+        with pytest.raises(BackendCompilerFailed, match="a worker has died"):
+            compiled(model, regional=True, **QUICK)(x)
+    assert not compiled_regions
+    torch._dynamo.reset()
+    assert_alike(step(compiled(model, regional=True, **QUICK), model, x), step(model, model, x))
+
+
+@needs_cxx
+def test_regions_whose_kernels_workers_compile():
+    """Kernels, forward and backward, are there when the compiled model is first called."""
+    case = CASES["residual"]
+    model, x = grown(case), case.input()
+    with torch._inductor.config.patch(fallback_random=True, compile_threads=2):
+        assert_alike(step(compiled(model, regional=True), model, x), step(model, model, x))

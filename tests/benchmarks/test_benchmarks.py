@@ -165,6 +165,33 @@ def test_tiny_run(name, tmp_path, capsys):
         assert {"transform", "enter the dendrite phase", restructure.SNAPSHOT} <= events
 
 
+def test_recompile_goes_on_where_it_was_cut_off(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    common = ["recompile", *TINY["recompile"].split(), "--out", str(path)]
+
+    def follow(*ways: str, revision: str = "abc", resume: bool = True) -> list[dict[str, str]]:
+        options = ["--ways", *ways, "--revision", revision, *["--resume"] * resume]
+        before = len(read(path)) if path.exists() else 0
+        assert main([*common, *options]) == 0
+        return read(path)[before:]
+
+    (fresh, _) = follow("grown")
+    assert (fresh["event"], float(fresh["x_fresh"])) == ("fresh compile", 1)
+    rows = follow("grown", "regional")
+    assert {row["provider"] for row in rows} == {"pbfx, regional"}
+    # Judged by what an earlier process has measured.
+    for row in rows:
+        share = float(row["ms_p50"]) / float(fresh["ms_p50"])
+        assert float(row["x_fresh"]) == pytest.approx(share, rel=1e-4)
+    assert follow("grown", "regional") == []
+    # Of another revision nothing is known, and without the option nothing is looked up.
+    (row, *_) = follow("regional", revision="def")
+    assert row["x_fresh"] == ""
+    assert len(follow("grown", resume=False)) == 2
+    assert main(["recompile", *TINY["recompile"].split(), "--resume"]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
 def test_compiled_restructuring_counts_compilations(tmp_path):
     path = tmp_path / "rows.csv"
     tiny = [*TINY["restructure"].split(), "--compile", "--backend", "eager"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pbfx_kernels
-from pbfx_kernels import dispatch, fallback
+from pbfx_kernels import dispatch, fallback, neuron_op
 from pbfx_kernels.strategy import Strategy, problem_of
 
 triton_errors = pytest.importorskip("triton.runtime.errors")
@@ -72,3 +72,28 @@ def test_other_errors_are_passed_on():
     with pytest.raises(RuntimeError, match="illegal memory access"):
         fallback.or_reference(problem, broken, lambda: None)
     assert not fallback._refused
+
+
+def test_a_fused_linear_neuron_falls_back_once(monkeypatch):
+    launches = []
+
+    def refuses(*_):
+        launches.append(1)
+        raise triton_errors.OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(neuron_op, "can_fuse", lambda *_: True)
+    monkeypatch.setattr(neuron_op, "_fused", refuses)
+    _, x, weight, bias, to_soma, to_dendrite = arguments(4)
+    soma_weight, soma_bias = torch.randn(3, 5), torch.randn(3)
+    links = bias, to_soma, to_dendrite, "tanh"
+    op = torch.ops.pbfx.perforated_linear.default
+    with pytest.warns(RuntimeWarning, match=r"N=3, K=5, D=2 in .*reference"):
+        out, activations = op(x, soma_weight, soma_bias, weight, *links, True)
+    soma = torch.nn.functional.linear(x, soma_weight, soma_bias)
+    expected = pbfx_kernels.reference.dendrites(soma, x, weight, *links, pbfx_kernels.LINEAR)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(activations, expected[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        op(torch.randn(9, 5), soma_weight, soma_bias, weight, *links, False)
+    assert len(launches) == 1

@@ -51,14 +51,22 @@ def test_a_kernel_for_the_soma_too_has_to_save_what_an_op_costs():
         assert choose_form(problem, training, False) is not Form.FUSED
         return choose_form(problem, training, False, with_soma=True)
 
-    # A layer of GPT-2 small at 8 sequences of 512, and at 64.
-    assert form(4096, 3072, 768) is Form.PACKED
+    # Layers of GPT-2 small at 8 sequences of 512, and at 64; and one that is a tenth of them.
+    assert form(4096, 768, 768) is Form.FUSED
+    assert form(4096, 3072, 768) is Form.FUSED
+    assert form(4096, 256, 768) is Form.PACKED
     assert form(32768, 3072, 768) is Form.FUSED
     assert form(65536, 256, 256) is Form.FUSED
-    assert form(65536, 256, 256, count=1) is Form.PACKED
+    assert form(65536, 256, 256, count=1) is Form.FUSED
+    assert form(8192, 256, 256, count=1) is Form.PACKED
     # Inference keeps nothing, and gains the more.
-    assert form(8192, 1024, 1024) is Form.PACKED
-    assert form(8192, 1024, 1024, training=False) is Form.FUSED
+    assert form(8192, 256, 256) is Form.PACKED
+    assert form(8192, 256, 256, training=False) is Form.FUSED
+    # Likewise of few rows, where the weights are what is read, if they are many.
+    assert form(1, 4096, 4096, training=False) is Form.FUSED
+    assert form(1, 4096, 4096) is Form.PACKED
+    assert form(1, 4096, 4096, training=False, count=1) is Form.FUSED
+    assert form(256, 1024, 1024, training=False) is Form.PACKED
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,45 @@ def test_where_linear_somas_are_fused(problem: Problem, expected: bool) -> None:
 @pytest.mark.parametrize(
     ("problem", "expected"),
     [
+        (but(positions=1, neurons=4096, channels=4096), True),
+        (but(positions=64, neurons=16384, channels=4096, dendrites=7), True),
+        (but(positions=128, neurons=128, channels=9216), True),
+        (but(positions=128, neurons=10, channels=128, dendrites=1), True),
+        (but(positions=256, neurons=1024, channels=4096), True),
+        (but(positions=512, neurons=4096, channels=1024), True),
+        # More to multiply than to read.
+        (but(positions=256, neurons=4096, channels=4096), False),
+        (but(positions=512, neurons=4096, channels=1040), False),
+        (but(positions=513), False),
+        # Rows that start anywhere, or where Triton cannot tell.
+        (but(positions=1, channels=999), False),
+        (but(positions=300, neurons=1000, channels=1000), False),
+        (but(positions=1, channels=16), True),
+        (but(positions=1, channels=8, dtype=torch.float32, tf32=True), False),
+        (but(positions=512, neurons=1024, channels=1024, dtype=torch.float32, tf32=True), True),
+        (but(positions=256, neurons=4096, channels=1024, dtype=torch.float32, tf32=True), False),
+        (but(positions=1, dtype=torch.float32), False),
+        (but(positions=1, dtype=torch.float64), False),
+        (but(positions=1, capability=(8, 0)), True),
+        (but(positions=1, capability=(7, 5)), False),
+        (but(positions=1, device="cpu", capability=None), False),
+        (but(positions=1, dendrites=0), False),
+        (but(positions=1, dendrites=8), False),
+        (but(positions=0), False),
+        (but(positions=1, neurons=0), False),
+        (but(positions=1, channels=0), False),
+        (but(positions=1, geometry=Geometry.convolution(2)), False),
+    ],
+    ids=str,
+)
+def test_where_weights_are_streamed(problem: Problem, expected: bool) -> None:
+    assert strategy.streams(problem) is expected
+    assert strategy.can_stream(problem) or not expected
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
         (H200, Strategy.SPLIT),
         (but(channels=4096), Strategy.PACKED),
         (but(channels=2048, positions=256), Strategy.SPLIT),

@@ -363,47 +363,62 @@ def test_dispatch_runs_what_was_measured(clock: Clock, monkeypatch: pytest.Monke
         assert launched == [best]
 
 
-def test_the_fused_kernel_runs_what_was_measured(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("streamed", [False, True])
+def test_one_kernel_runs_what_was_measured(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, streamed: bool
 ) -> None:
     """It always has a configuration of its own; here is none of its kernels, but their calls."""
-    from pbfx_kernels import fused_neuron, neuron_op, ways
+    from pbfx_kernels import fused_neuron, neuron_op, streamed_neuron, ways
 
     launched = []
-    monkeypatch.setattr(neuron_op, "can_fuse", lambda *_: True)
+    problem = but(positions=64, neurons=16, channels=32, dendrites=2)
+    monkeypatch.setattr(neuron_op, "linear_problem", lambda *_: problem)
+    monkeypatch.setattr(neuron_op, "can_fuse", lambda *_: not streamed)
+    monkeypatch.setattr(neuron_op, "streams", lambda _: streamed)
     monkeypatch.setattr(fused_neuron, "interleave", lambda *_: None)
     monkeypatch.setattr(fused_neuron, "can_describe", lambda _: True)
-    monkeypatch.setattr(fused_neuron, "fused_neuron", lambda *given: launched.append(given[-1]))
+    for module, name in ((fused_neuron, "fused_neuron"), (streamed_neuron, "streamed_neuron")):
+        monkeypatch.setattr(module, name, lambda *given, name=name: launched.append((name, given)))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     x, weight = torch.randn(64, 32), torch.randn(16, 32)
     links = torch.randn(2, 16, 32), None, torch.randn(2, 16), torch.randn(2, 2, 16)
     call = torch.ops.pbfx.perforated_linear.default
     call(x, weight, None, *links, "tanh", False)
-    assert launched == [None], "off: the function's"
-    offered = dict(ways.neuron_ways(but(positions=64, neurons=16, channels=32, dendrites=2)))
+    usual = "streamed_neuron" if streamed else "fused_neuron"
+    assert [(name, given[-1]) for name, given in launched] == [(usual, None)], "off: the table's"
+    offered = dict(ways.neuron_ways(problem))
+    kinds = {type(way).__name__ for way in offered.values()}
+    assert kinds == {"NoneType", "Blocks", "Streams"}
     best = list(offered.values())[-1]
     launched.clear()
 
     def seconds_of(way: Callable[[], object]) -> float:
         way()
-        return 1.0 if launched[-1] == best else 2.0
+        return 1.0 if launched[-1][1][-1] == best else 2.0
 
     monkeypatch.setattr(measured, "seconds_of", seconds_of)
     with pbfx_kernels.measure():
         call(x, weight, None, *links, "tanh", False)
-    assert launched == [*offered.values(), best]
+    assert [given[-1] for _, given in launched] == [*offered.values(), best]
+    for name, given in launched:
+        way = type(given[-1]).__name__
+        assert name == {"Streams": "streamed_neuron", "Blocks": "fused_neuron"}.get(way, usual)
 
 
-def test_ways_of_the_fused_kernel() -> None:
-    from pbfx_kernels.fused_configs import neuron_blocks
+def test_ways_of_one_kernel() -> None:
+    from pbfx_kernels.fused_configs import Blocks, neuron_blocks
     from pbfx_kernels.ways import neuron_ways
 
     for problem in (H200, but(positions=64), but(channels=4096), but(dendrites=1)):
         offered = list(neuron_ways(problem))
         assert offered[0] == ("usual", None)
-        assert len(dict(offered)) == len(offered) <= 5
+        assert len(dict(offered)) == len(offered) <= 8
         usual = neuron_blocks(problem.positions, problem.neurons, problem.inputs, problem.dendrites)
         assert usual not in dict(offered).values()
+    # Elsewhere than on Hopper there are no descriptors to load by.
+    ampere = dict(neuron_ways(but(positions=64, capability=(8, 0)))).values()
+    assert len(ampere) > 1, ampere
+    assert not any(isinstance(way, Blocks) for way in ampere)
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,8 @@ def test_records_say_what_changed():
     assert attach.added == {"Candidates": 2, "getitem": 2}
     assert hold.rewrites == 2
     assert hold.removed == {"BatchNorm1d": 1, "Dropout": 1}
-    assert hold.added == {"get_attr": 4, "batch_norm": 1}
-    assert hold.diff() == "+4 get_attr +1 batch_norm -1 BatchNorm1d -1 Dropout"
+    assert hold.added == {"get_attr": 1, "held_norm": 1}
+    assert hold.diff() == "+1 get_attr +1 held_norm -1 BatchNorm1d -1 Dropout"
     assert all(record.seconds >= 0 for record in model.perforation.records)
 
 

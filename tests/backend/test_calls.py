@@ -1,0 +1,180 @@
+"""What a compiled graph calls, and what it keeps, so that a step costs the host little."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from functorch.compile import make_boxed_func
+from torch import Tensor, nn
+from torch._dynamo import lookup_backend
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
+from torch._inductor.utils import run_and_get_code
+
+import pbfx
+from models import randomise
+from pbfx.backend import compile_graph
+from pbfx.backend.bare import CallBare
+from pbfx.backend.compiler import lower
+from pbfx.backend.settings import settings_of
+from pbfx_kernels import conv_neuron_op
+
+needs_cxx = pytest.mark.skipif(
+    not shutil.which("c++") and not shutil.which("g++"), reason="no C++ compiler"
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def grown(*layers: nn.Module, dendrites: int = 3) -> nn.Module:
+    model = pbfx.grow(pbfx.transform(nn.Sequential(*layers)), dendrites)
+    randomise(model)
+    return model.train()
+
+
+def convolutions() -> nn.Module:
+    return grown(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+
+
+def called(code: list[str]) -> list[str]:
+    return sorted(set(re.findall(r"torch\.ops\.pbfx\.([a-z0-9_.]*)", "\n".join(code))))
+
+
+@needs_cxx
+@pytest.mark.parametrize(
+    ("strategy", "ops"),
+    [
+        ("kernel", ["dendrites.bare", "dendrites_backward.bare"]),
+        (
+            "fused",
+            ["dendrites_backward.bare", "perforated_conv2d.bare", "perforated_linear.bare"],
+        ),
+    ],
+)
+def test_code_calls_ops_bare(strategy: str, ops: list[str]):
+    model = convolutions()
+    run = torch.compile(
+        model, backend=compile_graph, fullgraph=True, options={"strategy": strategy}
+    )
+    x = torch.randn(2, 2, 6, 6)
+    expected = model(x)
+
+    def step() -> Tensor:
+        out = run(x)
+        out.square().sum().backward()
+        return out
+
+    out, code = run_and_get_code(step)
+    assert called(code) == ops
+    assert torch.allclose(out, expected, atol=1e-5)
+
+
+@needs_cxx
+def test_a_pass_of_the_users_runs_before():
+    seen: list[str] = []
+    options = {
+        "strategy": "kernel",
+        "post_grad_custom_post_pass": lambda graph: seen.extend(str(n.target) for n in graph.nodes),
+    }
+    run = torch.compile(grown(nn.Linear(4, 4)), backend=compile_graph, options=options)
+    _, code = run_and_get_code(lambda: run(torch.randn(2, 4)).sum().backward())
+    assert "pbfx.dendrites.default" in seen
+    assert "dendrites.bare" in called(code)
+
+
+def test_settings_that_are_alike_share_what_is_compiled():
+    plain, other = settings_of(None, {}), settings_of(None, {})
+    assert plain.inner == other.inner
+    with_pass = settings_of(None, {"post_grad_custom_post_pass": print})
+    assert with_pass.inner != plain.inner
+    assert CallBare().uuid() == CallBare().uuid()
+    assert CallBare().uuid() is not None
+    assert CallBare(print).uuid() is None
+
+
+def test_a_lowered_graph_knows_its_parameters():
+    """Or CUDA graphs copy each of them at every step."""
+    static: list[int] = []
+
+    def record(gm: torch.fx.GraphModule, _: Any) -> Any:
+        metadata = TracingContext.get().fw_metadata
+        assert metadata is not None
+        static.append(len(metadata.static_input_indices))
+        return make_boxed_func(gm.forward)
+
+    inner = aot_autograd(fw_compiler=record, bw_compiler=lambda gm, _: make_boxed_func(gm.forward))
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        lowered = lower(gm, inputs, settings_of(None, {"strategy": "packed"}))
+        assert lowered is not gm
+        return inner(lowered, inputs)
+
+    model = grown(nn.Linear(4, 4))
+    torch.compile(model, backend=backend, fullgraph=True)(torch.randn(2, 4)).sum().backward()
+    assert static == [len(list(model.parameters()))]
+
+
+@pytest.mark.parametrize("strategy", ["packed", "looped"])
+def test_a_backward_keeps_parameters_whole(strategy: str):
+    """Each tensor that is kept costs the host time, and parts of links are many."""
+    model = convolutions()
+    settings = settings_of(None, {"strategy": strategy})
+    partitioned = lookup_backend("aot_eager_decomp_partition")
+    run = torch.compile(
+        model, backend=lambda gm, xs: partitioned(lower(gm, xs, settings), xs), fullgraph=True
+    )
+    out: Any = run(torch.randn(2, 2, 6, 6))
+    kept = out.grad_fn.saved_tensors
+    sizes = {p.untyped_storage().data_ptr(): p.numel() for p in model.parameters()}
+    parts = [t.shape for t in kept if t.numel() < sizes.get(t.untyped_storage().data_ptr(), 0)]
+    assert kept
+    assert not parts
+
+
+def test_fused_convolutions_walk_nhwc(monkeypatch: pytest.MonkeyPatch):
+    """The graph's own copies are fused with its neighbours; an op's copies are kernels."""
+    seen: list[tuple[int, ...]] = []
+    evaluate = conv_neuron_op._evaluated
+
+    def noted(tensors: Any, *rest: Any) -> Any:
+        seen.append(tensors[0].stride())
+        return evaluate(tensors, *rest)
+
+    monkeypatch.setattr(conv_neuron_op, "_evaluated", noted)
+    model = grown(nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).bfloat16()
+    options = {"strategy": "fused", "compiler": "aot_eager"}
+    run = torch.compile(model, backend=compile_graph, fullgraph=True, options=options)
+    x = torch.randn(2, 16, 9, 9, dtype=torch.bfloat16, requires_grad=True)
+    with torch.no_grad():
+        expected = model(x)
+    out = run(x)
+    assert out.stride() == expected.stride()
+    assert torch.allclose(out, expected, atol=2e-2)
+    out.float().square().sum().backward()
+    found = [p.grad for p in (x, *model.parameters()) if p.grad is not None]
+    model.zero_grad()
+    x.grad = None
+    model(x).float().square().sum().backward()
+    wanted = [p.grad for p in (x, *model.parameters()) if p.grad is not None]
+    assert len(found) == len(wanted) > 4
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).float().norm() <= 2e-2 * other.float().norm()
+    assert seen == [(16 * 81, 1, 9 * 16, 16), (8 * 49, 1, 7 * 8, 8)]
+
+
+def test_a_convolution_in_nhwc_stays_as_it_is():
+    model = grown(nn.Conv2d(16, 8, 3)).to(torch.bfloat16, memory_format=torch.channels_last)
+    options = {"strategy": "fused", "compiler": "aot_eager"}
+    run = torch.compile(model, backend=compile_graph, fullgraph=True, options=options)
+    x = torch.randn(2, 16, 9, 9, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    assert run(x).stride() == model(x).stride() == (8 * 49, 1, 7 * 8, 8)
