@@ -242,7 +242,8 @@ def why_nothing_grows(model: nn.Module, learners: dict[str, SiteLearner]) -> str
         return None
     for reason in reasons:
         logger.info("%s", reason)
-    return f"no dendrite is predicted to pay at any of {len(growing)} sites"
+    where = "the only site" if len(growing) == 1 else f"any of {len(growing)} sites"
+    return f"no dendrite is predicted to pay at {where}"
 
 
 def _heard(learners: dict[str, SiteLearner]) -> dict[str, SiteLearner]:

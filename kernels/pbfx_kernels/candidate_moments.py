@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pbfx_kernels.moments import Moment
 from pbfx_kernels.relaunch import Launch
-from pbfx_kernels.triton_math import tanh
+from pbfx_kernels.triton_math import activation_and_slope
 from pbfx_kernels.walking import (
     ceiling,
     interleaved_strides,
@@ -58,32 +58,6 @@ _INNER_WIDE = 256
 _PROGRAMS = 1024
 # Fewer tiles than this per program do not pay for a second stage.
 _TILES_EACH = 4
-
-
-@triton.jit
-def _activation_and_slope(z, ACTIVATION: tl.constexpr, ROUNDED: tl.constexpr):
-    """Return f(z) and f'(z) of a float32 tile; ROUNDED if z comes from a dtype of half the bits."""
-    if ACTIVATION == "sigmoid":
-        a = tl.sigmoid(z)
-        slope = a * (1.0 - a)
-    elif ACTIVATION == "tanh":
-        # Where exp(2 z) would overflow, tanh has been 1 for long.
-        a = tanh(tl.minimum(z, 40.0, propagate_nan=tl.PropagateNan.ALL), ROUNDED)
-        slope = 1.0 - a * a
-    elif ACTIVATION == "relu":
-        # Zero at the kink, as torch does, and NaN stays NaN.
-        a = tl.where(z <= 0.0, 0.0, z)
-        slope = tl.where(z > 0.0, 1.0, 0.0)
-    elif ACTIVATION == "gelu":
-        below = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-        a = z * below
-        slope = below + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
-    else:
-        tl.static_assert(ACTIVATION == "silu", "not one of pbfx_kernels.ACTIVATIONS")
-        gate = tl.sigmoid(z)
-        a = z * gate
-        slope = gate * (1.0 + z * (1.0 - gate))
-    return a, slope
 
 
 @triton.jit
@@ -163,7 +137,8 @@ def _candidate_moments_kernel(
             here = real[:, None] & (at_i < inner)
         g = tl.load(g_row + at_o * g_o + at_i * g_i, mask=here, other=0.0).to(tl.float32)
         z = tl.load(z_row + at_o * z_o + at_i * z_i, mask=here, other=0.0).to(tl.float32)
-        a, slope = _activation_and_slope(z, ACTIVATION, z_ptr.dtype.element_ty != tl.float32)
+        # Not FAST: the sums are of float32.
+        a, slope = activation_and_slope(z, ACTIVATION, False, z_ptr.dtype.element_ty != tl.float32)
         residual = g - mean[:, None]
         if HAS_REGRESSION:
             residual -= trend[:, None] * (a - mean_a[:, None])

@@ -4,8 +4,8 @@
 
 Soma and dendrites come from one read of the input; see `fused_depthwise`. The backward is
 perforated as that of `pbfx::dendrites`: the error reaches the soma's parameters, its input and the
-links T. It is written in ops of torch's, and in `pbfx::dendrites_backward` or
-`pbfx::dendrites_recompute`.
+links T. It is `pbfx::perforated_depthwise_backward`, or, where it is to be differentiated itself,
+torch's ops and `pbfx::dendrites_recompute`; of kept activations, `pbfx::dendrites_backward`.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from torch import Tensor
 import pbfx_kernels.ops  # noqa: F401  registers the ops that a backward runs
 from pbfx_kernels import reference
 from pbfx_kernels.candidate_autograd import no_autocast
+from pbfx_kernels.depthwise_backward_op import convolution_backward, recompute
 from pbfx_kernels.dispatch import evaluate_dendrites
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
@@ -180,47 +181,29 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ..
     if grad is None:
         return (None,) * 12
     x, weight, activations, dendrite_weight, dendrite_bias, to_dendrite = ctx.saved_tensors
-    spatial = len(ctx.form[0])
     geometry = _geometry(weight, *ctx.form)
-    batched = len(ctx.x_shape) == spatial + 2
-    given = grad.new_empty(ctx.x_shape) if x is None else x
-    parts = (None, None, None)
-    if any(ctx.needs):
-        parts = torch.ops.aten.convolution_backward(
-            grad if batched else grad[None],
-            given if batched else given[None],
-            weight,
-            [weight.shape[0]],
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            False,
-            [0] * spatial,
-            geometry.groups,
-            ctx.needs,
-        )
-    grad_x, grad_weight, grad_bias = parts
-    if grad_x is not None and not batched:
-        grad_x = grad_x[0]
-    grad_to_soma = None
-    if ctx.learns:
-        if ctx.kept:
-            found = torch.ops.pbfx.dendrites_backward.default(grad, activations, -(spatial + 1))
-        else:
-            found = torch.ops.pbfx.dendrites_recompute.default(
-                grad,
-                x,
-                dendrite_weight,
-                dendrite_bias,
-                to_dendrite,
-                ctx.activation,
-                *ctx.form,
-                geometry.groups,
-                False,
-                [],
-            )
-        grad_to_soma = found.to(ctx.to_soma_dtype)
-    return grad_x, grad_weight, grad_bias, None, None, grad_to_soma, *(None,) * 6
+    links = dendrite_weight, dendrite_bias, to_dendrite, ctx.activation
+    needs_x, needs_weight, needs_bias = ctx.needs
+    if x is not None and not torch.is_grad_enabled():
+        again = ctx.learns and not ctx.kept
+        if not again:
+            # Of no dendrites.
+            none = grad.new_empty((0, *weight.shape))
+            links = none, None, grad.new_empty((0, 0, weight.shape[0])), ctx.activation
+        wanted = needs_x, needs_weight or needs_bias, again
+        op = torch.ops.pbfx.perforated_depthwise_backward.default
+        *parts, found = op(grad, x, weight, *links, *ctx.form, *wanted)
+        parts = [t if need else None for t, need in zip(parts, ctx.needs, strict=True)]
+    else:
+        # Of torch's ops, which have derivatives, and of which none reads an input that is not kept.
+        given = grad.new_empty(ctx.x_shape) if x is None else x
+        parts = convolution_backward(grad, given, weight, geometry, ctx.needs)
+        found = recompute(grad, x, *links, geometry) if ctx.learns and not ctx.kept else None
+    if ctx.kept and ctx.learns:
+        axis = geometry.channel_axis
+        found = torch.ops.pbfx.dendrites_backward.default(grad, activations, axis)
+    grad_to_soma = found.to(ctx.to_soma_dtype) if ctx.learns else None
+    return *parts, None, None, grad_to_soma, *(None,) * 6
 
 
 perforated_depthwise_op.register_autograd(_gradients, setup_context=_setup)

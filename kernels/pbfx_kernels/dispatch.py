@@ -250,7 +250,7 @@ def _launch_gradient(
     """Sum the gradient with kernels of ours, which compute the activations again."""
     dendrites = grad, x, weight, bias, to_dendrite, activation
     if way.strategy is Strategy.DEPTHWISE:
-        from pbfx_kernels.fused_depthwise import fused_depthwise_gradient
+        from pbfx_kernels.depthwise_gradient import fused_depthwise_gradient
 
         return fused_depthwise_gradient(*dendrites, geometry, way.strips)
     if way.strategy is Strategy.SPLIT and geometry.spatial == 0:

@@ -1,6 +1,6 @@
 """What a graph compiler puts in the place of `pbfx::dendrites`: a pure choice, and plain torch.
 
-    fused    `pbfx::perforated_linear`: soma and dendrites from one read of the input
+    fused    `pbfx::perforated_linear` and the like: soma and dendrites from one read of the input
     kernel   the op itself: a library product or one kernel, with an epilogue of ours
     packed   one library product over stacked weights; the rest is for the compiler to fuse
     looped   one library product per dendrite; likewise
@@ -27,7 +27,14 @@ from torch import Tensor
 from pbfx_kernels.activations import activate
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.reference import accumulation_dtype, product
-from pbfx_kernels.strategy import Problem, can_split, fallback_reason, fuses, streams
+from pbfx_kernels.strategy import (
+    Problem,
+    can_split,
+    fallback_reason,
+    fuses,
+    is_depthwise,
+    streams,
+)
 
 # Multiply-adds per dendrite above which a linear op is all products, and the extra passes of a
 # compiler's epilogue cost more than they save.
@@ -77,6 +84,8 @@ def choose_form(problem: Problem, training: bool, absorbs: bool, with_soma: bool
     if fallback_reason(problem) is not None or problem.dendrites == 0:
         # Our kernels would not run: the compiler's are better than the reference.
         return Form.PACKED
+    if is_depthwise(problem):
+        return _depthwise_form(problem, training, with_soma)
     geometry = problem.geometry
     if geometry.spatial:
         images = problem.channels <= 3 and problem.taps >= _MANY_TAPS and can_split(problem)
@@ -94,6 +103,16 @@ def choose_form(problem: Problem, training: bool, absorbs: bool, with_soma: bool
     if thin and not training and (not absorbs or problem.inputs <= _FEW_INPUTS // 4):
         return Form.KERNEL
     return Form.PACKED
+
+
+def _depthwise_form(problem: Problem, training: bool, with_soma: bool) -> Form:
+    """Choose for neurons that read a channel of their own: a library is slow at several to one.
+
+    A convolution with three outputs for each channel takes 3 to 14 times what three of them do.
+    """
+    if with_soma:
+        return Form.FUSED
+    return Form.KERNEL if problem.dendrites > 1 and not training else Form.LOOPED
 
 
 def parts_of_sum(shape: Sequence[Any], channel_axis: int) -> int | None:

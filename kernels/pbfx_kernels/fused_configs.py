@@ -74,7 +74,9 @@ def conv2d_blocks(
         dendrites: D, 1 to `MOST_DENDRITES`.
         element_size: bytes per element of the operands, 2 or 4.
     """
-    wide = max(16, min(64 if dendrites <= 3 else 32, power_of_two(group)))
+    # With three dendrites, tiles of 64 float32 neurons spill up to 216 bytes, or 456 on Blackwell.
+    most = 64 if dendrites <= (3 if element_size == 2 else 2) else 32
+    wide = max(16, min(most, power_of_two(group)))
     # Half as deep as a GEMM's: gathered columns cost address arithmetic in registers.
     deep = max(16, min(64 // (element_size // 2), 32, power_of_two(inputs)))
     return Blocks(128, wide, deep, 8 if wide > 16 else 4, 3)

@@ -23,6 +23,7 @@ from pbfx_kernels.fused_conv_neuron import (
 from pbfx_kernels.fused_neuron import can_describe, fused_neuron, interleave
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling
+from pbfx_kernels.layout import channels_last
 from pbfx_kernels.patches import patches
 from pbfx_kernels.strategy import Route
 
@@ -179,7 +180,7 @@ def _parts(
 
 
 def _nhwc(x: Tensor) -> Tensor:
-    image = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    image = channels_last(x).permute(0, 2, 3, 1)
     return image.clone(memory_format=torch.contiguous_format) if image.data_ptr() % 16 else image
 
 

@@ -8,6 +8,7 @@ nothing else of a site's geometry.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -92,3 +93,20 @@ def writable(like: Tensor, channel_axis: int) -> Tensor:
 def stack_like(out: Tensor, count: int) -> Tensor:
     """Return memory for `(count, *out.shape)`, each slice laid out as `out`, which is dense."""
     return out.new_empty_strided((count, *out.shape), (out.numel(), *out.stride()))
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return `(B, C, H, W)` with the channels as neighbours: `x` itself where they are.
+
+    For what runs inside ops whose kernels run: it launches one, and has no gradient.
+
+    Args:
+        x: any strides, any dtype of the kernels.
+    """
+    form = torch.channels_last
+    counted = x.numel() > 0 and math.prod(x.shape[1:]) < 2**31
+    if not (x.is_cuda and counted and x.is_contiguous()) or x.is_contiguous(memory_format=form):
+        return x.contiguous(memory_format=form)
+    from pbfx_kernels.nhwc import transposed
+
+    return transposed(x)

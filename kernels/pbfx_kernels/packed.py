@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling
+from pbfx_kernels.layout import channels_last
 from pbfx_kernels.reference import flatten_stack
 
 # Bytes of `z` at a time: enough for a library to run at full speed.
@@ -93,7 +94,7 @@ def prepared(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Ten
         if (short or rows) and x.numel() >= _WORTH_COPYING:
             return F.pad(x, (0, short)), F.pad(stacked, (0, short, 0, rows))
     elif prefers_nhwc(x.shape, x.element_size(), geometry):
-        return x.contiguous(memory_format=torch.channels_last), stacked
+        return channels_last(x), stacked
     return x, stacked
 
 

@@ -449,11 +449,13 @@ def recomputes(soma: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         weight: V, `(D, N, K)` or `(D, N, channels / groups, *kernel)`.
         geometry: the form of the soma.
     """
-    dendrites, _, channels, *taps = weight.shape
+    dendrites, neurons, channels, *taps = weight.shape
     known = soma.device.type == "cuda" and soma.dtype in _DTYPES
     if not known or geometry.transposed or math.prod(taps) == 1:
         return False
-    return dendrites > 1 and channels * math.prod(taps) <= RECOMPUTED_INPUTS
+    # A depthwise backward reads what the activations are made of for the weight's gradient too.
+    least = 1 if channels == 1 and geometry.groups == neurons else 2
+    return dendrites >= least and channels * math.prod(taps) <= RECOMPUTED_INPUTS
 
 
 @functools.cache

@@ -6,24 +6,25 @@ Imported inside the functions that launch kernels, because it imports triton.
 """
 
 # The type checker does not know what Triton adds to Python: launch options, static_range.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def activate(z, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
+def activate(z, ACTIVATION: tl.constexpr, FAST: tl.constexpr, ROUNDED: tl.constexpr = False):
     """Apply one of `pbfx_kernels.ACTIVATIONS` to a float32 tile; `gelu` is the one with erf.
 
     FAST is for results that will be rounded to bfloat16: the hardware's tanh, with a relative error
     of 2^-11, a quarter of that rounding's. Where memory is not the limit, activations are: 4 of
-    every 5 instructions outside the matrix units.
+    every 5 instructions outside the matrix units. ROUNDED is for z from a dtype of half the bits;
+    see `tanh`.
     """
     if ACTIVATION == "sigmoid":
         return sigmoid(z, FAST)
     elif ACTIVATION == "tanh":
-        return hardware_tanh(z) if FAST else tanh(z, False)
+        return hardware_tanh(z) if FAST else tanh(z, ROUNDED)
     elif ACTIVATION == "relu":
         # As torch: NaN stays NaN.
         return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -44,7 +45,9 @@ def sigmoid(z, FAST: tl.constexpr):
 
 
 @triton.jit
-def activation_and_slope(z, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
+def activation_and_slope(
+    z, ACTIVATION: tl.constexpr, FAST: tl.constexpr, ROUNDED: tl.constexpr = False
+):
     """Return f(z) and f'(z) of a float32 tile; arguments as of `activate`."""
     if ACTIVATION == "gelu":
         below = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
@@ -55,7 +58,7 @@ def activation_and_slope(z, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
         a = z * gate
         slope = gate * (1.0 + z * (1.0 - gate))
     else:
-        a = activate(z, ACTIVATION, FAST)
+        a = activate(z, ACTIVATION, FAST, ROUNDED)
         if ACTIVATION == "sigmoid":
             slope = a * (1.0 - a)
         elif ACTIVATION == "tanh":

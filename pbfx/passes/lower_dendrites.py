@@ -30,14 +30,15 @@ from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
 from torch.nn import functional as F
 
-# They register `pbfx::perforated_linear` and `pbfx::perforated_conv2d`.
+# They register `pbfx::perforated_linear`, `pbfx::perforated_conv2d` and the depthwise one.
 import pbfx_kernels.conv_neuron_op
+import pbfx_kernels.depthwise_op
 import pbfx_kernels.neuron_op  # noqa: F401
 from pbfx.passes.context import copy_provenance, part
 from pbfx_kernels import Geometry
 from pbfx_kernels.forms import Form, choose_form, dendrites_in_graph, stacked_activations
 from pbfx_kernels.packed import prefers_nhwc
-from pbfx_kernels.strategy import problem_of, recomputes, route
+from pbfx_kernels.strategy import is_depthwise, problem_of, recomputes, route
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ def _choose(call: _Call, node: fx.Node, ctx: LoweringContext) -> tuple[Form, str
         return Form.PACKED, "its products have a dtype of their own"
     absorbed = _absorbed(node)
     problem = problem_of(call.soma, call.weight, call.geometry)
-    if with_soma and call.geometry.spatial:
+    if with_soma and call.geometry.spatial and not is_depthwise(problem):
         with_soma = route(problem, value_of(call.tensors[1]).shape) is not None
     form = choose_form(problem, ctx.training, bool(absorbed), with_soma)
     if form is Form.FUSED:
@@ -208,8 +209,11 @@ def _fuse(graph: fx.Graph, node: fx.Node, call: _Call, ctx: LoweringContext) -> 
     op: Any = torch.ops.pbfx.perforated_linear.default
     learns = isinstance(value := value_of(links[2]), Tensor) and value.requires_grad
     if geometry.spatial:
-        op = torch.ops.pbfx.perforated_conv2d.default
-        form = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+        form = geometry.stride, geometry.padding, geometry.dilation
+        if is_depthwise(problem_of(call.soma, call.weight, geometry)):
+            op = torch.ops.pbfx.perforated_depthwise.default
+        else:
+            op, form = torch.ops.pbfx.perforated_conv2d.default, (*form, geometry.groups)
         learns = learns and not _computes_again(call)
     keep = part(node, 1) is not None or (ctx.training and learns)
     last = node.prev

@@ -16,6 +16,7 @@ import torch._dynamo
 import torch._inductor.config
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn import functional as F
 
 import pbfx
 from models import CASES, Case, randomise, run
@@ -152,6 +153,18 @@ def test_convolutions_with_groups_and_transposed(spatial, strategy):
     assert_alike(step(compiled(model, strategy=strategy, **QUICK), model, x), step(model, model, x))
     # Without a batch.
     assert_alike(step(compiled(model, **QUICK), model, x[0]), step(model, model, x[0]))
+
+
+def test_a_depthwise_soma_is_computed_with_its_dendrites():
+    model = pbfx.grow(pbfx.transform(nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1, groups=4))), 3)
+    randomise(model)
+    x = torch.randn(2, 4, 5, 6)
+    gm = graph_of(model, x)
+    assert lower_dendrites(gm, LoweringContext("fused")) == 1
+    targets = [node.target for node in gm.graph.nodes]
+    assert torch.ops.pbfx.perforated_depthwise.default in targets
+    assert F.conv2d not in targets
+    assert_alike(step(compiled(model, strategy="fused", **QUICK), model, x), step(model, model, x))
 
 
 def test_the_dendrite_phase():

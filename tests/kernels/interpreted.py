@@ -25,20 +25,24 @@ from torch import Tensor
 from pbfx_kernels import (
     ACTIVATIONS,
     Geometry,
+    depthwise_backward_op,
     frozen,
     fused_convolution,
     neurons,
+    nhwc,
     packed,
     reference,
 )
 from pbfx_kernels.conv_neuron_op import _empty
 from pbfx_kernels.depthwise_configs import Strips
-from pbfx_kernels.dispatch import evaluate_dendrites, recompute_to_soma_gradient
-from pbfx_kernels.fused_depthwise import (
-    depthwise_neuron,
-    fused_depthwise,
+from pbfx_kernels.depthwise_gradient import (
+    depthwise_gradients,
+    depthwise_input_gradient,
     fused_depthwise_gradient,
 )
+from pbfx_kernels.depthwise_planes import transposes
+from pbfx_kernels.dispatch import evaluate_dendrites, recompute_to_soma_gradient
+from pbfx_kernels.fused_depthwise import depthwise_neuron, fused_depthwise
 from pbfx_kernels.fused_neuron import fused_neuron, interleave
 from pbfx_kernels.layout import stack_like
 from pbfx_kernels.strategy import Route, Strategy
@@ -288,20 +292,88 @@ def test_depthwise_neuron(site: Site, last: bool) -> None:
         assert_close(kept, torch.stack(ref_activations))
 
 
-def test_strips_do_not_show() -> None:
+PATCHED = (
+    Site("patches", (2, 5, 7, 8), (5, 1, 3, 3), _form(padding=1, groups=5)),
+    Site("patches-stride", (2, 3, 8, 16), (3, 1, 3, 3), _form(2, 1, groups=3)),
+    Site("patches-form", (1, 3, 8, 8), (3, 1, 3, 2), _form(1, (2, 3), (1, 2), groups=3)),
+    Site("patches-odd", (2, 3, 6, 7), (3, 1, 3, 3), _form((2, 1), (1, 1), groups=3)),
+)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("site", PATCHED, ids=lambda site: site.name)
+def test_strips_do_not_show(site: Site, last: bool) -> None:
+    """Outputs, activations and all gradients, whatever a thread computes of them."""
+    case = make_dendrites(site, 2).args(torch.float32)
+    given = {name: t.detach() for name, t in case.items()}
+    weight, grad = torch.randn(site.weight), torch.randn_like(given["soma"])
+    if last:
+        for name in ("soma", "x"):
+            given[name] = given[name].contiguous(memory_format=torch.channels_last)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    wide = {name: t.double() for name, t in given.items()}
+    wanted, wanted_activations = oracle_dendrites(site, wide, "tanh")
+    wanted_links = (grad.double() * torch.stack(wanted_activations)).sum((1, 3, 4))
+    soma = [t.double().requires_grad_() for t in (given["x"], weight, torch.zeros(site.neurons))]
+    site.soma(*soma).backward(grad.double())
+    wanted_x, wanted_weight, wanted_bias = (t.grad for t in soma)
+    geometry = site.geometry
+    dendrites = [given[name] for name in ("weight", "bias", "to_dendrite")]
+    width, from_width = wanted.shape[-1], given["x"].shape[-1]
+    for columns in (2, 4, 8, 7):
+        strips = Strips(4 if columns == 2 else 2, 8, 4 if last else 1, 3, columns)
+        if width % columns == 0:
+            out, kept = torch.full_like(wanted, torch.nan), stack_like(given["soma"], 2)
+            out, kept = out.float(), kept.fill_(torch.nan)
+            links = [given[name] for name in ORDER]
+            fused_depthwise(*links, "tanh", geometry, out, kept, strips)
+            assert_close(out, wanted)
+            assert_close(kept, torch.stack(wanted_activations))
+            args = grad, given["x"], *dendrites, "tanh", geometry, strips
+            assert_close(fused_depthwise_gradient(*args), wanted_links)
+            found = depthwise_gradients(*args)
+            for sums, right in zip(found, (wanted_links, wanted_weight, wanted_bias), strict=True):
+                assert_close(sums, right)
+        stepped = transposes(geometry, site.x, site.weight[2:]) and from_width % columns == 0
+        if stepped and columns % geometry.stride[1] == 0:
+            grad_x = torch.full_like(given["x"], torch.nan)
+            depthwise_input_gradient(grad, weight, geometry, grad_x, strips)
+            assert_close(grad_x, wanted_x)
+
+
+@pytest.mark.parametrize("site", DEPTHWISE, ids=lambda site: site.name)
+def test_depthwise_backward(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op's choice of kernels, against torch's own ops."""
+    case = make_dendrites(site, 2).args(torch.float32)
+    given = {name: t.detach() for name, t in case.items()}
+    weight, grad = torch.randn(site.weight), torch.randn_like(given["soma"])
+    g = site.geometry
+    args = grad, given["x"], weight, given["weight"], given["bias"], given["to_dendrite"], "tanh"
+    op = torch.ops.pbfx.perforated_depthwise_backward.default
+    form = g.stride, g.padding, g.dilation, True, True, True
+    wanted = op(*(t.double() if isinstance(t, Tensor) else t for t in args), *form)
+    monkeypatch.setattr(depthwise_backward_op, "choose", lambda _: Strategy.DEPTHWISE)
+    for found, right in zip(op(*args, *form), wanted, strict=True):
+        assert_close(found, right)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 7), (1, 70, 9, 9), (3, 32, 8, 16)], ids=str)
+def test_images_are_transposed(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    out = nhwc.transposed(x)
+    assert torch.equal(out, x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_strips_of_long_kernels_do_not_show() -> None:
     site = DEPTHWISE[1]
     args = make_dendrites(site, 2).args(torch.float32)
     tensors = [args[name].detach() for name in ORDER]
     wanted, _ = evaluate(args, site, Strategy.DEPTHWISE)
-    grad = torch.randn_like(wanted)
-    wanted_sum = recompute(args, grad, site, Strategy.DEPTHWISE)
-    for strips in (Strips(1, 16, 4), Strips(2, 8, 1), Strips(4, 4, 8, 0), Strips(8, 2, 16)):
+    for strips in (Strips(1, 16, 4, 0), Strips(4, 4, 8, 0), Strips(8, 2, 16)):
         out = torch.full_like(wanted, torch.nan)
         fused_depthwise(*tensors, "tanh", site.geometry, out, None, strips)
         assert relative_error(out, wanted) < 1e-6
-        given = [args[name].detach() for name in ("x", "weight", "bias", "to_dendrite")]
-        found = fused_depthwise_gradient(grad, *given, "tanh", site.geometry, strips)
-        assert relative_error(found, wanted_sum) < 1e-5
 
 
 WALKED, POINTWISE, PATCHES = Route.WALKED, Route.POINTWISE, Route.PATCHES

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import BY_NAME, Site, make_dendrites, oracle_dendrites
-from tolerances import assert_close
+from kernel_cases import BY_NAME, Site
+from neuron_cases import NAMES, Arguments, check_frozen_parts, check_neuron, make_arguments
 from torch import Tensor
 
 import pbfx_kernels.conv_neuron_op  # noqa: F401  registers the op
@@ -19,28 +19,9 @@ SITES = [
     for name in ("conv2d", "conv2d-form", "conv2d-depthwise", "conv2d-1x1", "conv2d-empty")
 ]
 sites = pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
-NAMES = ("x", "weight", "bias", "dendrite_weight", "dendrite_bias", "to_soma", "to_dendrite")
 
 
-def arguments(
-    site: Site, d: int, bias: bool = True, dtype: torch.dtype = torch.float64
-) -> dict[str, Tensor | None]:
-    case = make_dendrites(site, d, bias=bias).args(dtype)
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(site.weight, dtype=dtype, generator=generator)
-    own = torch.randn(site.weight[0], dtype=dtype, generator=generator)
-    return {
-        "x": case["x"].detach().requires_grad_(),
-        "weight": weight.requires_grad_(),
-        "bias": own.requires_grad_() if bias else None,
-        "dendrite_weight": case["weight"].detach(),
-        "dendrite_bias": None if case["bias"] is None else case["bias"].detach(),
-        "to_soma": case["to_soma"].detach().requires_grad_(),
-        "to_dendrite": case["to_dendrite"].detach(),
-    }
-
-
-def call(args: dict[str, Tensor | None], site: Site, keep: bool = True) -> tuple[Tensor, Tensor]:
+def call(args: Arguments, site: Site, keep: bool = True) -> tuple[Tensor, Tensor]:
     op = torch.ops.pbfx.perforated_conv2d.default
     return op(*(args[name] for name in NAMES), "tanh", *site.op_geometry[:4], keep)
 
@@ -49,33 +30,7 @@ def call(args: dict[str, Tensor | None], site: Site, keep: bool = True) -> tuple
 @pytest.mark.parametrize("d", [0, 1, 3])
 @pytest.mark.parametrize("keep", [True, False])
 def test_matches_oracle(site: Site, d: int, keep: bool) -> None:
-    args = arguments(site, d, bias=d != 1)
-    expected = {
-        name: None if t is None else t.detach().clone().requires_grad_(t.requires_grad)
-        for name, t in args.items()
-    }
-    out, activations = call(args, site, keep)
-    given = {
-        "soma": site.soma(expected["x"], expected["weight"], expected["bias"]),
-        "x": expected["x"].detach(),
-        "weight": expected["dendrite_weight"],
-        "bias": expected["dendrite_bias"],
-        "to_soma": expected["to_soma"],
-        "to_dendrite": expected["to_dendrite"],
-    }
-    wanted, wanted_activations = oracle_dendrites(site, given, "tanh")
-    assert_close(out, wanted)
-    assert activations.shape == (d if keep else 0, *out.shape)
-    if d and keep:
-        assert_close(activations, torch.stack(wanted_activations))
-    grad = torch.randn(wanted.shape, dtype=wanted.dtype, generator=torch.Generator().manual_seed(2))
-    out.backward(grad)
-    wanted.backward(grad)
-    for name in ("x", "weight", "bias", "to_soma"):
-        if args[name] is not None and args[name].numel():
-            assert_close(args[name].grad, expected[name].grad)
-    for name in ("dendrite_weight", "dendrite_bias", "to_dendrite"):
-        assert args[name] is None or args[name].grad is None
+    check_neuron(call, site, d, keep)
 
 
 @pytest.mark.parametrize("site", [BY_NAME["conv2d-form"], BY_NAME["conv2d-1x1"]], ids=str)
@@ -83,7 +38,7 @@ def test_matches_oracle(site: Site, d: int, keep: bool) -> None:
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("last", [True, False])
 def test_op(site: Site, d: int, keep: bool, last: bool) -> None:
-    args = arguments(site, d, dtype=torch.float32)
+    args = make_arguments(site, d, dtype=torch.float32)
     if last:
         x = args["x"].detach().contiguous(memory_format=torch.channels_last)
         args["x"] = x.requires_grad_()
@@ -95,7 +50,7 @@ def test_op(site: Site, d: int, keep: bool, last: bool) -> None:
 def test_layout_is_that_of_the_input_or_of_the_weight() -> None:
     site = BY_NAME["conv2d"]
     for name in (None, "x", "weight"):
-        args = {k: None if t is None else t.detach() for k, t in arguments(site, 2).items()}
+        args = {k: None if t is None else t.detach() for k, t in make_arguments(site, 2).items()}
         if name:
             args[name] = args[name].contiguous(memory_format=torch.channels_last)
         out, activations = call(args, site)
@@ -105,19 +60,12 @@ def test_layout_is_that_of_the_input_or_of_the_weight() -> None:
 
 
 def test_frozen_parts_get_nothing() -> None:
-    site = BY_NAME["conv2d-form"]
-    args = arguments(site, 2)
-    for name in ("weight", "bias", "to_soma"):
-        args[name].requires_grad_(False)
-    out, _ = call(args, site, keep=False)
-    out.sum().backward()
-    assert args["x"].grad is not None
-    assert all(args[name].grad is None for name in ("weight", "bias", "to_soma"))
+    check_frozen_parts(call, BY_NAME["conv2d-form"])
 
 
 def test_links_alone_learn() -> None:
     site = BY_NAME["conv2d-form"]
-    args = arguments(site, 2)
+    args = make_arguments(site, 2)
     for name in ("x", "weight", "bias"):
         args[name].requires_grad_(False)
     for keep in (True, False):
@@ -128,11 +76,11 @@ def test_links_alone_learn() -> None:
 
 def test_refuses_what_does_not_fit() -> None:
     site = BY_NAME["conv2d"]
-    args = arguments(site, 2)
+    args = make_arguments(site, 2)
     args["to_soma"] = args["to_soma"].detach()[:, :-1]
     with pytest.raises(ArgumentError, match="to_soma"):
         call(args, site)
-    args = arguments(site, 2)
+    args = make_arguments(site, 2)
     args["x"] = args["x"].detach()[0]
     with pytest.raises(ArgumentError, match="x, weight: expected 4 axes, got"):
         call(args, site)
@@ -144,7 +92,7 @@ def test_flops() -> None:
     import pbfx_kernels.flops  # noqa: F401  registers the formulas
 
     site = BY_NAME["conv2d-form"]
-    args = arguments(site, 2)
+    args = make_arguments(site, 2)
     with FlopCounterMode(display=False) as plain:
         soma = site.soma(args["x"], args["weight"], args["bias"])
     with FlopCounterMode(display=False) as counter:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import BY_NAME, DEPTHWISE, Site, make_dendrites, oracle_dendrites
+from kernel_cases import BY_NAME, DEPTHWISE, Site
+from neuron_cases import NAMES, Arguments, check_frozen_parts, check_neuron, make_arguments
 from tolerances import assert_close
 from torch import Tensor
 
@@ -12,26 +13,6 @@ import pbfx_kernels.depthwise_op  # noqa: F401  registers the op
 from pbfx_kernels import ArgumentError, Geometry
 
 sites = pytest.mark.parametrize("site", DEPTHWISE, ids=lambda site: site.name)
-NAMES = ("x", "weight", "bias", "dendrite_weight", "dendrite_bias", "to_soma", "to_dendrite")
-
-
-def arguments(site: Site, d: int, bias: bool = True) -> dict[str, Tensor | None]:
-    case = make_dendrites(site, d, bias=bias).args()
-    generator = torch.Generator().manual_seed(1)
-
-    def normal(*shape: int) -> Tensor:
-        drawn = torch.randn(shape, dtype=torch.float64, generator=generator)
-        return drawn.requires_grad_()
-
-    return {
-        "x": case["x"].detach().requires_grad_(),
-        "weight": normal(*site.weight),
-        "bias": normal(site.weight[0]) if bias else None,
-        "dendrite_weight": case["weight"].detach(),
-        "dendrite_bias": None if case["bias"] is None else case["bias"].detach(),
-        "to_soma": case["to_soma"].detach().requires_grad_(),
-        "to_dendrite": case["to_dendrite"].detach(),
-    }
 
 
 def form_of(site: Site) -> tuple[tuple[int, ...], ...]:
@@ -39,7 +20,7 @@ def form_of(site: Site) -> tuple[tuple[int, ...], ...]:
     return geometry.stride, geometry.padding, geometry.dilation
 
 
-def call(args: dict[str, Tensor | None], site: Site, keep: bool = True) -> tuple[Tensor, Tensor]:
+def call(args: Arguments, site: Site, keep: bool = True) -> tuple[Tensor, Tensor]:
     op = torch.ops.pbfx.perforated_depthwise.default
     return op(*(args[name] for name in NAMES), "tanh", *form_of(site), keep)
 
@@ -48,48 +29,48 @@ def call(args: dict[str, Tensor | None], site: Site, keep: bool = True) -> tuple
 @pytest.mark.parametrize("d", [0, 1, 3])
 @pytest.mark.parametrize("keep", [True, False])
 def test_matches_oracle(site: Site, d: int, keep: bool) -> None:
-    args = arguments(site, d, bias=d != 1)
-    expected = {
-        name: None if t is None else t.detach().clone().requires_grad_(t.requires_grad)
-        for name, t in args.items()
-    }
-    out, activations = call(args, site, keep)
-    given = {
-        "soma": site.soma(expected["x"], expected["weight"], expected["bias"]),
-        "x": expected["x"].detach(),
-        "weight": expected["dendrite_weight"],
-        "bias": expected["dendrite_bias"],
-        "to_soma": expected["to_soma"],
-        "to_dendrite": expected["to_dendrite"],
-    }
-    wanted, wanted_activations = oracle_dendrites(site, given, "tanh")
-    assert_close(out, wanted)
-    assert activations.shape == (d if keep else 0, *out.shape)
-    if d and keep:
-        assert_close(activations, torch.stack(wanted_activations))
-    grad = torch.randn(wanted.shape, dtype=wanted.dtype, generator=torch.Generator().manual_seed(2))
-    out.backward(grad)
-    wanted.backward(grad)
-    for name in ("x", "weight", "bias", "to_soma"):
-        if args[name] is not None and args[name].numel():
-            assert_close(args[name].grad, expected[name].grad)
-    for name in ("dendrite_weight", "dendrite_bias", "to_dendrite"):
-        assert args[name] is None or args[name].grad is None
+    check_neuron(call, site, d, keep)
 
 
 @sites
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("d", [0, 2])
 def test_op(site: Site, d: int, keep: bool) -> None:
-    args = arguments(site, d)
+    args = make_arguments(site, d)
     op = torch.ops.pbfx.perforated_depthwise.default
     tensors = [args[name] for name in NAMES]
     torch.library.opcheck(op, (*tensors, "tanh", *form_of(site), keep))
 
 
+@sites
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
+def test_backward_op(site: Site, needs: tuple[bool, bool, bool]) -> None:
+    args = {name: None if t is None else t.detach() for name, t in make_arguments(site, 2).items()}
+    grad = torch.randn_like(site.soma(args["x"], args["weight"], None))
+    op = torch.ops.pbfx.perforated_depthwise_backward.default
+    links = (args[name] for name in ("dendrite_weight", "dendrite_bias", "to_dendrite"))
+    given = grad, args["x"], args["weight"], *links, "tanh", *form_of(site), *needs
+    torch.library.opcheck(op, given)
+    found = op(*given)
+    assert [t.numel() > 0 for t in found] == [needs[0], needs[1], needs[1], needs[2]]
+
+
+def test_gradients_can_be_differentiated() -> None:
+    site = BY_NAME["conv2d-depthwise"]
+    args = make_arguments(site, 2)
+    args["to_soma"] = args["to_soma"].detach()
+    learning = [args[name] for name in ("x", "weight")]
+
+    def run(*tensors: Tensor) -> Tensor:
+        return call(args | dict(zip(("x", "weight"), tensors, strict=True)), site)[0]
+
+    small = [t.detach().requires_grad_() for t in learning]
+    torch.autograd.gradgradcheck(run, small, nondet_tol=1e-12)
+
+
 def test_channels_last_stays_so() -> None:
     site = BY_NAME["conv2d-depthwise"]
-    args = arguments(site, 2)
+    args = make_arguments(site, 2)
     wanted, _ = call(args, site)
     args["x"] = args["x"].detach().to(memory_format=torch.channels_last).requires_grad_()
     out, activations = call(args, site)
@@ -99,23 +80,16 @@ def test_channels_last_stays_so() -> None:
 
 
 def test_frozen_parts_get_nothing() -> None:
-    site = BY_NAME["conv2d-depthwise"]
-    args = arguments(site, 2)
-    for name in ("weight", "bias", "to_soma"):
-        args[name].requires_grad_(False)
-    out, _ = call(args, site, keep=False)
-    out.sum().backward()
-    assert args["x"].grad is not None
-    assert all(args[name].grad is None for name in ("weight", "bias", "to_soma"))
+    check_frozen_parts(call, BY_NAME["conv2d-depthwise"])
 
 
 def test_refuses_what_does_not_fit() -> None:
     site = BY_NAME["conv2d-depthwise"]
-    args = arguments(site, 2)
+    args = make_arguments(site, 2)
     args["to_soma"] = args["to_soma"].detach()[:, :-1]
     with pytest.raises(ArgumentError, match="to_soma"):
         call(args, site)
-    args = arguments(site, 2)
+    args = make_arguments(site, 2)
     args["dendrite_weight"] = args["dendrite_weight"][0]
     with pytest.raises(ArgumentError, match="weight"):
         call(args, site)
@@ -127,7 +101,7 @@ def test_flops() -> None:
     import pbfx_kernels.flops  # noqa: F401  registers the formulas
 
     for site in DEPTHWISE:
-        args = arguments(site, 2)
+        args = make_arguments(site, 2)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             out, _ = call(args, site)
         assert counter.get_total_flops() == 3 * 2 * out.numel() * args["weight"][0].numel()

@@ -147,9 +147,15 @@ def test_saves_the_stack_once(eager: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["linear-63-127", "linear-sequence"])
-def test_low_precision(name: str, dtype: torch.dtype) -> None:
-    site = BY_NAME[name]
+@pytest.mark.parametrize(
+    "site", [BY_NAME["linear-63-127"], Site("sequence", (2, 31, 63), (127, 63))], ids=str
+)
+def test_low_precision(site: Site, dtype: torch.dtype) -> None:
+    """Of enough sums that the norm says how far they are off.
+
+    Those of "linear-sequence" are nine numbers, which may all but cancel: in 200 draws its `dc` was
+    off by 1.5e-2 at worst in bfloat16, and plain torch's by 3.4e-2. Here the worst is 5e-3.
+    """
     case = make_dendrites(site, 3)
     args, eager = case.args(dtype), case.args(dtype)
     out, plain = call(site, args)[0], oracle_full(site, eager, "tanh")

@@ -69,6 +69,23 @@ def test_a_kernel_for_the_soma_too_has_to_save_what_an_op_costs():
     assert form(256, 1024, 1024, training=False) is Form.PACKED
 
 
+@pytest.mark.parametrize(
+    ("count", "training", "with_soma", "expected"),
+    [
+        (1, False, True, Form.FUSED),
+        (3, True, True, Form.FUSED),
+        (3, False, False, Form.KERNEL),
+        (1, False, False, Form.LOOPED),
+        (3, True, False, Form.LOOPED),
+        (9, False, True, Form.PACKED),
+    ],
+)
+def test_depthwise_sites(count: int, training: bool, with_soma: bool, expected: Form) -> None:
+    shape = Geometry.convolution(2, groups=144), 200704, 144, 1, 9, count
+    problem = Problem("cuda", (9, 0), torch.bfloat16, True, *shape)
+    assert choose_form(problem, training, True, with_soma) is expected
+
+
 @each_site
 @pytest.mark.parametrize("form", [Form.PACKED, Form.LOOPED])
 @pytest.mark.parametrize("count", [1, 3])

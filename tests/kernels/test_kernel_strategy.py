@@ -233,6 +233,8 @@ def test_what_is_saved() -> None:
 
     assert recomputes(2, 64, 32, 3, 3)
     assert not recomputes(1, 64, 32, 3, 3)
+    # Whose weight's gradient needs the same inputs.
+    assert recomputes(1, 64, 1, 3, 3, geometry=Geometry.convolution(2, groups=64))
     assert not recomputes(2, 64, 32, 1, 1)
     assert not recomputes(2, 64, 256, 3, 3)
     assert not recomputes(2, 64, 32, geometry=LINEAR)

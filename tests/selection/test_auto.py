@@ -159,6 +159,12 @@ def test_at_chance_training_completes_with_the_network_as_it_was():
     assert {id(p) for p in held} == {id(p) for p in model.parameters()}
 
 
+def test_one_site_is_no_list(monkeypatch):
+    monkeypatch.setattr(restructure, "_growing", lambda *_: ({"fc": 0}, []))
+    reason = restructure.why_nothing_grows(Aside(), {})
+    assert reason == "no dendrite is predicted to pay at the only site"
+
+
 def test_without_a_measurement_nothing_grows():
     model, optimizer = make(sites="auto")
     tracker = enter_dendrite_phase(model, optimizer, 1)
