@@ -153,9 +153,14 @@ def _compiling(
 
 def _warm_up(args: argparse.Namespace, device: torch.device) -> None:
     """Compile something small: the first compilation of a process also starts the compilers."""
+    from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+
     backend = functools.partial(compile_graph, options={"compiler": args.compiler})
     with _compiling(backend) as (compile_, _):
         compile_(nn.Linear(4, 4, device=device))(torch.ones(2, 4, device=device)).sum().backward()
+    if args.compiler == "inductor" and get_compile_threads() > 1:
+        # Until its workers are there, this process compiles kernels itself.
+        AsyncCompile.wait_pool_ready()
 
 
 def _eager(args: argparse.Namespace, setting: Setting) -> dict[str, _Event]:
