@@ -57,7 +57,7 @@ PACKED, GROWN = "packed + inductor", "pbfx, grown before"
 RESTRUCTURE, FIRST, FRESH = "restructure", "first call after it", "fresh compile"
 BEFORE, AFTER = "steady step before", "steady step after"
 # In words for the command line; the backend's are named with it in the table.
-WAYS = ("eager", "grown", "inductor", "pbfx", "regional", "reserve", "packed")
+WAYS = ("eager", "grown", "inductor", "pbfx", "regional", "sites", "reserve", "packed")
 # Of eager restructures, which vary more than compilations do.
 _ROUNDS = 3
 # A deep model adds up the roundings of its layers.
@@ -108,10 +108,12 @@ def ways(mode: str, compiler: str, reserve: int) -> list[Way]:
         Way("inductor", backend(strategy="kernel")),
         Way("pbfx", backend()),
         Way("pbfx, regional", backend(regional=True)),
+        Way("pbfx, sites", backend(regional="sites")),
         Way("pbfx, reserve", backend(), dataclasses.replace(CONFIG, reserve=reserve)),
     ]
     # CUDA graphs go with whole models only.
-    return [way for way in found if "regional" not in way.name or mode != "reduce-overhead"]
+    apart = ("pbfx, regional", "pbfx, sites")
+    return [way for way in found if way.name not in apart or mode != "reduce-overhead"]
 
 
 def run(args: argparse.Namespace) -> Iterator[Case]:
@@ -151,9 +153,14 @@ def _compiling(
 
 def _warm_up(args: argparse.Namespace, device: torch.device) -> None:
     """Compile something small: the first compilation of a process also starts the compilers."""
+    from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+
     backend = functools.partial(compile_graph, options={"compiler": args.compiler})
     with _compiling(backend) as (compile_, _):
         compile_(nn.Linear(4, 4, device=device))(torch.ones(2, 4, device=device)).sum().backward()
+    if args.compiler == "inductor" and get_compile_threads() > 1:
+        # Until its workers are there, this process compiles kernels itself.
+        AsyncCompile.wait_pool_ready()
 
 
 def _eager(args: argparse.Namespace, setting: Setting) -> dict[str, _Event]:

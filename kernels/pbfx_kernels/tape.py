@@ -199,6 +199,8 @@ class _Recorder(TorchDispatchMode):
         found = func(*args, **kwargs)
         results = list(found) if isinstance(found, (tuple, list)) else [found]
         new = [each for each in results if self._is_new(each)]
+        # A number that Python reads may decide something.
+        self._fits &= all(each is None or isinstance(each, Tensor) for each in results)
         if func in _ALLOCATIONS and new:
             self._lines.append(self._allocation(new[0]))
         elif new or func._schema.is_mutable:

@@ -43,8 +43,9 @@ def compile_graph(
         mode: `"default"`, `"reduce-overhead"`, `"max-autotune"` or
             `"max-autotune-no-cudagraphs"`, as Inductor takes them.
         options: `strategy` (`"auto"`, `"kernel"`, `"packed"`, `"looped"`), `precision` of the
-            dendrites' products (`"soma"`, `"bfloat16"`, `"float16"`), `regional` (compile blocks
-            apart, equal ones once, and after a growth only those that changed), `compiler`
+            dendrites' products (`"soma"`, `"bfloat16"`, `"float16"`), `regional` (True compiles
+            blocks apart, `"sites"` sites, equal ones once, and after a growth only those that
+            changed), `compiler`
             (`"inductor"`, `"aot_eager"`, `"eager"`), `mode`, since torch takes either `mode` or
             `options`; everything else is Inductor's.
 

@@ -3,9 +3,11 @@
     stem -> blocks.0 -> blocks.1 -> ... -> head      one compiled function per distinct block
 
 A block is a run of nodes that belong to one member of a repeated container, such as `blocks.3`;
-what lies between blocks is a region too. Regions are told apart by their content: ops and their
-arguments, and the shapes, strides, dtypes and gradients of their inputs. So twelve equal layers are
-compiled once, and a restructure costs the compilation of the regions in which it changed something.
+what lies between blocks is a region too. Networks without blocks can be cut at their sites instead:
+a region is then an op with dendrites and what follows it, up to the next one. Regions are told
+apart by their content: ops and their arguments, and the shapes, strides, dtypes and gradients of
+their inputs. So twelve equal layers are compiled once, and a restructure costs the compilation of
+the regions in which it changed something.
 
 Each region is a graph with a backward of its own, which costs some tens of microseconds per region
 and step, and fusion across its borders.
@@ -54,7 +56,7 @@ def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Set
     Returns:
         What computes `gm`.
     """
-    region_of = assign_regions(gm.graph)
+    region_of = assign_regions(gm.graph, by_site=settings.regional == "sites")
     if len(set(region_of.values())) < 2:
         with overlapping():
             return settings.inner(gm, example_inputs)
@@ -106,19 +108,23 @@ def forget_regions() -> None:
     _compiled.clear()
 
 
-def assign_regions(graph: fx.Graph) -> dict[str, int]:
+def assign_regions(graph: fx.Graph, by_site: bool = False) -> dict[str, int]:
     """Return the number of the region of each node that computes, by its name.
 
     Regions are runs of nodes, so that a graph of regions has no circles. What is computed outside
     any module after a block, such as an addition, belongs to that block, except for what no other
     block of its container has: the mean over the last block's output is no part of that block.
+
+    Args:
+        graph: a lowered one of Dynamo's.
+        by_site: whether every site but the first begins a region, instead of every block.
     """
     computed = [node for node in graph.nodes if node.op not in _NOT_COMPUTED]
     given = [module_path(node) for node in computed]
     paths = [path.removesuffix(".dendrites") for path in given]
     inside = {path: match[1] for path in paths if (match := _BLOCK.fullmatch(path))}
     blocks = set(inside.values())
-    if len(blocks) < 2:
+    if by_site:
         return _whole_mutations(graph, _by_site(computed, given))
     runs: list[_Run] = []
     for node, path in zip(computed, paths, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -33,14 +33,14 @@ class Settings:
     Attributes:
         strategy: see `LoweringContext`.
         products: likewise.
-        regional: whether blocks are compiled apart, equal ones once.
+        regional: what is compiled apart, equal ones once: nothing, blocks (True), or sites.
         compiler: who compiles the lowered graph.
         inner: the same, ready to be called.
     """
 
     strategy: str
     products: torch.dtype | None
-    regional: bool
+    regional: bool | Literal["sites"]
     compiler: str
     inner: Compiler
 
@@ -63,7 +63,9 @@ def settings_of(mode: str | None, options: Mapping[str, Any] | None) -> Settings
         _unless(precision in PRECISIONS, "precision", precision, PRECISIONS),
         _unless(compiler in COMPILERS, "compiler", compiler, COMPILERS),
         _unless(mode is None or mode in MODES, "mode", mode, MODES),
-        "" if isinstance(regional, bool) else f"regional must be True or False, got {regional!r}",
+        ""
+        if isinstance(regional, bool) or regional == "sites"
+        else f"regional must be True, False or 'sites', got {regional!r}",
     ]
     if strategy == "kernel" and precision != "soma":
         faults.append(

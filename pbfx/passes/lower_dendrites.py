@@ -226,7 +226,7 @@ def _fuse(graph: fx.Graph, node: fx.Node, call: _Call, ctx: LoweringContext) -> 
             cast.append(tensor)
         nhwc = geometry.spatial and _walks_nhwc(value_of(x), call)
         if nhwc:
-            how = {"memory_format": torch.channels_last}
+            how: Any = {"memory_format": torch.channels_last}
             cast[0] = graph.call_method("contiguous", (cast[0],), how)
         fused = graph.call_function(op, (*cast, *links, call.activation, *form, keep))
     _describe(last, node)

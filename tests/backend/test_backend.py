@@ -131,9 +131,11 @@ def test_growth_leaves_the_output_alone(case):
 
 
 @each_case
-def test_regions(case):
+@pytest.mark.parametrize("regional", [True, "sites"])
+def test_regions(case, regional):
     model, x = grown(case), case.input()
-    assert_alike(step(compiled(model, regional=True, **QUICK), model, x), step(model, model, x))
+    call = compiled(model, regional=regional, **QUICK)
+    assert_alike(step(call, model, x), step(model, model, x))
 
 
 @pytest.mark.parametrize("strategy", ["auto", "packed"])
@@ -286,6 +288,18 @@ def test_equal_blocks_are_compiled_once_and_a_growth_recompiles_what_changed(mon
     assert new() == 2
 
 
+def test_a_region_for_each_site():
+    graph = fx.Graph()
+    value = graph.placeholder("x")
+    # What comes before the first site is its own; a site that is called twice in a row goes on.
+    for path in ("norm", "a", "a.dendrites", "", "b", "b.dendrites", "b", "b.dendrites", "", "c"):
+        value = graph.call_function(torch.relu, (value,))
+        value.meta["nn_module_stack"] = {"a": (path, nn.ReLU)} if path else {}
+    graph.output(value)
+    assert list(assign_regions(graph, by_site=True).values()) == [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
+    assert set(assign_regions(graph).values()) == {0}
+
+
 def test_work_in_place_stays_in_one_region():
     graph = fx.Graph()
     x = graph.placeholder("x")
@@ -355,7 +369,7 @@ def test_what_follows_the_last_block_is_no_part_of_it(ops, regions):
         (None, {"precision": "fp8"}, "precision is unknown, got 'fp8'"),
         (None, {"strategy": "kernel", "precision": "bfloat16"}, "goes with strategy 'packed'"),
         (None, {"compiler": "gcc"}, "compiler is unknown, got 'gcc'"),
-        (None, {"regional": 1}, "regional must be True or False, got 1"),
+        (None, {"regional": 1}, "regional must be True, False or 'sites', got 1"),
         ("fastest", None, "mode is unknown, got 'fastest'"),
         (None, {"max_autotun": True}, "neither ours nor Inductor's: did you mean 'max_autotune'"),
         (None, {"max_autotune": "yes"}, "Inductor refuses an option"),

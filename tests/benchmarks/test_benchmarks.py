@@ -142,6 +142,7 @@ def test_tiny_run(name, tmp_path, capsys):
             "inductor": "1",
             "pbfx": "1",
             "pbfx, regional": "1",
+            "pbfx, sites": "1",
             "pbfx, reserve": "0",
         }
     elif name == "models":

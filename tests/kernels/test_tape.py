@@ -272,10 +272,11 @@ def test_pointers_that_are_not_aligned_are_not_for_a_tape():
         lambda x, y: x,
         lambda x, y: x[1:],
         lambda x, y: torch.empty_like(x, dtype=torch.int32).view(torch.float32).copy_(x + y),
+        lambda x, y: x + y if x.sum().item() > 0 else x - y,
         lambda x, y: launched(None, (1,), ()) or x + y,
         lambda x, y: launched(Kernel(print), (1, 1, 1), (UNKNOWN,)) or x + y,
     ],
-    ids=["argument", "part", "dtype", "interpreted", "unknown"],
+    ids=["argument", "part", "dtype", "read", "interpreted", "unknown"],
 )
 def test_what_cannot_be_told_is_not_recorded(body: Callable[..., Tensor]):
     play, calls = taped(body)
