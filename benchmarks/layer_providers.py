@@ -209,7 +209,7 @@ class _Watch(TorchDispatchMode):
             elif name == "perforated_linear":
                 self.seen.append(_of_op(args[0], args[1], args[3]))
             elif name.startswith("perforated_"):
-                self.seen.append("depthwise" if name.endswith("depthwise") else "fused")
+                self.seen.append("depthwise" if "depthwise" in name else "fused")
         return func(*args, **(kwargs or {}))
 
 

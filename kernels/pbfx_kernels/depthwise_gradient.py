@@ -22,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pbfx_kernels.depthwise_configs import Strips
+from pbfx_kernels.depthwise_patches import load_patch, offsets, patch_at
 from pbfx_kernels.depthwise_planes import Planes, by_tap, is_long, is_patched, is_wide
-from pbfx_kernels.depthwise_taps import evaluate_patch, load_patch, offsets, patch_at
+from pbfx_kernels.depthwise_taps import evaluate_patch
 from pbfx_kernels.fused_depthwise import launch_depthwise
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, fast_activations, multiprocessors, on_device

@@ -198,11 +198,11 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ..
         # Of torch's ops, which have derivatives, and of which none reads an input that is not kept.
         given = grad.new_empty(ctx.x_shape) if x is None else x
         parts = convolution_backward(grad, given, weight, geometry, ctx.needs)
-        found = recompute(grad, x, *links, geometry) if ctx.learns and not ctx.kept else None
+        found = recompute(grad, given, *links, geometry) if ctx.learns and not ctx.kept else None
     if ctx.kept and ctx.learns:
         axis = geometry.channel_axis
         found = torch.ops.pbfx.dendrites_backward.default(grad, activations, axis)
-    grad_to_soma = found.to(ctx.to_soma_dtype) if ctx.learns else None
+    grad_to_soma = found.to(ctx.to_soma_dtype) if ctx.learns and found is not None else None
     return *parts, None, None, grad_to_soma, *(None,) * 6
 
 

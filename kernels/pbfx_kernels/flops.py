@@ -112,10 +112,27 @@ def perforated_depthwise_flops(
     *rest: Any,
     **_: Any,
 ) -> int:
-    """Count `pbfx::perforated_depthwise`: its soma and its dendrites; its backward is ops."""
+    """Count `pbfx::perforated_depthwise`: its soma and its dendrites."""
     # dendrite_bias, to_soma, to_dendrite, activation, stride, padding, dilation
     stride, padding, dilation = rest[4:7]
     return _convolution_flops(x, weight, dendrite_weight, stride, padding, dilation, weight[0])
+
+
+@register_flop_formula(torch.ops.pbfx.perforated_depthwise_backward)
+def perforated_depthwise_backward_flops(
+    grad: Sequence[int],
+    x: Sequence[int],
+    weight: Sequence[int],
+    dendrite_weight: Sequence[int],
+    *rest: Any,
+    **_: Any,
+) -> int:
+    """Count `pbfx::perforated_depthwise_backward`: dx, dW, and the dendrites computed again."""
+    # dendrite_bias, to_dendrite, activation, stride, padding, dilation, needs_x, needs_weight,
+    # needs_links
+    needs_x, needs_weight, needs_links = rest[6:9]
+    products = needs_x + needs_weight + needs_links * dendrite_weight[0]
+    return 2 * products * math.prod(grad) * math.prod(weight[1:])
 
 
 def _convolution_flops(

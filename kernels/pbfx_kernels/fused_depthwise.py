@@ -22,15 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pbfx_kernels.depthwise_configs import Strips
+from pbfx_kernels.depthwise_patches import load_patch, multiple, offsets, patch_at, store_patch
 from pbfx_kernels.depthwise_planes import Planes, by_tap, is_long, is_wide
-from pbfx_kernels.depthwise_taps import (
-    evaluate_patch,
-    load_patch,
-    multiple,
-    offsets,
-    patch_at,
-    store_patch,
-)
+from pbfx_kernels.depthwise_taps import evaluate_patch
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, fast_activations, on_device
 from pbfx_kernels.relaunch import relaunched

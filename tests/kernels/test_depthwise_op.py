@@ -104,7 +104,13 @@ def test_flops() -> None:
         args = make_arguments(site, 2)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             out, _ = call(args, site)
-        assert counter.get_total_flops() == 3 * 2 * out.numel() * args["weight"][0].numel()
+        each = 2 * out.numel() * args["weight"][0].numel()
+        assert counter.get_total_flops() == 3 * each
+        for keep, products in ((True, 2), (False, 4)):
+            out, _ = call(args, site, keep)
+            with FlopCounterMode(display=False) as counter:
+                out.sum().backward()
+            assert counter.get_total_flops() == products * each
 
 
 def test_one_channel_each() -> None:

@@ -82,7 +82,7 @@ def test_a_fused_linear_neuron_falls_back_once(monkeypatch):
         raise triton_errors.OutOfResources(300_000, 232_448, "shared memory")
 
     monkeypatch.setattr(neuron_op, "can_fuse", lambda *_: True)
-    monkeypatch.setattr(neuron_op, "_fused", refuses)
+    monkeypatch.setattr(neuron_op, "_in_one_kernel", refuses)
     _, x, weight, bias, to_soma, to_dendrite = arguments(4)
     soma_weight, soma_bias = torch.randn(3, 5), torch.randn(3)
     links = bias, to_soma, to_dendrite, "tanh"
