@@ -140,7 +140,8 @@ def p_value(number: int, total: float, squares: float) -> float | None:
     if rest <= 1e-12 * squares:
         # They are all the same: all zero, or as clear as can be.
         return 1.0 if mean <= 0 else 0.0
-    return survival(mean / math.sqrt(rest / (number * (number - 1))), number - 1)
+    # The root first: of values whose squares are next to nothing, the quotient would be nothing.
+    return survival(mean * math.sqrt(number * (number - 1)) / math.sqrt(rest), number - 1)
 
 
 def survival(t: float, freedom: int) -> float:
