@@ -57,7 +57,12 @@ def called(code: list[str]) -> list[str]:
         ("kernel", ["dendrites.bare", "dendrites_backward.bare"]),
         (
             "fused",
-            ["dendrites_backward.bare", "perforated_conv2d.bare", "perforated_linear.bare"],
+            [
+                "dendrites_backward.bare",
+                "link_and_bias_gradients.bare",
+                "perforated_conv2d.bare",
+                "perforated_linear.bare",
+            ],
         ),
     ],
 )
