@@ -9,12 +9,21 @@ autograd's. Safe because both overloads have one kernel and one fake; it fires o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import torch.fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+import pbfx_kernels
 from pbfx_kernels.registering import bare
+
+
+@functools.cache
+def _sources() -> tuple[str, ...]:
+    folder = Path(pbfx_kernels.__file__).parent
+    return tuple(str(path) for path in sorted(folder.glob("*.py")))
 
 
 class CallBare(CustomGraphPass):
@@ -42,8 +51,11 @@ class CallBare(CustomGraphPass):
         return hash((CallBare, self._before))
 
     def uuid(self) -> object | None:
-        """Identify the pass for Inductor's cache; None, so no caching, if the user's does not."""
-        own = get_hash_for_files((__file__,))
+        """Identify the pass for Inductor's cache; None, so no caching, if the user's does not.
+
+        A graph that is in the cache holds what the ops' gradients came to, so their code counts.
+        """
+        own = get_hash_for_files((__file__, *_sources()))
         if self._before is None:
             return own
         theirs = self._before.uuid() if isinstance(self._before, CustomGraphPass) else None

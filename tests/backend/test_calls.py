@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch._inductor.utils import run_and_get_code
 
 import pbfx
 from models import randomise
-from pbfx.backend import compile_graph
+from pbfx.backend import bare, compile_graph
 from pbfx.backend.bare import CallBare
 from pbfx.backend.compiler import lower
 from pbfx.backend.settings import settings_of
@@ -105,6 +106,16 @@ def test_settings_that_are_alike_share_what_is_compiled():
     assert CallBare().uuid() == CallBare().uuid()
     assert CallBare().uuid() is not None
     assert CallBare(print).uuid() is None
+
+
+def test_code_of_another_version_is_not_taken_from_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    before = CallBare().uuid()
+    changed = tmp_path / "ops.py"
+    changed.write_text("# another gradient\n", encoding="utf-8")
+    monkeypatch.setattr(bare, "_sources", lambda: (str(changed),))
+    assert CallBare().uuid() != before
 
 
 def test_a_lowered_graph_knows_its_parameters():
