@@ -36,7 +36,7 @@ def keep_sources(
     for node, original in zip(inputs, given, strict=True):
         if original is None:
             node.meta.pop(_TOLD, None)
-            node._dynamo_source = None
+            node._dynamo_source = None  # pyright: ignore[reportAttributeAccessIssue]
         elif hasattr(original, "_dynamo_source"):
             node._dynamo_source = original._dynamo_source
 
