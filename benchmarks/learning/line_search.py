@@ -23,7 +23,7 @@ from pbfx.parts import parts_of
 from pbfx.paths import join
 
 # Of equals the first is taken: what changes nothing.
-LINKS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+LINKS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 SOMA = (1.0, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25)
 
 # Enough to tell losses apart that differ by a percent.
