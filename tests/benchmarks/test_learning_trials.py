@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tuple[str, torch.Ten
     """Return the weights of candidates and of dendrites, by site, after every epoch to come."""
     found, epoch = [], Trainer.epoch
 
-    def looking(self: Trainer, rows: torch.Tensor | None = None) -> Generator:
+    def looking(self: Trainer, rows: torch.Tensor | None = None) -> Generator[Any, None, Any]:
         loss = yield from epoch(self, rows)
         weights = {}
         for part in parts_of(self.model).values():
@@ -223,7 +224,7 @@ def test_rows_have_the_stored_parameters(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_search_never_raises_the_training_loss(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = []
 
-    def watched(model: torch.nn.Module, *rest) -> Generator:
+    def watched(model: torch.nn.Module, *rest) -> Generator[Any, None, Any]:
         data = problem().train
         grown = [d for part in parts_of(model).values() for d in part.grown().values()]
         without = [dendrites.to_soma for dendrites in grown]
