@@ -8,7 +8,8 @@ perforated-last     of these modes, with dendrites at some sites only (a study n
 wider2              a plain net with as many parameters as perforated has with 2 dendrites
 deeper2             the same for a deeper plain net
 perforated[tuning=full,finish=True]
-                    an arm with dendrites under settings of its own
+                    an arm with dendrites under settings of its own; for those that begin with
+                    `trial.` see `benchmarks.learning.trials`
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, Literal
 
 import pbfx
 from benchmarks.errors import UsageError
+from benchmarks.learning import trials
 from pbfx.errors import nearest
 
 MODES = ("perforated", "sham", "gradient")
@@ -53,7 +55,8 @@ class Arm:
         selection: a study's name for the sites that grow, or None for all.
         rival: which other net a plain arm trains, or None for the study's own.
         match: the number of dendrites whose parameter count the rival has.
-        settings: for `pbfx.Config`, `pbfx.Tracker` and `policy.*`; and `spare`, see `folds`.
+        settings: for `pbfx.Config`, `pbfx.Tracker` and `policy.*`; `spare`, see `folds`; and
+            `trial.*`, see `trial`.
     """
 
     name: str
@@ -67,7 +70,18 @@ class Arm:
         """Return the configuration of an arm with dendrites, from the study's `base`."""
         own = {key: value for key, value in self.settings if key in _CONFIG}
         common: dict[str, Any] = {"include": include, "learning": self.mode, "seed": seed}
+        if self.trial.links:
+            common["initial_link"] = 1.0
         return pbfx.Config(**(common | dict(base) | own))
+
+    @property
+    def trial(self) -> trials.Trial:
+        """Return what this arm tries beyond the settings of pbfx.
+
+        Raises:
+            UsageError: if it cannot be tried.
+        """
+        return trials.trial_of(self.mode, dict(self.settings))
 
     @property
     def folds(self) -> int:
@@ -148,6 +162,8 @@ def arm_names(text: str) -> list[str]:
 def sham_of(arm: Arm) -> str:
     """Return the name of the sham of an arm: the same phases, rates and rows."""
     kept = {k: v for k, v in arm.settings if k in _SHAM or k.startswith("policy.")}
+    if arm.trial.soma:
+        kept["trial.line_search"] = "soma"
     return arm_named("sham", {}, kept).name
 
 
@@ -164,10 +180,10 @@ def setting(text: str) -> tuple[str, Any]:
     key, equals, written = text.partition("=")
     if not equals:
         raise UsageError(f"--set {text}: must be KEY=VALUE")
-    known = sorted(_CONFIG | _TRACKER | _LOOP)
+    known = sorted(_CONFIG | _TRACKER | _LOOP | {*trials.NAMES})
     if key not in known and not key.startswith("policy."):
         raise UsageError(
-            f"--set {text}: neither pbfx.Config nor pbfx.Tracker has a setting {key!r}; "
+            f"--set {text}: no setting {key!r} of pbfx.Config, pbfx.Tracker or the study; "
             f"{nearest(key, known)}"
         )
     try:

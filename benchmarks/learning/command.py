@@ -191,6 +191,7 @@ def tasks_of(name: str, args: argparse.Namespace) -> list[Task]:
             task.arm.config(task.include, study.config, task.seed)
             task.arm.tracker_settings(task.phase_epochs, task.dendrite_epochs)
             assert task.arm.folds
+            assert task.arm.trial
     return tasks
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import StepLR
 
 import pbfx
+from benchmarks.learning.line_search import line_search
 from benchmarks.learning.problem import Problem
 from benchmarks.learning.task import Task
 from benchmarks.learning.trainer import Ready, Trainer, evaluate, ready
@@ -38,7 +39,8 @@ class Stage:
 
     Attributes:
         dendrites: per neuron of the most grown site.
-        parameters: of the network.
+        parameters: of the network; where connections of dendrites are restricted, those that
+            would have to be stored.
         epochs: so far.
         best_epoch: the one that the validation split chose among all so far.
         validation_error, validation_loss, train_loss: of that epoch, errors in percent.
@@ -107,6 +109,8 @@ def start(
     """
     begun, device = time.perf_counter(), problem.train.targets.device
     model, optimizer, tracker, eager_steps = _begin(task, device, own_kernels)
+    trial = task.arm.trial
+    connections = trial.connections()
     trainer = Trainer(
         model,
         optimizer,
@@ -117,6 +121,7 @@ def start(
         steps_per_graph=steps_per_graph,
         eager_steps=eager_steps,
         pool=pool,
+        after_backward=connections.renew,
     )
     figures: list[_Figures] = []
     phases: list[_Phase] = []
@@ -127,17 +132,24 @@ def start(
         seen = torch.cat([train_loss[None], evaluate(model, problem.validation)])
         yield ready(device)
         figures.append(_Figures(*seen.tolist()))
+        connections.close()
+        saved = connections.saved(model)
         step: Any = tracker.step(figures[-1].score(task.of.score))
         epoch = tracker.history[-1]
         if not (tracker.complete or getattr(step, "restructured", False)):
             continue
         trainer.forget()
+        if isinstance(tracker, pbfx.Tracker):
+            connections.begin(tracker._learners)
         if epoch.phase is pbfx.Phase.DENDRITE:
             known = epoch.to_json() if isinstance(epoch, pbfx.Epoch) else {}
             growth = {k: v for k, v in known.items() if k not in _EPOCH_FIELDS}
+            if trial.line_search and epoch.action == "promote":
+                rows = _rows_now(task, tracker, problem)
+                growth["line_search"] = yield from line_search(model, trial, problem.train, rows)
         if tracker.complete or (epoch.phase is pbfx.Phase.NEURON and epoch.action != "retry"):
             best = max(range(begun_at, len(figures)), key=lambda i: _rank(figures, i, task))
-            phases.append(_Phase(best, epoch.parameters))
+            phases.append(_Phase(best, epoch.parameters, saved))
             # The tracker has gone back to this phase's best network, or before the last phase and
             # at the end to the best of all.
             tested = evaluate(model, problem.test)
@@ -177,10 +189,14 @@ def _rows_now(
 
 @dataclasses.dataclass
 class _Phase:
-    """A neuron phase: its best epoch, its network's parameters, and the test figures."""
+    """A neuron phase: its best epoch, its network's parameters, and the test figures.
+
+    `saved` of the parameters would not have to be stored.
+    """
 
     best: int
     parameters: int
+    saved: int
     test: tuple[float, float] = (math.nan, math.nan)
 
 
@@ -199,7 +215,7 @@ def _stage(
     own, best = figures[phase.best], figures[accepted.best]
     return Stage(
         dendrites=dendrites,
-        parameters=accepted.parameters,
+        parameters=accepted.parameters - accepted.saved,
         epochs=len(figures),
         best_epoch=accepted.best + 1,
         validation_error=best.error,

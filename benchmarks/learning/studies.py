@@ -98,6 +98,11 @@ _ABLATIONS = (
     *("perforated[max_dendrites=5]", "sham[max_dendrites=5]"),
     *("perforated[finish=True,max_dendrites=5]", "sham[finish=True,max_dendrites=5]"),
     "perforated[activation=relu]",
+    *("perforated[trial.groups=4]", "perforated[max_dendrites=5,trial.groups=4]"),
+    *("perforated[trial.rank=8]", "perforated[trial.rank=2]"),
+    "perforated[max_dendrites=5,trial.rank=8]",
+    *("perforated[trial.line_search=links]", "perforated[trial.line_search=both]"),
+    "sham[trial.line_search=soma]",
 )
 
 _MNIST = Study(

@@ -42,6 +42,8 @@ class Trainer:
         steps_per_graph: 0 runs all steps eagerly.
         eager_steps: steps after a change of the network that are not captured.
         pool: the graphs' memory pool, see `Lane`; None for one of their own.
+        after_backward: called in every step between its backward pass and the optimizer's step; it
+            must not wait for the device.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Trainer:
         steps_per_graph: int = 8,
         eager_steps: int = 4,
         pool: Any = None,
+        after_backward: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.optimizer, self.split = model, optimizer, split
         device = split.targets.device
@@ -64,6 +67,7 @@ class Trainer:
         # A single step serves what is left of an epoch.
         self._sizes = sorted({steps_per_graph, 1}, reverse=True) if captures else []
         self._eager_steps, self._pool = eager_steps, pool
+        self._after_backward = after_backward
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._generator = torch.Generator(device).manual_seed(seed)
         self._order = torch.zeros(self.steps, batch_size, dtype=torch.int64, device=device)
@@ -79,6 +83,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss = loss_of(self.model(inputs), targets)
         loss.backward()
+        self._after_backward()
         self.optimizer.step()
         self._loss.add_(loss.detach())
 

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from pbfx_kernels.depthwise_configs import Strips
 from pbfx_kernels.depthwise_patches import load_patch, offsets, patch_at
-from pbfx_kernels.depthwise_planes import Planes, by_tap, is_long, is_patched, is_wide
-from pbfx_kernels.depthwise_taps import evaluate_patch
+from pbfx_kernels.depthwise_planes import Planes, by_tap, is_patched, is_wide, pointed
+from pbfx_kernels.depthwise_roles import evaluate_patch
 from pbfx_kernels.fused_depthwise import launch_depthwise
 from pbfx_kernels.geometry import Geometry
-from pbfx_kernels.launching import ceiling, fast_activations, multiprocessors, on_device
+from pbfx_kernels.launching import ceiling, multiprocessors, on_device
 from pbfx_kernels.relaunch import relaunched
 from pbfx_kernels.triton_math import zeros
 
@@ -96,23 +96,16 @@ def _depthwise_gradient_kernel(
     gathered = zeros(TAPS, BLOCK_S, BLOCK_N)
     for step in range(0, share, BLOCK_S):
         s = start + step + tl.arange(0, BLOCK_S)
-        image, row, column = patch_at(s, S, DOWN, ACROSS, ROWS, COLUMNS)
+        first = patch_at(s, S, DOWN, ACROSS, ROWS, COLUMNS)
         # What lies past the end has an error of zero.
         g = load_patch(
-            grad
-            + offsets(
-                image, row, column, n, grad_b, grad_n, grad_h, grad_w, LONG, WIDE_GRAD, COLUMNS
-            ),
-            row,
+            grad + offsets(first, n, (grad_b, grad_n, grad_h, grad_w), LONG, WIDE_GRAD, COLUMNS),
+            first[1],
             (s < S)[:, None] & mask_n[None, :],
             OUT_HEIGHT,
-            grad_h,
-            grad_w,
+            (grad_b, grad_n, grad_h, grad_w),
             WIDE_GRAD,
-            ROWS,
-            COLUMNS,
-            LEVELS,
-            BLOCK_S,
+            (ROWS, COLUMNS, LEVELS, BLOCK_S),
         )
         results = evaluate_patch(
             gathered,
@@ -122,28 +115,19 @@ def _depthwise_gradient_kernel(
             bias,
             bias,
             to_dendrite,
-            image,
-            row,
-            column,
+            first,
             n,
             mask_n,
             N,
-            HEIGHT,
-            WIDTH,
-            x_b,
-            x_n,
-            x_h,
-            x_w,
-            STRIDE_H,
-            STRIDE_W,
-            PAD_H,
-            PAD_W,
-            DILATION_H,
-            DILATION_W,
-            TAPS_H,
-            TAPS_W,
-            UP_H,
-            UP_W,
+            (HEIGHT, WIDTH),
+            (x_b, x_n, x_h, x_w),
+            (
+                (STRIDE_H, STRIDE_W),
+                (PAD_H, PAD_W),
+                (DILATION_H, DILATION_W),
+                (TAPS_H, TAPS_W),
+                (UP_H, UP_W),
+            ),
             D,
             False,
             ACTIVATION,
@@ -154,10 +138,7 @@ def _depthwise_gradient_kernel(
             FORM,
             WIDE,
             WEIGH,
-            ROWS,
-            COLUMNS,
-            LEVELS,
-            BLOCK_S,
+            (ROWS, COLUMNS, LEVELS, BLOCK_S),
             BLOCK_N,
         )
         for place in tl.static_range(ROWS * COLUMNS):
@@ -275,32 +256,24 @@ def _sums(
     x, weights = x.to(grad.dtype), by_tap(weight.to(grad.dtype))
     planes = Planes.of(x, geometry, taps)
     x, grad = planes.view(x), planes.view(grad)
-    images, neurons, height, width = grad.shape
     # The sums take registers too: those of the taps, where a thread keeps them for two channels.
     held = 4 if weigh and planes.channels_last else 1
     strips = strips or planes.strips(grad, dendrites + held)
-    down, across = ceiling(height, strips.rows), width // strips.columns
-    count = images * down * across
-    tiles, blocks_n = ceiling(count, strips.strips), ceiling(neurons, strips.neurons)
+    cut = planes.cut(grad, x, strips)
+    tiles, blocks_n = cut.tiles
     each = ceiling(tiles, min(tiles, max(1, _WAVES * multiprocessors(x) // blocks_n)))
     shares = ceiling(tiles, each)
     sums = dendrites + (1 + math.prod(taps) if weigh else 0)
-    partial = grad.new_empty((shares, sums, neurons), dtype=torch.float32)
+    partial = grad.new_empty((shares, sums, grad.shape[1]), dtype=torch.float32)
     with on_device(x):
         _depthwise_gradient_kernel[(shares * blocks_n,)](
             partial,
             grad,
             x,
             weights,
-            weights if bias is None else bias.contiguous(),
+            pointed(bias, weights),
             to_dendrite.contiguous(),
-            count,
-            down,
-            across,
-            height,
-            neurons,
-            x.shape[2],
-            x.shape[3],
+            *cut.sizes,
             each * strips.strips,
             *grad.stride(),
             *x.stride(),
@@ -308,11 +281,9 @@ def _sums(
             *planes.up,
             D=dendrites,
             ACTIVATION=activation,
-            FAST=fast_activations(x),
             HAS_BIAS=bias is not None,
             WIDE_GRAD=is_wide(strips, grad),
             WEIGH=weigh,
-            LONG=is_long(x, grad),
-            **planes.constants(x, strips, neurons),
+            **planes.constants(strips, x, grad),
         )
     return partial[0] if shares == 1 else partial.sum(0)

@@ -68,41 +68,26 @@ def together(tiles, WIDTH: tl.constexpr, LEVELS: tl.constexpr, BLOCK_S: tl.const
 
 
 @triton.jit
-def offsets(
-    image,
-    row,
-    column,
-    n,
-    step_b,
-    step_n,
-    step_h,
-    step_w,
-    LONG: tl.constexpr,
-    WIDE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Return where patches start, `(BLOCK_S, BLOCK_N)`; within an image 32 bits do, unless LONG."""
+def offsets(first, n, steps, LONG: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return where patches start, `(BLOCK_S, BLOCK_N)`; within an image 32 bits do, unless LONG.
+
+    Args:
+        first: image, row and column, as of `patch_at`.
+        n: the neurons of the tile.
+        steps: strides of an image, a neuron, a row and a column.
+        LONG: whether the elements of an image need 64 bits.
+        WIDE: whether columns are loaded or stored as vectors.
+        COLUMNS: of such a vector.
+    """
     INDEX: tl.constexpr = tl.int64 if LONG else tl.int32
-    step_b, step_n = multiple(step_b, WIDE, COLUMNS), multiple(step_n, WIDE, COLUMNS)
-    step_h = multiple(step_h, WIDE, COLUMNS)
-    start = image * step_b + (row.to(INDEX) * step_h + column.to(INDEX) * step_w)
+    step_b, step_n = multiple(steps[0], WIDE, COLUMNS), multiple(steps[1], WIDE, COLUMNS)
+    step_h = multiple(steps[2], WIDE, COLUMNS)
+    start = first[0] * step_b + (first[1].to(INDEX) * step_h + first[2].to(INDEX) * steps[3])
     return start[:, None] + n.to(INDEX)[None, :] * step_n
 
 
 @triton.jit
-def load_patch(
-    at,
-    row,
-    mask,
-    HEIGHT,
-    step_h,
-    step_w,
-    WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+def load_patch(at, row, mask, HEIGHT, steps, WIDE: tl.constexpr, CUT: tl.constexpr):
     """Load what lies like the output, row by row: float32 tiles, zero where there is none.
 
     Args:
@@ -110,55 +95,43 @@ def load_patch(
         row: of the output, `(BLOCK_S,)`.
         mask: which patches and neurons exist, `(BLOCK_S, BLOCK_N)`.
         HEIGHT: of the output.
-        step_h: stride of a row.
-        step_w: stride of a column.
+        steps: as of `offsets`.
         WIDE: whether the columns of a patch are one vector.
-        ROWS: of a patch.
-        COLUMNS: likewise.
-        LEVELS: its logarithm if WIDE.
-        BLOCK_S: patches of a tile.
+        CUT: rows and columns of a patch, the logarithm of the latter if WIDE, and the patches of a
+            tile.
     """
+    ROWS: tl.constexpr = CUT[0]
+    COLUMNS: tl.constexpr = CUT[1]
     tiles = ()
-    step_h = multiple(step_h, WIDE, COLUMNS)
+    step_h = multiple(steps[2], WIDE, COLUMNS)
     for i in tl.static_range(ROWS):
         there = mask & (row + i < HEIGHT)[:, None]
         if WIDE:
             place = at + i * step_h + tl.arange(0, COLUMNS)[None, :]
             tile = tl.load(place, mask=there, other=0.0).to(tl.float32)
-            tiles = tiles + apart(tile, COLUMNS, LEVELS, BLOCK_S)
+            tiles = tiles + apart(tile, COLUMNS, CUT[2], CUT[3])
         else:
             for c in tl.static_range(COLUMNS):
-                tile = tl.load(at + i * step_h + c * step_w, mask=there, other=0.0)
+                tile = tl.load(at + i * step_h + c * steps[3], mask=there, other=0.0)
                 tiles = tiles + (tile.to(tl.float32),)
     return tiles
 
 
 @triton.jit
-def store_patch(
-    at,
-    tiles,
-    row,
-    mask,
-    HEIGHT,
-    step_h,
-    step_w,
-    WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+def store_patch(at, tiles, row, mask, HEIGHT, steps, WIDE: tl.constexpr, CUT: tl.constexpr):
     """Store a patch; arguments as of `load_patch`, which undoes it."""
-    step_h = multiple(step_h, WIDE, COLUMNS)
+    ROWS: tl.constexpr = CUT[0]
+    COLUMNS: tl.constexpr = CUT[1]
+    step_h = multiple(steps[2], WIDE, COLUMNS)
     for i in tl.static_range(ROWS):
         there = mask & (row + i < HEIGHT)[:, None]
         if WIDE:
             rounded = ()
             for c in tl.static_range(COLUMNS):
                 rounded = rounded + (tiles[i * COLUMNS + c].to(at.dtype.element_ty),)
-            tile = together(rounded, COLUMNS, LEVELS, BLOCK_S)
+            tile = together(rounded, COLUMNS, CUT[2], CUT[3])
             tl.store(at + i * step_h + tl.arange(0, COLUMNS)[None, :], tile, mask=there)
         else:
             for c in tl.static_range(COLUMNS):
                 tile = tiles[i * COLUMNS + c].to(at.dtype.element_ty)
-                tl.store(at + i * step_h + c * step_w, tile, mask=there)
+                tl.store(at + i * step_h + c * steps[3], tile, mask=there)

@@ -2,13 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pbfx_kernels.depthwise_configs import UNROLLED_TAPS, WARPS, Strips, depthwise_strips
 from pbfx_kernels.geometry import Geometry
+from pbfx_kernels.launching import ceiling, fast_activations
 
 # Elements of an image, with what lies in between, that 32 bits can count; padding goes below zero.
 _SHORT = 2**30
@@ -64,13 +65,25 @@ class Planes:
         form = self.form, self.up
         return depthwise_strips(tuple(out.shape), roles, *form, self.channels_last)
 
-    def constants(self, x: Tensor, strips: Strips, neurons: int) -> dict[str, Any]:
-        """Return what both kernels are compiled for; tensors as of `view`."""
+    def cut(self, out: Tensor, x: Tensor, strips: Strips) -> "Cut":
+        """Cut an output into patches; tensors as of `view`."""
+        images, neurons, height, width = out.shape
+        down, across = ceiling(height, strips.rows), width // strips.columns
+        count = images * down * across
+        return Cut(
+            (ceiling(count, strips.strips), ceiling(neurons, strips.neurons)),
+            (count, down, across, height, neurons, *x.shape[2:]),
+        )
+
+    def constants(self, strips: Strips, x: Tensor, *others: Tensor) -> dict[str, Any]:
+        """Return what both kernels are compiled for; tensors, the input first, as of `view`."""
         tall, wide = self.form[-2:]
         unrolled = wide <= strips.unrolled and tall <= UNROLLED_TAPS
         strips_in = dataclasses.replace(strips, columns=strips.columns // self.up[1])
         return {
-            "EVEN_N": neurons % strips.neurons == 0,
+            "FAST": fast_activations(x),
+            "EVEN_N": x.shape[1] % strips.neurons == 0,
+            "LONG": _is_long(x, *others),
             "FORM": "patch" if unrolled else "strip" if tall <= UNROLLED_TAPS else "loop",
             "WIDE": is_wide(strips_in, x),
             "ROWS": strips.rows,
@@ -80,6 +93,19 @@ class Planes:
             "BLOCK_N": strips.neurons,
             "num_warps": WARPS,
         }
+
+
+class Cut(NamedTuple):
+    """An output in patches.
+
+    Attributes:
+        tiles: of patches, and of neurons.
+        sizes: what kernels are told: patches, those below one another and side by side in an image,
+            rows of the output, neurons, and height and width of the input.
+    """
+
+    tiles: tuple[int, int]
+    sizes: tuple[int, ...]
 
 
 def is_patched(taps: tuple[int, ...]) -> bool:
@@ -106,6 +132,11 @@ def by_tap(weight: Tensor) -> Tensor:
     return torch.empty(turned.shape, dtype=torch.float32, device=weight.device).copy_(turned)
 
 
+def pointed(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """Return `tensor` without gaps, or `other` for None: a pointer has to be one, read or not."""
+    return other if tensor is None else tensor.contiguous()
+
+
 def is_wide(strips: Strips, *tensors: Tensor) -> bool:
     """Return whether the columns of a patch of `(B, N, H, W)` can be loaded as vectors."""
     columns = strips.columns
@@ -115,7 +146,7 @@ def is_wide(strips: Strips, *tensors: Tensor) -> bool:
     )
 
 
-def is_long(*tensors: Tensor) -> bool:
+def _is_long(*tensors: Tensor) -> bool:
     """Return whether an image of one of these tensors, `(B, N, H, W)`, needs 64 bits to walk."""
     return any(
         sum(size * step for size, step in zip(t.shape[1:], t.stride()[1:], strict=True)) >= _SHORT

@@ -64,7 +64,7 @@ def full_dendrites(
     if not torch.is_grad_enabled():
         return dendrites(*tensors, activation, geometry, keep)
     if not compiling:
-        return full_autograd.apply(*tensors, activation, geometry, frozen, keep)
+        return full_autograd.apply(*tensors, activation, geometry, frozen, keep)[:2]
     return torch.ops.pbfx.full_dendrites.default(
         *tensors,
         activation,

@@ -1,8 +1,6 @@
-"""`full_dendrites` for autograd: in eager mode without the dispatcher, and twice differentiated.
+"""`full_dendrites` for autograd: what it saves, its gradient, and eager mode; see `once`.
 
-A graph holds `pbfx::full_dendrites`. Eager code needs no node, so there an `autograd.Function` does
-the same work, and Python crosses the dispatcher twice less per site and step. Under `create_graph`
-both compute their gradients by the reference, whose own derivatives autograd knows.
+Under `create_graph` gradients are computed by the reference, whose own derivatives autograd knows.
 """
 
 from collections.abc import Sequence
@@ -14,44 +12,17 @@ from torch import Tensor
 from pbfx_kernels import reference
 from pbfx_kernels.candidate_autograd import no_autocast
 from pbfx_kernels.errors import ArgumentError
-from pbfx_kernels.full_gradient import differentiate_full, evaluate_full
-from pbfx_kernels.geometry import Geometry
-from pbfx_kernels.ops import laid_out, strides_of
+from pbfx_kernels.full_gradient import (
+    differentiate_full,
+    evaluate_full,
+    saved_format,
+    saved_shape,
+)
+from pbfx_kernels.geometry import Geometry, arguments_of
+from pbfx_kernels.layout import laid_out, stack_strides, strides_of
+from pbfx_kernels.once import in_eager_mode
 from pbfx_kernels.tape import Taped, float32_precision
 from pbfx_kernels.validation import check_dendrites, check_once
-
-
-def apply(
-    soma: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    to_soma: Tensor,
-    to_dendrite: Tensor,
-    activation: str,
-    geometry: Geometry,
-    frozen: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """Do what `pbfx::full_dendrites` does; call it where `candidate_autograd.runs_eagerly` only.
-
-    Args:
-        soma: and the rest: as of `full.full_dendrites`.
-        x: likewise.
-        weight: likewise.
-        bias: likewise.
-        to_soma: likewise.
-        to_dendrite: likewise.
-        activation: likewise.
-        geometry: likewise.
-        frozen: likewise.
-        keep: likewise.
-
-    Raises:
-        ArgumentError: shapes, dtypes, devices or names do not fit.
-    """
-    tensors = soma, x, weight, bias, to_soma, to_dendrite
-    return _cxx_apply(*tensors, activation, geometry, frozen, keep)
 
 
 def _evaluate(
@@ -65,6 +36,7 @@ def _evaluate(
     geometry: Geometry,
     frozen: int,
     keep: bool,
+    promised: bool,
     _: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     links = weight, bias, to_soma, to_dendrite
@@ -72,7 +44,11 @@ def _evaluate(
     with no_autocast(soma):
         out, activations, z = evaluate_full(soma, x, *links, activation, geometry, keep)
     # What follows rounds by the layout that it finds: the soma's, without gaps.
-    return laid_out(out, strides_of(soma)), activations, z
+    out = laid_out(out, strides_of(soma))
+    if promised:
+        activations = laid_out(activations, stack_strides(soma))
+        z = laid_out(z, saved_like(soma, x, len(to_soma), geometry, "meta").stride())
+    return out, activations, z
 
 
 def _differentiate(
@@ -87,60 +63,62 @@ def _differentiate(
     geometry: Geometry,
     frozen: int,
     wants: tuple[bool, bool, bool],
+    promised: bool,
     _: object,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    links = weight, bias, to_soma, to_dendrite, activation
+    links = weight, bias, to_soma, to_dendrite, activation, geometry, frozen
     with no_autocast(grad):
-        return differentiate_full(grad, z, x, *links, geometry, frozen, wants)
+        grad_x, grad_weight, sums = differentiate_full(grad, z, x, *links, wants)
+    if not promised:
+        return grad_x, grad_weight, sums
+    return (
+        grad.new_empty(0) if grad_x is None else laid_out(grad_x, strides_of(x)),
+        # The layout of a convolution's weight gradient depends on the backend; the fake promises a
+        # contiguous one.
+        grad.new_empty(0) if grad_weight is None else grad_weight.contiguous(),
+        no_sums(grad) if sums is None else sums,
+    )
 
 
-_evaluated, _differentiated = Taped(_evaluate), Taped(_differentiate)
+evaluated, differentiated = Taped(_evaluate), Taped(_differentiate)
 
 
-class _FullDendrites(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        soma: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        to_soma: Tensor,
-        to_dendrite: Tensor,
-        activation: str,
-        geometry: Geometry,
-        frozen: int,
-        keep: bool,
-    ) -> tuple[Tensor, Tensor]:
-        tensors, precision = (x, weight, bias, to_soma, to_dendrite), float32_precision(soma)
-        out, activations, z = _evaluated(
-            (soma, *tensors), activation, geometry, frozen, keep, precision
-        )
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(activations)
-        if any(ctx.needs_input_grad[1:]):
-            ctx.save_for_backward(z, *tensors)
-            ctx.form = activation, geometry, frozen
-        return out, activations
+def remember(
+    ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], learns: Sequence[bool]
+) -> None:
+    """Save what `differentiate` needs, of the inputs of `evaluate`."""
+    _, *tensors, activation, geometry, frozen, _ = inputs
+    ctx.wanted = tuple(learns[1:6])
+    if any(ctx.wanted):
+        ctx.save_for_backward(outputs[2], *tensors)
+        ctx.form = activation, geometry, frozen
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad, wanted = grads[0], ctx.needs_input_grad[1:6]
-        if grad is None or not any(wanted):
-            return grad, *(None,) * 9
-        z, x, weight, bias, to_soma, to_dendrite = ctx.saved_tensors
-        tensors = x, weight, bias, to_soma, to_dendrite
+
+def differentiate(ctx: Any, grad: Tensor | None, by_ops: bool) -> tuple[Tensor | None, ...]:
+    """Return the gradients of all tensors; arguments as of `once.Differentiate`."""
+    if grad is None or not any(ctx.wanted):
+        return (grad,)
+    z, *tensors = ctx.saved_tensors
+    if torch.is_grad_enabled():
         activation, geometry, frozen = ctx.form
-        if torch.is_grad_enabled():
-            again = differentiable(grad, tensors, activation, geometry, frozen, wanted)
-            return grad, *again, *(None,) * 4
-        wants = wanted[0], wanted[1], any(wanted[2:])
-        found = _differentiated((grad, z, *tensors), *ctx.form, wants, float32_precision(grad))
-        return grad, *learned(tensors, found, wanted), *(None,) * 4
+        again = differentiable(grad, tensors, activation, geometry, frozen, ctx.wanted)
+        return grad, *again
+    wants = ctx.wanted[0], ctx.wanted[1], any(ctx.wanted[2:])
+    if by_ops:
+        activation, geometry, frozen = ctx.form
+        form = activation, *arguments_of(geometry), frozen
+        found = torch.ops.pbfx.full_dendrites_backward.default(grad, z, *tensors, *form, *wants)
+    else:
+        rest = *ctx.form, wants, False, float32_precision(grad)
+        found = differentiated((grad, z, *tensors), *rest)
+    return grad, *learned(tensors, found, ctx.wanted)
 
 
-# The C++ half of `Function.apply`; the Python half looks for function transforms once more.
-_cxx_apply: Any = super(torch.autograd.Function, _FullDendrites).apply  # pyright: ignore[reportAttributeAccessIssue]
+def _evaluate_eagerly(soma: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return evaluated((soma, *inputs[:5]), *inputs[5:], False, float32_precision(soma))
+
+
+apply = in_eager_mode("_FullDendrites", _evaluate_eagerly, remember, differentiate)
 
 
 def learned(
@@ -236,3 +214,20 @@ def check_full(
     if not 0 <= frozen <= weight.shape[0]:
         fault = f"frozen: expected 0 to D = {weight.shape[0]} dendrites, got {frozen}"
         raise ArgumentError("pbfx::full_dendrites", [fault])
+
+
+def saved_like(
+    soma: Tensor, x: Tensor, dendrites: int, geometry: Geometry, device: torch.device | str
+) -> Tensor:
+    """Return an empty tensor as the saved product is laid out."""
+    return torch.empty(
+        saved_shape(soma.shape, dendrites, geometry),
+        dtype=soma.dtype,
+        device=device,
+        memory_format=saved_format(soma, x, geometry),
+    )
+
+
+def no_sums(grad: Tensor) -> Tensor:
+    """Return what stands for sums that nobody wants."""
+    return grad.new_empty(0, dtype=reference.accumulation_dtype(grad.dtype))

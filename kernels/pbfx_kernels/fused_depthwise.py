@@ -17,16 +17,18 @@ Source: Brenner and Itti, *Perforated Backpropagation*, arXiv 2501.18018.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportIndexIssue=false
 
+import math
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from pbfx_kernels.depthwise_configs import Strips
 from pbfx_kernels.depthwise_patches import load_patch, multiple, offsets, patch_at, store_patch
-from pbfx_kernels.depthwise_planes import Planes, by_tap, is_long, is_wide
-from pbfx_kernels.depthwise_taps import evaluate_patch
+from pbfx_kernels.depthwise_planes import Planes, by_tap, is_wide, pointed
+from pbfx_kernels.depthwise_roles import evaluate_patch
 from pbfx_kernels.geometry import Geometry
-from pbfx_kernels.launching import ceiling, fast_activations, on_device
+from pbfx_kernels.launching import on_device
 from pbfx_kernels.relaunch import relaunched
 from pbfx_kernels.triton_math import negated_sum
 
@@ -107,7 +109,7 @@ def _depthwise_kernel(
     # A mask that is true everywhere costs the compiler nothing.
     mask_n = tl.full((BLOCK_N,), True, tl.int1) if EVEN_N else n < N
     s = block_s * BLOCK_S + tl.arange(0, BLOCK_S)
-    image, row, column = patch_at(s, S, DOWN, ACROSS, ROWS, COLUMNS)
+    first = patch_at(s, S, DOWN, ACROSS, ROWS, COLUMNS)
     results = evaluate_patch(
         (),
         (),
@@ -116,28 +118,19 @@ def _depthwise_kernel(
         soma_bias,
         bias,
         to_dendrite,
-        image,
-        row,
-        column,
+        first,
         n,
         mask_n,
         N,
-        HEIGHT,
-        WIDTH,
-        x_b,
-        x_n,
-        x_h,
-        x_w,
-        STRIDE_H,
-        STRIDE_W,
-        PAD_H,
-        PAD_W,
-        DILATION_H,
-        DILATION_W,
-        TAPS_H,
-        TAPS_W,
-        UP_H,
-        UP_W,
+        (HEIGHT, WIDTH),
+        (x_b, x_n, x_h, x_w),
+        (
+            (STRIDE_H, STRIDE_W),
+            (PAD_H, PAD_W),
+            (DILATION_H, DILATION_W),
+            (TAPS_H, TAPS_W),
+            (UP_H, UP_W),
+        ),
         D,
         OWN_SOMA,
         ACTIVATION,
@@ -148,10 +141,7 @@ def _depthwise_kernel(
         FORM,
         WIDE,
         False,
-        ROWS,
-        COLUMNS,
-        LEVELS,
-        BLOCK_S,
+        (ROWS, COLUMNS, LEVELS, BLOCK_S),
         BLOCK_N,
     )
     mask = (s < S)[:, None] & mask_n[None, :]
@@ -162,20 +152,13 @@ def _depthwise_kernel(
             totals = totals + (results[place * ROLES],)
     else:
         totals = load_patch(
-            soma
-            + offsets(
-                image, row, column, n, soma_b, soma_n, soma_h, soma_w, LONG, WIDE_OUT, COLUMNS
-            ),
-            row,
+            soma + offsets(first, n, (soma_b, soma_n, soma_h, soma_w), LONG, WIDE_OUT, COLUMNS),
+            first[1],
             mask,
             OUT_HEIGHT,
-            soma_h,
-            soma_w,
+            (soma_b, soma_n, soma_h, soma_w),
             WIDE_OUT,
-            ROWS,
-            COLUMNS,
-            LEVELS,
-            BLOCK_S,
+            (ROWS, COLUMNS, LEVELS, BLOCK_S),
         )
     sums = ()
     for place in tl.static_range(ROWS * COLUMNS):
@@ -186,20 +169,16 @@ def _depthwise_kernel(
         if D > 0:
             total -= negated_sum(a, to_soma, n, mask_n, N, D, 1)
         sums = sums + (total,)
-    at = offsets(image, row, column, n, out_b, out_n, out_h, out_w, LONG, WIDE_OUT, COLUMNS)
+    at = offsets(first, n, (out_b, out_n, out_h, out_w), LONG, WIDE_OUT, COLUMNS)
     store_patch(
         out + at,
         sums,
-        row,
+        first[1],
         mask,
         OUT_HEIGHT,
-        out_h,
-        out_w,
+        (out_b, out_n, out_h, out_w),
         WIDE_OUT,
-        ROWS,
-        COLUMNS,
-        LEVELS,
-        BLOCK_S,
+        (ROWS, COLUMNS, LEVELS, BLOCK_S),
     )
     if KEEP:
         next_d = tl.cast(multiple(kept_d, WIDE_OUT, COLUMNS), tl.int64)
@@ -210,16 +189,12 @@ def _depthwise_kernel(
             store_patch(
                 kept + at + d * next_d,
                 a,
-                row,
+                first[1],
                 mask,
                 OUT_HEIGHT,
-                out_h,
-                out_w,
+                (out_b, out_n, out_h, out_w),
                 WIDE_OUT,
-                ROWS,
-                COLUMNS,
-                LEVELS,
-                BLOCK_S,
+                (ROWS, COLUMNS, LEVELS, BLOCK_S),
             )
 
 
@@ -328,30 +303,21 @@ def launch_depthwise(
     """
     x, out = planes.view(x), planes.view(out)
     seen = out if soma is None else planes.view(soma)
-    images, neurons, height, width = out.shape
     strips = strips or planes.strips(out, len(weights))
-    down, across = ceiling(height, strips.rows), width // strips.columns
-    count = images * down * across
+    cut = planes.cut(out, x, strips)
     wide_out = is_wide(strips, out, seen)
     with on_device(x):
-        _depthwise_kernel[(ceiling(count, strips.strips) * ceiling(neurons, strips.neurons),)](
+        _depthwise_kernel[(math.prod(cut.tiles),)](
             out,
-            # A pointer has to be one, whether it is read or not.
             out if kept is None else kept,
             seen,
             x,
             weights,
-            weights if soma_bias is None else soma_bias.contiguous(),
-            weights if bias is None else bias.contiguous(),
+            pointed(soma_bias, weights),
+            pointed(bias, weights),
             to_soma.contiguous(),
             to_dendrite.contiguous(),
-            count,
-            down,
-            across,
-            height,
-            neurons,
-            x.shape[2],
-            x.shape[3],
+            *cut.sizes,
             0 if kept is None else kept.stride(0),
             *out.stride(),
             *seen.stride(),
@@ -362,11 +328,9 @@ def launch_depthwise(
             OWN_SOMA=soma is None,
             KEEP=kept is not None,
             ACTIVATION=activation,
-            FAST=fast_activations(x),
             HAS_SOMA_BIAS=soma_bias is not None,
             HAS_BIAS=bias is not None,
             CHANNELS_INNER=strips.neurons > 1,
             WIDE_OUT=wide_out and (kept is None or kept.stride(0) % strips.columns == 0),
-            LONG=is_long(x, seen, out),
-            **planes.constants(x, strips, neurons),
+            **planes.constants(strips, x, seen, out),
         )

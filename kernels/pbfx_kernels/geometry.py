@@ -9,8 +9,10 @@ axis, `-(n + 1)` for a convolution over `n` dimensions, is the last one. That on
 inputs without a batch dimension.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pbfx_kernels.errors import ArgumentError
 
@@ -180,3 +182,26 @@ def _faults(geometry: Geometry) -> list[str]:
 
 
 LINEAR = Geometry()
+
+
+def geometry_of(
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
+) -> Geometry:
+    """Put the arguments of an op together."""
+    form = tuple(stride), tuple(padding), tuple(dilation)
+    return _remembered(*form, groups, transposed, tuple(output_padding))
+
+
+# A training loop meets a handful.
+_remembered = functools.lru_cache(4096)(Geometry)
+
+
+def arguments_of(geometry: Geometry) -> tuple[Any, ...]:
+    """Take a geometry apart into the arguments of an op: what `geometry_of` puts together."""
+    form = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    return *form, geometry.transposed, geometry.output_padding

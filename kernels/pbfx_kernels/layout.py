@@ -110,3 +110,28 @@ def channels_last(x: Tensor) -> Tensor:
     from pbfx_kernels.nhwc import transposed
 
     return transposed(x)
+
+
+def strides_of(soma: Tensor) -> tuple[int, ...]:
+    """Return the strides of `empty_like(soma)`: channels-last stays so, gaps and overlaps close."""
+    return torch.empty_like(soma, device="meta").stride()
+
+
+def stack_strides(soma: Tensor) -> tuple[int, ...]:
+    """Return the strides of `(D, *soma)` whose every slice is laid out as `empty_like(soma)`."""
+    return (soma.numel(), *strides_of(soma))
+
+
+def laid_out(result: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Copy a result where it does not have the strides that the fake promised."""
+    if result.stride() == strides:
+        return result
+    if not result.numel():
+        return result.new_empty_strided(result.shape, strides)
+    if all(
+        size == 1 or found == promised
+        for size, found, promised in zip(result.shape, result.stride(), strides, strict=True)
+    ):
+        # The same elements in the same places.
+        return result.as_strided(result.shape, strides)
+    return result.new_empty_strided(result.shape, strides).copy_(result)

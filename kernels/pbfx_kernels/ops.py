@@ -1,8 +1,6 @@
 """The custom ops: what a graph holds, and what a kernel replaces.
 
-    pbfx::dendrites              out, a = soma + Σ_d T_d ⊙ a_d, (D, *soma)
-    pbfx::dendrites_backward     dT, from a
-    pbfx::dendrites_recompute    dT, from the inputs of the forward
+    pbfx::dendrites, ...         see `dendrite_op`
     pbfx::candidates             out, z = neuron, (C, *neuron)
     pbfx::candidates_backward    dV, dc, dU, the batch moments
 
@@ -19,208 +17,19 @@ dead-code elimination cannot drop it, and it works with a frozen base. Its stati
 averages them.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import pbfx_kernels.dendrite_op  # noqa: F401  registers its ops
 from pbfx_kernels import candidate_autograd, reference
-from pbfx_kernels.candidate_autograd import no_autocast as _no_autocast
-from pbfx_kernels.dispatch import (
-    evaluate_dendrites,
-    recompute_to_soma_gradient,
-    sum_to_soma_gradient,
-)
-from pbfx_kernels.geometry import Geometry
+from pbfx_kernels.candidate_autograd import no_autocast
+from pbfx_kernels.geometry import geometry_of
+from pbfx_kernels.layout import laid_out, stack_strides
 from pbfx_kernels.registering import op
-from pbfx_kernels.tape import Taped, float32_precision
-from pbfx_kernels.validation import check_candidates, check_dendrites
-from pbfx_kernels.walking import REMEMBERED
-
-
-@op("dendrites")
-def dendrites_op(
-    soma: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    to_soma: Tensor,
-    to_dendrite: Tensor,
-    activation: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    transposed: bool,
-    output_padding: Sequence[int],
-    keep: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Match `reference.dendrites`; arguments and errors are those of `pbfx_kernels.dendrites`.
-
-    Without `keep`, the activations that come back are `(0, *soma)`.
-    """
-    geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
-    tensors = soma, x, weight, bias, to_soma, to_dendrite
-    return _evaluated(tensors, activation, geometry, keep, float32_precision(soma))
-
-
-def _evaluate(
-    soma: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    to_soma: Tensor,
-    to_dendrite: Tensor,
-    activation: str,
-    geometry: Geometry,
-    keep: bool,
-    _: object,
-) -> tuple[Tensor, Tensor]:
-    links = weight, bias, to_soma, to_dendrite, activation
-    check_dendrites(soma, x, *links, geometry)
-    with _no_autocast(soma):
-        out, activations = evaluate_dendrites(soma, x, *links, geometry, keep)
-    return laid_out(out, strides_of(soma)), laid_out(activations, stack_strides(soma))
-
-
-_evaluated = Taped(_evaluate)
-
-
-@dendrites_op.register_fake
-def _(
-    soma: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    to_soma: Tensor,
-    to_dendrite: Tensor,
-    activation: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    transposed: bool,
-    output_padding: Sequence[int],
-    keep: bool = True,
-) -> tuple[Tensor, Tensor]:
-    geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
-    check_dendrites(soma, x, weight, bias, to_soma, to_dendrite, activation, geometry)
-    count = weight.shape[0] if keep else 0
-    activations = soma.new_empty_strided((count, *soma.shape), stack_strides(soma))
-    return torch.empty_like(soma), activations
-
-
-@op("dendrites_backward")
-def dendrites_backward_op(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:
-    """Match `reference.dendrites_backward`."""
-    return sum_links((grad, activations), channel_axis)
-
-
-def _sum(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:
-    with _no_autocast(grad):
-        return sum_to_soma_gradient(grad, activations, channel_axis)
-
-
-sum_links = Taped(_sum)
-
-
-@dendrites_backward_op.register_fake
-def _(grad: Tensor, activations: Tensor, channel_axis: int) -> Tensor:
-    shape = (activations.shape[0], grad.shape[channel_axis])
-    return grad.new_empty(shape, dtype=reference.accumulation_dtype(grad.dtype))
-
-
-@op("dendrites_recompute")
-def dendrites_recompute_op(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    to_dendrite: Tensor,
-    activation: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    transposed: bool,
-    output_padding: Sequence[int],
-) -> Tensor:
-    """Match `reference.dendrites_backward` on the activations of `reference.dendrites`."""
-    geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
-    tensors = grad, x, weight, bias, to_dendrite
-    return sum_links_again(tensors, activation, geometry, float32_precision(grad))
-
-
-def _sum_again(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    to_dendrite: Tensor,
-    activation: str,
-    geometry: Geometry,
-    _: object,
-) -> Tensor:
-    with _no_autocast(grad):
-        return recompute_to_soma_gradient(grad, x, weight, bias, to_dendrite, activation, geometry)
-
-
-sum_links_again = Taped(_sum_again)
-
-
-@dendrites_recompute_op.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    to_dendrite: Tensor,
-    activation: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    transposed: bool,
-    output_padding: Sequence[int],
-) -> Tensor:
-    return grad.new_empty(to_dendrite.shape[1:], dtype=reference.accumulation_dtype(grad.dtype))
-
-
-def _dendrites_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, x, weight, bias, to_soma, to_dendrite, activation, *form, keep = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.learns = to_soma.requires_grad
-    if not ctx.learns:
-        return
-    ctx.kept, ctx.to_soma_dtype = keep, to_soma.dtype
-    if keep:
-        ctx.save_for_backward(output[1])
-        ctx.channel_axis = -(len(form[0]) + 1)
-    else:
-        ctx.save_for_backward(x, weight, bias, to_dendrite)
-        ctx.form = activation, *form
-
-
-def _dendrites_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    grad_to_soma = None
-    if ctx.learns and grad is not None:
-        if ctx.kept:
-            (activations,) = ctx.saved_tensors
-            grad_to_soma = torch.ops.pbfx.dendrites_backward.default(
-                grad, activations, ctx.channel_axis
-            )
-        else:
-            grad_to_soma = torch.ops.pbfx.dendrites_recompute.default(
-                grad, *ctx.saved_tensors, *ctx.form
-            )
-        grad_to_soma = grad_to_soma.to(ctx.to_soma_dtype)
-    return grad, None, None, None, grad_to_soma, *(None,) * 9
-
-
-dendrites_op.register_autograd(_dendrites_gradients, setup_context=_dendrites_setup)
+from pbfx_kernels.validation import check_candidates
 
 
 @op("candidates")
@@ -259,7 +68,7 @@ def candidates_op(
         activation,
         geometry,
     )
-    with _no_autocast(neuron):
+    with no_autocast(neuron):
         z = candidate_autograd.preactivate(
             x, activations.to(neuron.dtype), weight, bias, to_dendrite, geometry
         )
@@ -326,7 +135,7 @@ def candidates_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute `reference.candidates_backward`; gradients are dense and contiguous."""
     geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
-    with _no_autocast(grad):
+    with no_autocast(grad):
         grad_weight, bias, to_dendrite, moments = candidate_autograd.differentiate(
             grad,
             z,
@@ -409,42 +218,3 @@ def _candidates_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tu
 
 
 candidates_op.register_autograd(_candidates_gradients, setup_context=_candidates_setup)
-
-
-def geometry_of(
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    transposed: bool,
-    output_padding: Sequence[int],
-) -> Geometry:
-    """Put the arguments of an op together."""
-    form = tuple(stride), tuple(padding), tuple(dilation)
-    return _geometry(*form, groups, transposed, tuple(output_padding))
-
-
-_geometry = functools.lru_cache(REMEMBERED)(Geometry)
-
-
-def strides_of(soma: Tensor) -> tuple[int, ...]:
-    """Return the strides of `empty_like(soma)`: channels-last stays so, gaps and overlaps close."""
-    return torch.empty_like(soma, device="meta").stride()
-
-
-def stack_strides(soma: Tensor) -> tuple[int, ...]:
-    """Return the strides of `(D, *soma)` whose every slice is laid out as `empty_like(soma)`."""
-    return (soma.numel(), *strides_of(soma))
-
-
-def laid_out(result: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Copy a result where it does not have the strides that the fake promised."""
-    if result.stride() == strides:
-        return result
-    if all(
-        size == 1 or found == promised
-        for size, found, promised in zip(result.shape, result.stride(), strides, strict=True)
-    ):
-        # The same elements in the same places.
-        return result.as_strided(result.shape, strides)
-    return result.new_empty_strided(result.shape, strides).copy_(result)

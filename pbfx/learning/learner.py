@@ -20,7 +20,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pbfx.candidates import Candidates
@@ -83,6 +83,22 @@ class SiteLearner:
     def batches(self) -> int:
         """Batches so far. Reading it waits for the device."""
         return int(self._turns)
+
+    def learn_as(self, stand_in: nn.Parameter) -> None:
+        """Step `stand_in` in place of the candidates' weight, from the first batch on.
+
+        Who asks for it gives it its gradient within each backward pass, and writes the weight from
+        it after the pass. The state dict then holds Adam's state of what is stepped.
+
+        Args:
+            stand_in: on the weight's device.
+        """
+        self._parameters.append(stand_in)
+        self._learnt = [stand_in, *(p for p in self._learnt if p is not self.candidates.weight)]
+        self._adam = torch.optim.Adam(self._learnt, lr=self._adam.param_groups[0]["lr"], fused=True)
+        memory = Filling()
+        self._prepare(memory)
+        memory.fill()
 
     def attach(self) -> None:
         """Start to listen to backward passes."""

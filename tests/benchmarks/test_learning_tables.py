@@ -176,6 +176,9 @@ def test_ablations_have_their_default_and_their_sham_beside_them(folder: Path) -
             "perforated[objective=correlation,policy.dendrite_epochs=2,spare=0.2]",
             "sham[policy.dendrite_epochs=2,spare=0.2]",
         ),
+        ("perforated[max_dendrites=5,trial.groups=4]", "sham[max_dendrites=5]"),
+        ("perforated[trial.line_search=links]", "sham"),
+        ("perforated[trial.line_search=both]", "sham[trial.line_search=soma]"),
     ],
 )
 def test_a_sham_has_what_is_not_about_dendrites(arm: str, sham: str) -> None:

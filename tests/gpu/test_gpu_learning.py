@@ -90,6 +90,21 @@ def test_captured_runs_are_eager_runs(study: str, arm: str) -> None:
     assert other.stages[0].phase_train_loss != eager.stages[0].phase_train_loss
 
 
+@pytest.mark.parametrize(
+    "arm",
+    [
+        "perforated[trial.groups=4]",
+        "perforated[trial.rank=2]",
+        "perforated[trial.line_search=both]",
+    ],
+)
+def test_captured_trials_are_eager_trials(arm: str) -> None:
+    data, job = problem("mnist"), task("ablations", arm)
+    [eager] = finish([job], data, 0)
+    [captured] = finish([job], data, 8)
+    close(captured, eager)
+
+
 def test_lanes_do_not_mix() -> None:
     data = problem("mnist")
     jobs = [task("mnist", arm, seed) for seed in (0, 1) for arm in ("plain", "perforated", "sham")]

@@ -49,7 +49,7 @@ def call(
     """Evaluate a site by the op of graphs, or as eager code does on a GPU."""
     tensors: list[Any] = [args[name] for name in NAMES]
     if eager:
-        return full_autograd.apply(*tensors, activation, site.geometry, frozen, keep)
+        return full_autograd.apply(*tensors, activation, site.geometry, frozen, keep)[:2]
     return OP(*tensors, activation, *site.op_geometry, frozen, keep)[:2]
 
 
