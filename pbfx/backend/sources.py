@@ -7,6 +7,7 @@ them for nothing, and a CUDA graph need not copy them at every step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import fx
 
@@ -18,7 +19,7 @@ _STATIC = "_dynamo_static_input_type"
 def keep_sources(
     gm: fx.GraphModule,
     made: fx.GraphModule,
-    inputs: Sequence[fx.Node],
+    inputs: Sequence[Any],
     given: Sequence[fx.Node | None],
 ) -> None:
     """Tell of the inputs of a graph what Dynamo told of those of the graph that it was made of.
@@ -26,7 +27,7 @@ def keep_sources(
     Args:
         gm: a graph of Dynamo's; any other is nothing to tell of.
         made: a copy of it, or of a part; edited in place.
-        inputs: placeholders of `made`.
+        inputs: placeholders of `made`, on which Dynamo's word is an attribute of its own.
         given: for each the placeholder of `gm` that it stands for; None for what `gm` computes.
     """
     made.meta.update(gm.meta)
@@ -36,7 +37,7 @@ def keep_sources(
     for node, original in zip(inputs, given, strict=True):
         if original is None:
             node.meta.pop(_TOLD, None)
-            node._dynamo_source = None  # pyright: ignore[reportAttributeAccessIssue]
+            node._dynamo_source = None
         elif hasattr(original, "_dynamo_source"):
             node._dynamo_source = original._dynamo_source
 
