@@ -20,7 +20,7 @@ def keep_sources(
     gm: fx.GraphModule,
     made: fx.GraphModule,
     inputs: Sequence[Any],
-    given: Sequence[fx.Node | None],
+    given: Sequence[Any],
 ) -> None:
     """Tell of the inputs of a graph what Dynamo told of those of the graph that it was made of.
 
