@@ -21,7 +21,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pbfx_kernels
@@ -189,9 +188,9 @@ class Dendrites(Sited):
             return nn.Parameter(torch.cat([rows[:old], row]) if old else row)
 
         with torch.no_grad():
-            # Zeros below and to the right of the older ones'.
-            links = F.pad(self.to_dendrite[:old, :old], (0, 0, 0, 1, 0, 1))
+            links = self.to_dendrite.new_zeros(old + 1, old + 1, self.to_dendrite.shape[2])
             if old:
+                links[:old, :old] = self.to_dendrite[:old, :old]
                 links[old, :old] = to_dendrite[:old]
         own = self._parameters
         own["to_soma"] = stacked(self.to_soma, to_soma)

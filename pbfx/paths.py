@@ -31,19 +31,20 @@ def module_at(root: nn.Module, path: str) -> nn.Module:
 
 def modules_in(root: nn.Module) -> dict[str, nn.Module]:
     """Return what `dict(root.named_modules())` is."""
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-    waiting: list[tuple[str, nn.Module | None]] = [("", root)]
-    while waiting:
-        path, module = waiting.pop()
-        if module is None or id(module) in seen:
-            continue
-        seen.add(id(module))
-        found[path] = module
-        children = module._modules
-        if children:
-            prefix = f"{path}." if path else ""
-            waiting += [(prefix + name, children[name]) for name in reversed(children)]
+    found: dict[str, nn.Module] = {"": root}
+    seen = {id(root)}
+
+    def walk(prefix: str, children: dict[str, nn.Module | None]) -> None:
+        for name, module in children.items():
+            if module is None or id(module) in seen:
+                continue
+            seen.add(id(module))
+            path = prefix + name
+            found[path] = module
+            if module._modules:
+                walk(f"{path}.", module._modules)
+
+    walk("", root._modules)
     return found
 
 

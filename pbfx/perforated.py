@@ -14,6 +14,7 @@ from pbfx.capture import CONSTANT
 from pbfx.compiled import drop_compiled_code
 from pbfx.copies import Filling
 from pbfx.dendrites import Dendrites
+from pbfx.derived import key_of
 from pbfx.draws import Draw, draw_weights
 from pbfx.errors import CheckpointError, ConfigError, PassError
 from pbfx.followers import imitate, is_averaging
@@ -62,6 +63,14 @@ class PerforatedModule(fx.GraphModule):
             PassError: if a pass fails; the module then still runs the graph that it ran before.
         """
         perforation, before = self.perforation, self._graph
+        origin = perforation.source, perforation.sites
+        key = key_of(self, origin, perforation.phase)
+        known = perforation.graphs.take_up(self, origin, key)
+        if known is not None:
+            perforation.records = known.records
+            if not self._runs_again():
+                drop_compiled_code(self)
+            return
         self._graph = fx.Graph(owning_module=self)
         self._graph.output(self._graph.graph_copy(perforation.source, {}))
         try:
@@ -72,6 +81,8 @@ class PerforatedModule(fx.GraphModule):
             self._graph = before
             raise
         self.recompile()
+        if key is not None:
+            perforation.graphs.keep(self, origin, key, perforation.records)
         if not self._runs_again():
             drop_compiled_code(self)
 

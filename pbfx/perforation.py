@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from pbfx.capture import Example, Rung
 from pbfx.config import Config
+from pbfx.derived import DerivedGraphs
 from pbfx.figures import SiteFigures
 from pbfx.phase import Phase
 from pbfx.pipeline import PassRecord
@@ -43,6 +44,7 @@ class Perforation:
         figures: what the last epoch of a dendrite phase measured, at each site of the model.
         slots: how many slots each site had at the last rebuild; with `Config(reserve=...)` only.
         forwards: the forwards of the graphs that have run with these slots, by their code.
+        graphs: that have been derived from the source before.
         followers: copies that `AveragedModel`s made of this module: they follow its structure.
     """
 
@@ -64,17 +66,24 @@ class Perforation:
     figures: tuple[SiteFigures, ...] = ()
     slots: tuple[int, ...] = ()
     forwards: dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+    graphs: DerivedGraphs = dataclasses.field(default_factory=DerivedGraphs)
     followers: weakref.WeakSet[nn.Module] = dataclasses.field(default_factory=weakref.WeakSet)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Perforation:
         twin = dataclasses.replace(
-            self, tracker=None, slots=(), forwards={}, followers=weakref.WeakSet()
+            self,
+            tracker=None,
+            slots=(),
+            forwards={},
+            graphs=DerivedGraphs(),
+            followers=weakref.WeakSet(),
         )
         memo[id(self)] = twin
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**vars(self), "tracker": None, "followers": (), "slots": (), "forwards": {}}
+        del state["graphs"]
         state["config"] = dataclasses.replace(self.config, filter_fn=None)
         owner = f"the perforated module at {self.path!r}" if self.path else "the perforated module"
         state["source"] = plain_nodes(self.source, owner)
@@ -82,3 +91,4 @@ class Perforation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, source=graph_of(state["source"]), followers=weakref.WeakSet())
+        self.graphs = DerivedGraphs()

@@ -116,13 +116,13 @@ def run_passes(
     """
     records = []
     names: dict[_Op, str] = {}
-    before, content = _ops(gm, names), _content(gm.graph)
+    before, content = _ops(gm, names), content_of(gm.graph)
     for rewrite in passes:
         name, started, again = rewrite.__name__, time.perf_counter(), 0
         try:
             rewrites = rewrite(gm, ctx)
-            edited = _content(gm.graph)
-            untouched = not rewrites and _equal(edited, content)
+            edited = content_of(gm.graph)
+            untouched = not rewrites and is_same(edited, content)
             if not untouched:
                 if not _holds_together(gm):
                     _lint(gm)
@@ -157,12 +157,12 @@ def run_passes(
     return tuple(records)
 
 
-def _content(graph: fx.Graph) -> list[Any]:
+def content_of(graph: fx.Graph) -> list[Any]:
     """Return what a graph consists of: nodes in their order, targets and arguments."""
     return [part for node in graph.nodes for part in (node, node.target, node.args, node.kwargs)]
 
 
-def _equal(one: list[Any], other: list[Any]) -> bool:
+def is_same(one: list[Any], other: list[Any]) -> bool:
     """Return whether nothing was exchanged; equal things that are not the same count as new."""
     return len(one) == len(other) and all(map(operator.is_, one, other))
 

@@ -109,7 +109,7 @@ class _Origin:
     """
 
     owners: list[int]
-    columns: list[tuple[list[int], list[Tensor], list[_Look]]]
+    columns: list[tuple[list[int], list[Tensor], _Looks]]
 
     @classmethod
     def of(
@@ -121,14 +121,18 @@ class _Origin:
         tensors = list(state.values())
         if not are_plain(tensors) or not all(id(tensor) in places for tensor in tensors):
             return None
-        columns: dict[Any, tuple[list[int], list[Tensor], list[_Look]]] = {}
+        columns: dict[Any, tuple[list[int], list[Tensor]]] = {}
         for tensor, copied in zip(tensors, kept.values(), strict=True):
-            look = _look_of(tensor)
-            where, targets, looks = columns.setdefault(look[1:], ([], [], []))
+            where, targets = columns.setdefault((tensor.dtype, tensor.device), ([], []))
             where.append(places[id(tensor)])
             targets.append(copied)
-            looks.append(look)
-        return cls(_identities(modules, held), list(columns.values()))
+        return cls(
+            _identities(modules, held),
+            [
+                (where, targets, _looks_of([held[place] for place in where]))
+                for where, targets in columns.values()
+            ],
+        )
 
     def copy(self, modules: Sequence[nn.Module]) -> bool:
         """Copy what `modules` hold now; return whether it was done, which it is not for others."""
@@ -137,19 +141,22 @@ class _Origin:
             return False
         sources = [[held[place] for place in places] for places, _, _ in self.columns]
         # A tensor may have moved, or have another dtype now, and be the same object.
-        looks = [list(map(_look_of, column)) for column in sources]
-        if looks != [expected for _, _, expected in self.columns]:
+        if any(
+            _looks_of(column) != expected
+            for column, (_, _, expected) in zip(sources, self.columns, strict=True)
+        ):
             return False
         for (_, targets, _), column in zip(self.columns, sources, strict=True):
             copy_alike(targets, column)
         return True
 
 
-_Look = tuple[torch.Size, torch.dtype, torch.device]
+_Looks = tuple[list[torch.Size], list[torch.dtype], list[torch.device]]
 
 
-def _look_of(tensor: Tensor) -> _Look:
-    return tensor.shape, tensor.dtype, tensor.device
+def _looks_of(tensors: Sequence[Tensor]) -> _Looks:
+    """Return shapes, dtypes and devices, without a call for each of many tensors."""
+    return [t.shape for t in tensors], [t.dtype for t in tensors], [t.device for t in tensors]
 
 
 def _held_by(modules: Sequence[nn.Module]) -> list[Any]:

@@ -34,7 +34,7 @@ LAYERS: list[tuple[str, str]] = [
     ),
     ("learning", "train dendrites; know no pass"),
     (
-        "passes pipeline perforation kinds followers perforated absorbed compiled lowered",
+        "passes pipeline derived perforation kinds followers perforated absorbed compiled lowered",
         "rewrite graphs; `perforated` is what they rewrite",
     ),
     (

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from pbfx.backend.regions import compile_regions, forget_regions
 from pbfx.backend.settings import Compiled, Settings, settings_of
+from pbfx.backend.sources import keep_sources
 from pbfx.passes.lower_dendrites import LoweringContext, lower_dendrites
 from pbfx.pipeline import run_passes
 
@@ -72,8 +73,8 @@ def lower(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> 
     training = learns and torch.is_grad_enabled()
     context = LoweringContext(settings.strategy, settings.products, training)
     lowered = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    lowered.meta.update(gm.meta)
-    _keep_sources(gm, lowered)
+    ours, theirs = (graph.find_nodes(op="placeholder") for graph in (lowered.graph, gm.graph))
+    keep_sources(gm, lowered, ours, theirs)
     run_passes(lowered, context, LOWERING)
     lowered.recompile()
     forms = collections.Counter(record.form for record in context.records.values())
@@ -86,21 +87,6 @@ def lower(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> 
     for record in context.records.values():
         logger.debug("%s: %s, %s", record.site, record.form, record.reason)
     return lowered
-
-
-def _keep_sources(gm: fx.GraphModule, copied: fx.GraphModule) -> None:
-    """Tell of a copied graph's inputs what Dynamo told of the graph's: where they come from.
-
-    AOTAutograd then knows which of them are parameters, that stay where they are: a backward may
-    keep them for nothing, and a CUDA graph need not copy them at every step.
-    """
-    for name in ("_param_name_to_source", "_source_to_user_stacks"):
-        if hasattr(gm, name):
-            setattr(copied, name, getattr(gm, name))
-    ours, theirs = (graph.find_nodes(op="placeholder") for graph in (copied.graph, gm.graph))
-    for node, original in zip(ours, theirs, strict=True):
-        if hasattr(original, "_dynamo_source"):
-            node._dynamo_source = original._dynamo_source
 
 
 def _reset() -> None:

@@ -29,6 +29,7 @@ from torch.fx.passes.split_module import split_module
 
 from pbfx.backend.overlap import overlapping
 from pbfx.backend.settings import Compiled, Settings
+from pbfx.backend.sources import is_static, keep_sources
 from pbfx.errors import PassError
 from pbfx.passes.lower_dendrites import module_path
 
@@ -63,6 +64,7 @@ def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Set
     split = split_module(
         gm, nn.Module(), lambda node: region_of[node.name], keep_original_order=True
     )
+    tell_sources(gm, split)
     mode, inputs = _as_fake(example_inputs)
     before = set(_compiled)
     try:
@@ -74,6 +76,21 @@ def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Set
             del _compiled[key]
         raise
     return split
+
+
+def tell_sources(gm: fx.GraphModule, split: fx.GraphModule) -> None:
+    """Tell of each region's inputs what Dynamo told of the graph's; see `keep_sources`.
+
+    Args:
+        gm: a graph of Dynamo's.
+        split: its regions, of which no other has been compiled yet.
+    """
+    given = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
+    for call in split.graph.find_nodes(op="call_module"):
+        region = split.get_submodule(str(call.target))
+        assert isinstance(region, fx.GraphModule)
+        places = region.graph.find_nodes(op="placeholder")
+        keep_sources(gm, region, places, [given.get(str(arg)) for arg in call.args])
 
 
 def _as_fake(example_inputs: list[Any]) -> tuple[Any, list[Any]]:
@@ -343,6 +360,7 @@ def _content(region: fx.GraphModule, args: tuple[Any, ...], settings: Settings) 
     guards of such code belong to the compilation in which it was made.
     """
     numbers = {node: index for index, node in enumerate(region.graph.nodes)}
+    static = tuple(map(is_static, region.graph.find_nodes(op="placeholder")))
     storages: dict[int, int] = {}
     inputs: list[Any] = []
     for arg in args:
@@ -379,7 +397,7 @@ def _content(region: fx.GraphModule, args: tuple[Any, ...], settings: Settings) 
             return None
         target = None if node.op == "placeholder" else node.target
         nodes.append((node.op, target, plain(node.args), plain(node.kwargs)))
-    key = (tuple(nodes), tuple(inputs), _surroundings(settings))
+    key = (tuple(nodes), tuple(inputs), static, _surroundings(settings))
     try:
         hash(key)
     except TypeError:

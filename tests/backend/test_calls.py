@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from models import randomise
 from pbfx.backend import bare, compile_graph
 from pbfx.backend.bare import CallBare
 from pbfx.backend.compiler import lower
+from pbfx.backend.regions import compile_regions, forget_regions
 from pbfx.backend.settings import settings_of
 from pbfx_kernels import conv_neuron_op
 
@@ -118,8 +120,9 @@ def test_code_of_another_version_is_not_taken_from_the_cache(
     assert CallBare().uuid() != before
 
 
-def test_a_lowered_graph_knows_its_parameters():
-    """Or CUDA graphs copy each of them at every step."""
+@pytest.mark.parametrize("regional", [False, "sites"])
+def test_a_lowered_graph_knows_its_parameters(regional: Any):
+    """Or CUDA graphs copy each of them at every step, and a backward keeps copies."""
     static: list[int] = []
 
     def record(gm: torch.fx.GraphModule, _: Any) -> Any:
@@ -129,15 +132,23 @@ def test_a_lowered_graph_knows_its_parameters():
         return make_boxed_func(gm.forward)
 
     inner = aot_autograd(fw_compiler=record, bw_compiler=lambda gm, _: make_boxed_func(gm.forward))
+    settings = settings_of(None, {"strategy": "packed"})
+    settings = dataclasses.replace(settings, regional=regional, inner=inner)
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        lowered = lower(gm, inputs, settings_of(None, {"strategy": "packed"}))
+        lowered = lower(gm, inputs, settings)
         assert lowered is not gm
+        if regional:
+            return compile_regions(lowered, inputs, settings)
         return inner(lowered, inputs)
 
-    model = grown(nn.Linear(4, 4))
+    forget_regions()
+    model = grown(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)))
     torch.compile(model, backend=backend, fullgraph=True)(torch.randn(2, 4)).sum().backward()
-    assert static == [len(list(model.parameters()))]
+    assert len(static) == (2 if regional else 1)
+    # The input is none, and neither is what one region gives to the next.
+    assert sum(static) == len(list(model.parameters()))
+    forget_regions()
 
 
 @pytest.mark.parametrize("strategy", ["packed", "looped"])

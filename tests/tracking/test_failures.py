@@ -16,6 +16,7 @@ from learning.loops import Mlp, equal, identical, regression
 from pbfx import Action, Decision, RestructureError, pipeline, snapshot
 from pbfx.candidates import Candidates
 from pbfx.dendrites import Dendrites
+from pbfx.derived import DerivedGraphs
 from pbfx.perforated import PerforatedModule
 
 TASK = regression(96)
@@ -147,6 +148,8 @@ def failing_pass(_: Run) -> Iterator[None]:
         passes = (*pipeline.PASSES[:-1], hold_eval)
         run_passes = pipeline.run_passes
         patch.setattr("pbfx.perforated.run_passes", lambda gm, ctx: run_passes(gm, ctx, passes))
+        # The passes do not run over what has been derived before.
+        patch.setattr("pbfx.derived.DerivedGraphs.take_up", lambda *_: None)
         yield
 
 
@@ -236,6 +239,10 @@ CASES = [
     pytest.param(script, fault, id=f"{script}: {name}")
     for faults, scripts in (
         ({"a pass": failing_pass}, list(SCRIPTS)),
+        (
+            {"a graph of before": failing_call(DerivedGraphs, "take_up", 0)},
+            list(SCRIPTS),
+        ),
         ({"a scheduler": failing_scheduler}, [s for s in SCRIPTS if s != "completion"]),
         (
             {"an optimizer's state": failing_state},
