@@ -106,6 +106,9 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
         self.norm1, self.norm2 = nn.BatchNorm2d(inner), nn.BatchNorm2d(inner)
         self.norm3 = nn.BatchNorm2d(outputs)
+        # Near zero (Goyal et al., arXiv 1706.02677): from 1, in 16 bits, the gradients of so many
+        # norms are noise, which no gate can tell from a fault.
+        nn.init.constant_(self.norm3.weight, 0.02)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(
