@@ -42,11 +42,14 @@ _MOST_FUSED_INPUTS = 2304
 # Inputs of a linear op in TF32 up to which it is faster: a half at 64, a quarter at 256, level with
 # the library's product from 768 on.
 _MOST_FUSED_TF32 = 256
-# Dendrites up to which it was measured; more share a product of eight roles.
+# Dendrites up to which convolutions and TF32 were measured.
 _MOST_FUSED_MEASURED = 3
+# Inputs of a linear op in 16 bits, by D, up to which it is faster. With two dendrites a quarter of
+# what it multiplies is zeros: packed takes 0.96 of its time at 768 inputs, 0.81 at 3072.
+_MOST_FUSED_LINEAR = {1: math.inf, 2: 512, 3: math.inf}
 # Inputs, by D, up to which it is faster if the weights lie so already, whatever the number of
 # positions: 7 % less at 128x4096x1024, where few tiles leave multiprocessors idle, is the most that
-# it was seen to lose. With two dendrites a quarter of what it multiplies is zeros.
+# it was seen to lose.
 _MOST_FROZEN_INPUTS = {1: 768, 2: 512, 3: 1024}
 # Rows up to which reading the weights where they are is the fastest: as many as a tile has, always;
 # more if there are few multiply-adds, those of roles that do not exist included, and of 32 bits a
@@ -214,14 +217,14 @@ def can_split(problem: Problem) -> bool:
 
 
 def _split_wins(problem: Problem) -> bool:
-    # Gathered or not, float32 operands are twice the bytes, and libraries keep their lead.
+    # Float32 operands are twice the bytes, and libraries keep their lead but where they have none.
     small = problem.dtype.itemsize == 2
     geometry = problem.geometry
     if geometry.spatial == 0:
         few = 1 < problem.positions <= _FEW_POSITIONS and problem.inputs <= _FEW_INPUTS
         return few or (small and problem.inputs <= _SPLIT_INPUTS)
     if problem.channels <= _IMAGE_CHANNELS:
-        return small or problem.taps > 9
+        return True
     # Pointwise convolutions are GEMMs.
     gathered = problem.taps > 1 and problem.inputs <= _SPLIT_NHWC_INPUTS
     return small and gathered and problem.channels_last and problem.channels > 32
@@ -352,10 +355,10 @@ def fuses(problem: Problem) -> bool:
         enough = problem.positions >= _LEAST_FUSED_POSITIONS
         return _knows_fused(problem) and read and enough and problem.inputs <= _MOST_FUSED_INPUTS
     least = max(_LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO * problem.inputs)
+    most = _MOST_FUSED_LINEAR.get(problem.dendrites, 0)
     if problem.dtype.itemsize == 4:
-        few = problem.dendrites <= _MOST_FUSED_MEASURED and problem.inputs <= _MOST_FUSED_TF32
-        return few and problem.positions >= least and launches(problem)
-    return _knows_fused(problem) and problem.positions >= least
+        most = _MOST_FUSED_TF32 if problem.dendrites <= _MOST_FUSED_MEASURED else 0
+    return launches(problem) and problem.positions >= least and problem.inputs <= most
 
 
 def fuses_frozen(problem: Problem) -> bool:

@@ -27,6 +27,8 @@ def but(**changes: object) -> Problem:
     [
         (H200, True),
         (but(dendrites=4), False),
+        (but(dendrites=2), True),
+        (but(dendrites=2, channels=768), False),
         (but(positions=2048), False),
         (but(positions=8192, channels=4096), False),
         (but(capability=(8, 0)), False),
@@ -97,6 +99,16 @@ def test_where_weights_are_streamed(problem: Problem, expected: bool) -> None:
         (but(geometry=Geometry.convolution(2), taps=9, channels_last=False), Strategy.PACKED),
         (but(geometry=Geometry.convolution(2)), Strategy.PACKED),
         (but(geometry=Geometry.convolution(2), channels=3, taps=49), Strategy.SPLIT),
+        (
+            but(
+                geometry=Geometry.convolution(2),
+                channels=1,
+                taps=9,
+                dtype=torch.float32,
+                tf32=True,
+            ),
+            Strategy.SPLIT,
+        ),
         (but(dendrites=6), Strategy.PACKED),
         (but(dendrites=9), Strategy.REFERENCE),
         (but(dendrites=0), Strategy.REFERENCE),
