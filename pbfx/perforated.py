@@ -62,15 +62,21 @@ class PerforatedModule(fx.GraphModule):
         Raises:
             PassError: if a pass fails; the module then still runs the graph that it ran before.
         """
-        perforation, before = self.perforation, self._graph
+        perforation = self.perforation
         origin = perforation.source, perforation.sites
         key = key_of(self, origin, perforation.phase)
         known = perforation.graphs.take_up(self, origin, key)
-        if known is not None:
+        if known is None:
+            self._derive()
+            if key is not None:
+                perforation.graphs.keep(self, origin, key, perforation.records)
+        else:
             perforation.records = known.records
-            if not self._runs_again():
-                drop_compiled_code(self)
-            return
+        if not self._runs_again():
+            drop_compiled_code(self)
+
+    def _derive(self) -> None:
+        perforation, before = self.perforation, self._graph
         self._graph = fx.Graph(owning_module=self)
         self._graph.output(self._graph.graph_copy(perforation.source, {}))
         try:
@@ -81,10 +87,6 @@ class PerforatedModule(fx.GraphModule):
             self._graph = before
             raise
         self.recompile()
-        if key is not None:
-            perforation.graphs.keep(self, origin, key, perforation.records)
-        if not self._runs_again():
-            drop_compiled_code(self)
 
     def _runs_again(self) -> bool:
         """Go on with the code object of an equal graph that has run before, if there is a reserve.

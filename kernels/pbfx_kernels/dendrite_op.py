@@ -21,7 +21,7 @@ from pbfx_kernels.dispatch import (
     recompute_to_soma_gradient,
     sum_to_soma_gradient,
 )
-from pbfx_kernels.geometry import Geometry, arguments_of, geometry_of
+from pbfx_kernels.geometry import Geometry, arguments_of, geometry_of, with_geometry
 from pbfx_kernels.layout import laid_out, stack_strides, strides_of
 from pbfx_kernels.once import in_graphs
 from pbfx_kernels.registering import op
@@ -221,9 +221,4 @@ def differentiate(ctx: Any, grad: Tensor | None, by_ops: bool) -> tuple[Tensor |
     return grad, None, None, None, links.to(ctx.dtype)
 
 
-def _site(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    *tensors, activation = inputs[:7]
-    return *tensors, activation, geometry_of(*inputs[7:13]), inputs[13]
-
-
-in_graphs(dendrites_op, remember, differentiate, _site)
+in_graphs(dendrites_op, remember, differentiate, with_geometry)

@@ -11,7 +11,6 @@ alone. The backward is an op of its own, so that graphs hold it. Eager mode does
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from pbfx_kernels.full_autograd import (
     remember,
     saved_like,
 )
-from pbfx_kernels.geometry import geometry_of
+from pbfx_kernels.geometry import geometry_of, with_geometry
 from pbfx_kernels.layout import stack_strides
 from pbfx_kernels.once import in_graphs
 from pbfx_kernels.registering import op
@@ -150,9 +149,4 @@ def _(
     )
 
 
-def _site(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    *tensors, activation = inputs[:7]
-    return *tensors, activation, geometry_of(*inputs[7:13]), *inputs[13:]
-
-
-in_graphs(full_dendrites_op, remember, differentiate, _site)
+in_graphs(full_dendrites_op, remember, differentiate, with_geometry)

@@ -205,3 +205,12 @@ def arguments_of(geometry: Geometry) -> tuple[Any, ...]:
     """Take a geometry apart into the arguments of an op: what `geometry_of` puts together."""
     form = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     return *form, geometry.transposed, geometry.output_padding
+
+
+def with_geometry(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the inputs of an op of dendrites with one geometry for its six arguments.
+
+    Args:
+        inputs: soma, x, weight, bias, to_soma, to_dendrite and activation; those six; any others.
+    """
+    return *inputs[:7], geometry_of(*inputs[7:13]), *inputs[13:]
