@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from pbfx.compiled import drop_compiled_code
@@ -17,13 +17,13 @@ from pbfx.copies import copies_of, copy_into
 from pbfx.dendrites import Dendrites
 from pbfx.errors import RestructureError
 from pbfx.optimizers import Schedule
-from pbfx.paths import modules_in
-from pbfx.perforated import PerforatedModule, perforated_parts, update_followers
+from pbfx.parts import Walk, Walked, walk
+from pbfx.perforated import PerforatedModule, update_followers
 
 
 @contextmanager
 def undoing(
-    model: nn.Module,
+    model: Walked,
     optimizer: Optimizer | None = None,
     schedule: Schedule | None = None,
     *,
@@ -41,14 +41,15 @@ def undoing(
     Raises:
         RestructureError: from whatever failed.
     """
-    undo = _Undo(model, optimizer, schedule, values)
+    found = walk(model)
+    undo = _Undo(found, optimizer, schedule, values)
     # A graph is many small objects that stay: as they are made the collector would walk over all
     # that the process holds, which takes longer than the rest.
     collects = gc.isenabled()
     gc.disable()
     try:
         yield
-        for part in perforated_parts(model).values():
+        for part in found.parts.values():
             update_followers(part)
     # Whatever went wrong, user's code or ours or Ctrl-C, must not leave half a model behind.
     except BaseException as error:
@@ -72,17 +73,19 @@ class _Undo:
 
     def __init__(
         self,
-        model: nn.Module,
+        found: Walk,
         optimizer: Optimizer | None,
         schedule: Schedule | None,
         values: bool,
     ) -> None:
-        parts = perforated_parts(model).values()
-        averaged = [copy for part in parts for copy in part.perforation.followers]
-        modules = list(modules_in(nn.ModuleList([model, *averaged])).values())
-        kept: list[dict[Any, Any]] = []
-        for module in modules:
-            kept += [module._modules, module._parameters, module._buffers]
+        averaged = {copy for part in found.parts.values() for copy in part.perforation.followers}
+        walks = found, *(walk(copy) for copy in averaged)
+        modules = list({id(m): m for each in walks for m in each.modules.values()}.values())
+        self.tables = [
+            (table, table.copy())
+            for module in modules
+            for table in (module._modules, module._parameters, module._buffers)
+        ]
         self.training = [(module, module.training) for module in modules]
         grown = [module for module in modules if isinstance(module, Dendrites)]
         self.grown = [(module, module.finishing, module.alive) for module in grown]
@@ -94,28 +97,32 @@ class _Undo:
             if isinstance(part, PerforatedModule)
         ]
         owned = (held for m in modules for held in (m._parameters, m._buffers))
-        held = {tensor for each in owned for tensor in each.values() if tensor is not None}
-        tensors: set[Tensor] = set()
+        # By identity: to hash a tensor is a call of Python's.
+        held = {id(tensor): tensor for each in owned for tensor in each.values()}
+        held.pop(id(None), None)
+        kept: list[dict[Any, Any]] = []
+        rates: dict[int, Tensor] = {}
         lists: list[list[Any]] = []
         if optimizer is not None:
             kept += [vars(optimizer), optimizer.state, *optimizer.state.values()]
             kept += optimizer.param_groups
             lists.append(optimizer.param_groups)
             # A rate can be a tensor, which schedulers write in place.
-            rates = [value for group in optimizer.param_groups for value in group.values()]
-            tensors |= {value for value in rates if isinstance(value, Tensor)}
+            entries = (value for group in optimizer.param_groups for value in group.values())
+            rates = {id(value): value for value in entries if isinstance(value, Tensor)}
         if schedule is not None:
             kept += [vars(part) for part in schedule.parts()]
         self.dicts = [(d, dict(d)) for d in kept]
         lists += [v for _, items in self.dicts for v in items.values() if isinstance(v, list)]
         self.lists = [(values, list(values)) for values in lists]
-        self.flags = [(t, t.requires_grad, t.grad) for t in held | tensors]
-        self.written = list(held | tensors if values else tensors)
+        touched = held | rates
+        self.flags = [(t, t.requires_grad, t.grad) for t in touched.values()]
+        self.written = list((touched if values else rates).values())
         self.values = copies_of(self.written)
 
     @torch.no_grad()
     def __call__(self) -> None:
-        for mapping, items in self.dicts:
+        for mapping, items in (*self.tables, *self.dicts):
             mapping.clear()
             mapping.update(items)
         for values, members in self.lists:

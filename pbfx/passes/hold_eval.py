@@ -28,9 +28,10 @@ from torch.fx.node import map_arg
 from pbfx.candidates import Candidates
 from pbfx.dendrites import Dendrites
 from pbfx.passes.context import PassContext, copy_provenance, get_attr
-from pbfx.paths import module_at, modules_in
+from pbfx.paths import find_module, module_at
 from pbfx.phase import Phase
 from pbfx.sites import held_norm, is_site_module, read_input
+from pbfx.spread import Spread
 
 DROPOUTS = (
     nn.Dropout,
@@ -71,19 +72,20 @@ def hold_eval(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 
 def held_by_graph(part: fx.GraphModule, source: fx.Graph) -> list[nn.Module]:
-    """Return the modules under `part` that need no hold of their own in the dendrite phase.
-
-    They are the part and its dendrites, ops, which have no mode, and the layers of the `source`
-    graph that the pass took out.
-    """
+    """Return the modules that the graph of `part` holds: itself, and the layers that were taken out
+    of the `source` graph."""
     before, now = (
         {str(node.target) for node in graph.nodes if node.op == "call_module"}
         for graph in (source, part.graph)
     )
-    modules = modules_in(part)
-    inert = [m for m in modules.values() if isinstance(m, (Dendrites, Candidates))]
-    inert += [m for m in modules.values() if is_site_module(m)]
-    return [part, *inert, *(modules[path] for path in before - now if path in modules)]
+    # A pass may have dropped a module with its node.
+    found = (find_module(part, path) for path in before - now)
+    return [part, *(module for module in found if module is not None)]
+
+
+def has_no_mode(module: nn.Module) -> bool:
+    """Return whether `module` does the same in training: what owns dendrites does, and ops do."""
+    return isinstance(module, (Dendrites, Candidates, Spread)) or is_site_module(module)
 
 
 def computes_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
