@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,9 +31,9 @@ def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
         # Where the parts begin, a kernel may read several numbers at once.
         sizes = [-(-tensors[index].numel() // _ALIGNED) * _ALIGNED for index in indices]
         memory = torch.empty(sum(sizes), dtype=dtype, device=device)
-        for index, part in zip(indices, memory.split(sizes), strict=True):
+        for index, start in zip(indices, itertools.accumulate(sizes, initial=0), strict=False):
             tensor = tensors[index]
-            copies[index] = part[: tensor.numel()].view(tensor.shape)
+            copies[index] = memory.as_strided(tensor.shape, tensor.stride(), start)
     ordered = [copies[index] for index in range(len(tensors))]
     copy_into(ordered, tensors)
     return ordered
@@ -61,6 +62,41 @@ def copy_alike(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     _foreach_copy_(targets, sources)
 
 
+class Backup:
+    """The values of many tensors, to be written back if need be: that is when views are made.
+
+    Args:
+        tensors: they stay the objects that they are.
+    """
+
+    @torch.no_grad()
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        # Of tensors that lie side by side in one that is flat, and of single ones.
+        self._joined: list[tuple[list[Tensor], Tensor]] = []
+        self._single: list[tuple[Tensor, Tensor]] = []
+        alike: dict[Any, list[Tensor]] = {}
+        plain = are_plain(tensors)
+        for tensor in tensors:
+            if plain and tensor.numel() <= _SMALL:
+                alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+            else:
+                self._single.append((tensor, tensor.detach().clone()))
+        for together in alike.values():
+            self._joined.append((together, _flatten_dense_tensors(together)))
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Give the tensors the values that they had."""
+        targets, values = [], []
+        for together, flat in self._joined:
+            targets += together
+            values += _unflatten_dense_tensors(flat, together)
+        for tensor, copied in self._single:
+            targets.append(tensor)
+            values.append(copied)
+        copy_into(targets, values)
+
+
 class Filling:
     """Memory for many owners, which is written in one call for all once it is there.
 
@@ -77,6 +113,17 @@ class Filling:
         self._zeros.append(made)
         return made
 
+    def alike(
+        self, count: int, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return so many tensors like the one of `zeros`. They share memory with each other only.
+
+        For what no graph that is compiled writes: it would have to look at all that share memory.
+        """
+        made = like.new_empty((count, *shape), dtype=dtype)
+        self._zeros.append(made)
+        return made.unbind()
+
     def zeros_like(self, tensor: Tensor) -> Tensor:
         """Return what `torch.zeros_like` does, without gradients, to be filled."""
         made = torch.empty_like(tensor, requires_grad=False)
@@ -88,6 +135,10 @@ class Filling:
         made = torch.empty_like(tensor, requires_grad=False)
         self._copies.append((made, tensor.detach()))
         return made
+
+    def into(self, target: Tensor, source: Tensor) -> None:
+        """Do what `target.copy_(source)` does, once the zeros are there."""
+        self._copies.append((target.detach(), source.detach()))
 
     @torch.no_grad()
     def fill(self) -> None:
@@ -110,5 +161,7 @@ def are_plain(tensors: Sequence[Tensor]) -> bool:
 
 
 # They have no public names.
+_flatten_dense_tensors: Any = torch._C._nn.flatten_dense_tensors  # pyright: ignore[reportAttributeAccessIssue]
+_unflatten_dense_tensors: Any = torch._C._nn.unflatten_dense_tensors  # pyright: ignore[reportAttributeAccessIssue]
 _foreach_zero_: Any = torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
 _foreach_copy_: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]

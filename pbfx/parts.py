@@ -122,9 +122,9 @@ def _counted(found: Walk) -> Survey:
         if isinstance(module, Dendrites):
             dendrites = max(dendrites, module.count)
             # Neither slots without a dendrite count, nor links that are never read.
-            held = sum(p.numel() for p in module._parameters.values() if p is not None)
-            parameters += module.parameter_count - held
-        elif isinstance(module, Candidates):
+            parameters += module.parameter_count
+            continue
+        if isinstance(module, Candidates):
             continue
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in seen:

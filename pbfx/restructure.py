@@ -238,6 +238,7 @@ def promote(model: Walked, learners: dict[str, SiteLearner]) -> None:
     growing, reasons = _growing(parts, heard)
     for reason in reasons:
         logger.info("%s", reason)
+    filling = Filling()
     names = [name for name, channels in growing.items() if channels]
     best = dict(zip(names, chosen([learners[name].candidates for name in names]), strict=True))
     for path, part in parts.items():
@@ -248,7 +249,7 @@ def promote(model: Walked, learners: dict[str, SiteLearner]) -> None:
                 continue
             grown[site.name].candidates = None
             if full in best:
-                _accept(part, site, growing[full], learners[full], best[full])
+                _accept(part, site, growing[full], learners[full], best[full], filling)
                 continue
             if full not in heard:
                 logger.info("no dendrite at %s: no error has reached it in this phase", full)
@@ -256,11 +257,12 @@ def promote(model: Walked, learners: dict[str, SiteLearner]) -> None:
                 part.drop_dendrites(site)
         part.perforation.phase = Phase.NEURON
         part.rebuild()
+    filling.fill()
 
 
 def why_nothing_grows(model: Walked, learners: dict[str, SiteLearner]) -> str | None:
     """Return why `promote` would grow no dendrite at all, or None if it would grow one."""
-    growing, reasons = _growing(parts_of(model), _heard(learners))
+    growing, reasons = _growing(walk(model).parts, _heard(learners))
     if any(growing.values()):
         return None
     for reason in reasons:
@@ -307,6 +309,7 @@ def _accept(
     channels: tuple[int, ...],
     learner: SiteLearner,
     best: Chosen,
+    filling: Filling,
 ) -> None:
     """Append the best candidate of each of these neurons of the pool."""
     pool, (weight, bias, links) = learner.candidates.site, best
@@ -322,7 +325,7 @@ def _accept(
         weight, links = rows_of(site, weight, dendrites.site), links[:, kept]
         bias = None if bias is None else bias[kept]
         to_soma = None if to_soma is None else to_soma[kept]
-    dendrites.append(weight, bias, links, to_soma)
+    dendrites.append(weight, bias, links, to_soma, filling)
 
 
 def set_finishing(model: Walked, finishing: bool) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pbfx.compiled import drop_compiled_code
-from pbfx.copies import copies_of, copy_into
+from pbfx.copies import Backup
 from pbfx.dendrites import Dendrites
 from pbfx.errors import RestructureError
 from pbfx.optimizers import Schedule
@@ -81,11 +81,10 @@ class _Undo:
         averaged = {copy for part in found.parts.values() for copy in part.perforation.followers}
         walks = found, *(walk(copy) for copy in averaged)
         modules = list({id(m): m for each in walks for m in each.modules.values()}.values())
-        self.tables = [
-            (table, table.copy())
-            for module in modules
-            for table in (module._modules, module._parameters, module._buffers)
-        ]
+        tables: list[dict[str, Any]] = []
+        for module in modules:
+            tables += module._modules, module._parameters, module._buffers
+        self.tables = [(table, table.copy()) for table in tables]
         self.training = [(module, module.training) for module in modules]
         grown = [module for module in modules if isinstance(module, Dendrites)]
         self.grown = [(module, module.finishing, module.alive) for module in grown]
@@ -98,10 +97,10 @@ class _Undo:
         ]
         owned = (held for m in modules for held in (m._parameters, m._buffers))
         # By identity: to hash a tensor is a call of Python's.
-        held = {id(tensor): tensor for each in owned for tensor in each.values()}
+        held: dict[int, Any] = {id(tensor): tensor for each in owned for tensor in each.values()}
         held.pop(id(None), None)
         kept: list[dict[Any, Any]] = []
-        rates: dict[int, Tensor] = {}
+        rates: dict[int, Any] = {}
         lists: list[list[Any]] = []
         if optimizer is not None:
             kept += [vars(optimizer), optimizer.state, *optimizer.state.values()]
@@ -117,8 +116,7 @@ class _Undo:
         self.lists = [(values, list(values)) for values in lists]
         touched = held | rates
         self.flags = [(t, t.requires_grad, t.grad) for t in touched.values()]
-        self.written = list((touched if values else rates).values())
-        self.values = copies_of(self.written)
+        self.values = Backup(list((touched if values else rates).values()))
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -134,7 +132,7 @@ class _Undo:
         for tensor, requires_grad, grad in self.flags:
             tensor.requires_grad_(requires_grad)
             tensor.grad = grad
-        copy_into(self.written, self.values)
+        self.values.write_back()
         for part, perforation, fields, graph in self.parts:
             perforation.__dict__.update(fields.__dict__)
             part._graph = graph
