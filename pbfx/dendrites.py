@@ -105,8 +105,9 @@ class Dendrites(Sited):
     @property
     def parameter_count(self) -> int:
         """How many numbers D dendrites are; of `to_dendrite` what is below the diagonal."""
-        d, neurons = self.count, self.to_soma.shape[1]
-        weight, bias = self.weight.shape[1:].numel(), 0 if self.bias is None else neurons
+        own: Any = self._parameters
+        d, neurons = self.count, own["to_soma"].shape[1]
+        weight, bias = own["weight"].shape[1:].numel(), 0 if own["bias"] is None else neurons
         return d * (weight + bias + neurons) + d * (d - 1) // 2 * neurons
 
     @property

@@ -35,11 +35,13 @@ def measure(
         )
     measured = measure_all(learners)
     known = [score for score in measured.values() if score is not None]
-    figures = tuple(
+    figures = figures_of(heard, measured)
+    if any("_orig_mod." in found.site for found in figures):
         # As `torch.compile` leaves them in peace, paths do not show that it was there.
-        dataclasses.replace(found, site=found.site.replace("_orig_mod.", ""))
-        for found in figures_of(heard, measured)
-    )
+        figures = tuple(
+            dataclasses.replace(found, site=found.site.replace("_orig_mod.", ""))
+            for found in figures
+        )
     show_figures(parts, figures)
     return sum(known) / len(known) if known else None, figures
 

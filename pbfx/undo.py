@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,12 +95,12 @@ class _Undo:
             for part in modules
             if isinstance(part, PerforatedModule)
         ]
-        owned = (held for m in modules for held in (m._parameters, m._buffers))
-        # By identity: to hash a tensor is a call of Python's.
-        held: dict[int, Any] = {id(tensor): tensor for each in owned for tensor in each.values()}
-        held.pop(id(None), None)
+        learning = _distinct(t for m in modules for t in m._parameters.values())
+        self.flags = [(t, t.requires_grad, t.grad) for t in learning]
+        written = []
+        if values:
+            written = _distinct([*learning, *(t for m in modules for t in m._buffers.values())])
         kept: list[dict[Any, Any]] = []
-        rates: dict[int, Any] = {}
         lists: list[list[Any]] = []
         if optimizer is not None:
             kept += [vars(optimizer), optimizer.state, *optimizer.state.values()]
@@ -108,15 +108,14 @@ class _Undo:
             lists.append(optimizer.param_groups)
             # A rate can be a tensor, which schedulers write in place.
             entries = (value for group in optimizer.param_groups for value in group.values())
-            rates = {id(value): value for value in entries if isinstance(value, Tensor)}
+            rates = [value for value in entries if isinstance(value, Tensor)]
+            written = _distinct([*written, *rates])
         if schedule is not None:
             kept += [vars(part) for part in schedule.parts()]
         self.dicts = [(d, dict(d)) for d in kept]
         lists += [v for _, items in self.dicts for v in items.values() if isinstance(v, list)]
         self.lists = [(values, list(values)) for values in lists]
-        touched = held | rates
-        self.flags = [(t, t.requires_grad, t.grad) for t in touched.values()]
-        self.values = Backup(list((touched if values else rates).values()))
+        self.values = Backup(written)
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -138,3 +137,8 @@ class _Undo:
             part._graph = graph
             part.recompile()
         drop_compiled_code(*(part for part, *_ in self.parts))
+
+
+def _distinct(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """Return each tensor once. By identity: to hash one is a call of Python's."""
+    return list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
