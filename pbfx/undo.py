@@ -42,23 +42,33 @@ def undoing(
         RestructureError: from whatever failed.
     """
     found = walk(model)
-    undo = _Undo(found, optimizer, schedule, values)
-    # A graph is many small objects that stay: as they are made the collector would walk over all
-    # that the process holds, which takes longer than the rest.
+    with _uncollected():
+        undo = _Undo(found, optimizer, schedule, values)
+        try:
+            yield
+            for part in found.parts.values():
+                update_followers(part)
+        # Whatever went wrong, user's code or ours or Ctrl-C, must not leave half a model behind.
+        except BaseException as error:
+            undo()
+            if isinstance(error, RestructureError) or not isinstance(error, Exception):
+                raise
+            raise RestructureError(
+                f"restructuring failed and was undone: {type(error).__name__}: {error}"
+            ) from error
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Let the garbage collector wait for the end of the body.
+
+    A graph, and what is kept to undo it, is many small objects that stay: as they are made the
+    collector would walk over all that the process holds, which takes longer than the rest.
+    """
     collects = gc.isenabled()
     gc.disable()
     try:
         yield
-        for part in found.parts.values():
-            update_followers(part)
-    # Whatever went wrong, user's code or ours or Ctrl-C, must not leave half a model behind.
-    except BaseException as error:
-        undo()
-        if isinstance(error, RestructureError) or not isinstance(error, Exception):
-            raise
-        raise RestructureError(
-            f"restructuring failed and was undone: {type(error).__name__}: {error}"
-        ) from error
     finally:
         if collects:
             gc.enable()
