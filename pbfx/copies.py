@@ -82,7 +82,9 @@ class Backup:
             else:
                 self._single.append((tensor, tensor.detach().clone()))
         for together in alike.values():
-            self._joined.append((together, _flatten_dense_tensors(together)))
+            flat = _flatten_dense_tensors(together)
+            # Of one tensor it may be a view.
+            self._joined.append((together, flat.clone() if len(together) == 1 else flat))
 
     @torch.no_grad()
     def write_back(self) -> None:
