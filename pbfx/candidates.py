@@ -100,28 +100,29 @@ class Candidates(Sited):
         # 2-D, because an optimizer may take matrices only (Muon), and the user's optimizer holds
         # this parameter.
         own["moments"] = nn.Parameter(memory.zeros(weight, (sums[0] * count, neurons), precise))
-        running, heldout, best_moments = memory.alike(3, weight, sums, precise)
-        running_batches, heldout_batches = memory.alike(2, weight, (), precise)
-        best_score, best_batches = memory.alike(2, weight, (count, neurons), precise)
+        buffers["direction"] = memory.zeros(weight, (count, neurons), precise)
+        buffers["error_mean"] = memory.zeros(weight, (neurons,), precise)
+        for name, shape in {
+            "running": sums,
+            "running_batches": (),
+            "heldout": sums,
+            "heldout_batches": (),
+            "best_score": (count, neurons),
+            "best_moments": sums,
+            "best_batches": (count, neurons),
+        }.items():
+            memory.place(buffers, name, weight, shape, precise)
         climbs = config.objective == "correlation"
-        buffers.update(
-            direction=memory.zeros(weight, (count, neurons), precise),
-            error_mean=memory.zeros(weight, (neurons,), precise),
-            running=running,
-            running_batches=running_batches,
-            heldout=heldout,
-            heldout_batches=heldout_batches,
-            best_score=best_score,
-            best_moments=best_moments,
-            best_batches=best_batches,
-            regression=memory.zeros(weight, (2, count, neurons), precise) if climbs else None,
-            best_weight=memory.copy(weight),
-            best_bias=None if bias is None else memory.copy(bias),
-            best_to_dendrite=memory.zeros_like(links),
-        )
+        line = memory.zeros(weight, (2, count, neurons), precise) if climbs else None
+        buffers["regression"] = line
         # A norm scales what its neuron computes; dendrites join after it and have to come scaled.
         spread = Spread(count, neurons, weight, precise, memory) if site.norm else None
         self._modules["spread"] = spread
+        memory.place_copy(buffers, "best_weight", weight)
+        buffers["best_bias"] = None
+        if bias is not None:
+            memory.place_copy(buffers, "best_bias", bias)
+        memory.place(buffers, "best_to_dendrite", links, links.shape)
         if filling is None:
             memory.fill()
 

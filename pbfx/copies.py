@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,29 +102,20 @@ class Backup:
 class Filling:
     """Memory for many owners, which is written in one call for all once it is there.
 
-    On a GPU a launch costs more than most of these tensors take to write.
+    On a GPU a launch costs more than most of these tensors take to write, and to find memory for
+    one tensor costs as much as for many of its shape.
     """
 
     def __init__(self) -> None:
         self._zeros: list[Tensor] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
+        self._places: dict[Any, list[_Place]] = {}
 
     def zeros(self, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """Return what `like.new_zeros` does, to be filled."""
+        """Return what `like.new_zeros` does, to be filled, in memory of its own."""
         made = like.new_empty(shape, dtype=dtype)
         self._zeros.append(made)
         return made
-
-    def alike(
-        self, count: int, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, ...]:
-        """Return so many tensors like the one of `zeros`. They share memory with each other only.
-
-        For what no graph that is compiled writes: it would have to look at all that share memory.
-        """
-        made = like.new_empty((count, *shape), dtype=dtype)
-        self._zeros.append(made)
-        return made.unbind()
 
     def zeros_like(self, tensor: Tensor) -> Tensor:
         """Return what `torch.zeros_like` does, without gradients, to be filled."""
@@ -132,11 +123,24 @@ class Filling:
         self._zeros.append(made)
         return made
 
-    def copy(self, tensor: Tensor) -> Tensor:
-        """Return what `tensor.detach().clone()` does, to be filled."""
-        made = torch.empty_like(tensor, requires_grad=False)
-        self._copies.append((made, tensor.detach()))
-        return made
+    def place(
+        self,
+        table: dict[str, Any],
+        name: str,
+        like: Tensor,
+        shape: Sequence[int],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Let `table[name]`, None until then, be what `like.new_zeros` returns.
+
+        It shares memory with others of its shape, so it is for what no compiled graph writes: that
+        would have to look at all of them.
+        """
+        self._place(_Place(table, name, None), like, shape, dtype)
+
+    def place_copy(self, table: dict[str, Any], name: str, tensor: Tensor) -> None:
+        """Let `table[name]`, None until then, be a copy of `tensor`; see `place`."""
+        self._place(_Place(table, name, tensor.detach()), tensor, tensor.shape, None)
 
     def into(self, target: Tensor, source: Tensor) -> None:
         """Do what `target.copy_(source)` does, once the zeros are there."""
@@ -145,6 +149,14 @@ class Filling:
     @torch.no_grad()
     def fill(self) -> None:
         """Write all that has been asked for so far."""
+        for (shape, dtype, device, zero), places in self._places.items():
+            made = torch.empty((len(places), *shape), dtype=dtype, device=device)
+            if zero:
+                self._zeros.append(made)
+            for place, tensor in zip(places, made.unbind(), strict=True):
+                place.table[place.name] = tensor
+                if place.source is not None:
+                    self._copies.append((tensor, place.source))
         alike: dict[Any, list[Tensor]] = {}
         for tensor in self._zeros:
             alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
@@ -153,7 +165,22 @@ class Filling:
         if self._copies:
             targets, sources = zip(*self._copies, strict=True)
             copy_into(targets, sources)
-        self._zeros, self._copies = [], []
+        self._zeros, self._copies, self._places = [], [], {}
+
+    def _place(
+        self, place: _Place, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None
+    ) -> None:
+        place.table[place.name] = None
+        kind = tuple(shape), dtype or like.dtype, like.device, place.source is None
+        self._places.setdefault(kind, []).append(place)
+
+
+class _Place(NamedTuple):
+    """Where a tensor goes that is not there yet, and what is copied into it, None for zeros."""
+
+    table: dict[str, Any]
+    name: str
+    source: Tensor | None
 
 
 def are_plain(tensors: Sequence[Tensor]) -> bool:

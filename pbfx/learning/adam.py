@@ -27,14 +27,15 @@ class Adam:
     def __init__(self, parameters: Sequence[Tensor], lr: float, memory: Filling) -> None:
         self.parameters = list(parameters)
         self.lr, self.betas, self.eps, self.weight_decay = lr, (0.9, 0.999), 1e-8, 0.0
-        self.state: list[dict[str, Tensor]] = [
-            {
-                "step": memory.zeros(parameter, (), torch.float32),
-                "exp_avg": memory.zeros_like(parameter),
-                "exp_avg_sq": memory.zeros_like(parameter),
-            }
-            for parameter in self.parameters
-        ]
+        self.state: list[dict[str, Tensor]] = [{} for _ in self.parameters]
+        for parameter, state in zip(self.parameters, self.state, strict=True):
+            memory.place(state, "step", parameter, (), torch.float32)
+            for name in ("exp_avg", "exp_avg_sq"):
+                if parameter.is_contiguous():
+                    memory.place(state, name, parameter, parameter.shape)
+                else:
+                    # The kernel wants them to lie as the parameter does.
+                    state[name] = memory.zeros_like(parameter)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `torch.optim.Adam.state_dict` does; its tensors are the ones here."""

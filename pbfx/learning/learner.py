@@ -53,6 +53,8 @@ class SiteLearner:
         filling: writes the zeros that all is counted from, with those of others; here if None.
     """
 
+    _turns: Tensor
+
     def __init__(
         self,
         candidates: Candidates,
@@ -65,7 +67,7 @@ class SiteLearner:
         self.rules = Rules(phase.measure_every, phase.priming_batches, phase.moment_decay)
         self._cohort = new_cohort() if cohort is None else cohort
         memory = Filling() if filling is None else filling
-        self._turns = memory.zeros(candidates.moments, (), torch.int64)
+        memory.place(vars(self), "_turns", candidates.moments, (), torch.int64)
         self.evidence = Evidence(candidates.moments, memory)
         self._parameters = [p for p in candidates._parameters.values() if p is not None]
         self._learnt = candidates.learnt()

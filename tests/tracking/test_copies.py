@@ -75,16 +75,37 @@ def test_what_is_copied_into_zeros_comes_after_them() -> None:
     like = torch.full((1,), torch.nan)
     zeros = filling.zeros(like, (3, 4))
     filling.into(zeros[:2, :3], source)
-    one, other = filling.alike(2, like, (2, 3), torch.float64)
-    filling.into(one, source)
-    for tensor in (zeros, one, other):
-        tensor.fill_(torch.nan)
+    zeros.fill_(torch.nan)
     filling.fill()
     assert torch.equal(zeros, nn.functional.pad(source, (0, 1, 0, 1)))
-    assert one.dtype is torch.float64
-    assert torch.equal(one, source.double())
-    assert torch.equal(other, torch.zeros(2, 3, dtype=torch.float64))
     # Once is enough.
     zeros.fill_(7)
     filling.fill()
     assert (zeros == 7).all()
+
+
+def test_what_has_a_place_comes_there_when_all_is_filled() -> None:
+    filling, like = Filling(), torch.full((1,), torch.nan)
+    source = nn.Parameter(torch.arange(6.0).view(3, 2).t())
+    table: dict[str, Tensor] = {}
+    filling.place(table, "zeros", like, (2, 3))
+    filling.place(table, "wide", like, (2, 3), torch.float64)
+    filling.place(table, "number", like, ())
+    filling.place_copy(table, "copy", source)
+    filling.place(table, "more", like, (2, 3))
+    # Their order is that of a state dict.
+    assert table == dict.fromkeys(("zeros", "wide", "number", "copy", "more"))
+    filling.fill()
+    assert torch.equal(table["copy"], source)
+    assert not table["copy"].requires_grad
+    for name, shape, dtype in (
+        ("zeros", (2, 3), torch.float32),
+        ("wide", (2, 3), torch.float64),
+        ("number", (), torch.float32),
+        ("more", (2, 3), torch.float32),
+    ):
+        assert table[name].is_contiguous()
+        assert torch.equal(table[name], torch.zeros(shape, dtype=dtype))
+        table[name].fill_(7)
+    assert torch.equal(table["copy"], source)
+    assert (table["more"] == 7).all()
