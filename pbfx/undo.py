@@ -94,7 +94,7 @@ class _Undo:
         tables: list[dict[str, Any]] = []
         for module in modules:
             tables += module._modules, module._parameters, module._buffers
-        self.tables = [(table, table.copy()) for table in tables]
+        self.tables = [(table, dict(table)) for table in tables]
         self.training = [(module, module.training) for module in modules]
         grown = [module for module in modules if isinstance(module, Dendrites)]
         self.grown = [(module, module.finishing, module.alive) for module in grown]
