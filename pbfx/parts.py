@@ -36,7 +36,7 @@ class Walk(NamedTuple):
         return parameters_of(self.modules)
 
 
-# For what can be told a walk that has just been made.
+# A model, or the walk over it that has just been made.
 Walked = nn.Module | Walk
 
 

@@ -167,7 +167,10 @@ def freeze(model: Walked) -> None:
     """Let only candidates require gradients, drop every gradient, hold the parts in eval."""
     found = walk(model)
     learning = {id(p) for p in candidate_parameters(found).values()}
-    for parameter in found.parameters().values():
+    held = (p for module in found.modules.values() for p in module._parameters.values())
+    for parameter in held:
+        if parameter is None:
+            continue
         if parameter.requires_grad != (id(parameter) in learning):
             parameter.requires_grad_(not parameter.requires_grad)
         # A zero left behind would still move a parameter under momentum or weight decay.
