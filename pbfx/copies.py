@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,21 +21,25 @@ def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     copies: dict[int, Tensor] = {}
     alike: dict[Any, list[int]] = {}
     for index, tensor in enumerate(tensors):
-        # Large ones gain nothing, and need not find so much memory in one piece.
-        if tensor.is_contiguous() and tensor.numel() <= _SMALL:
-            alike.setdefault((tensor.dtype, tensor.device), []).append(index)
-        else:
-            copies[index] = torch.empty_like(tensor, requires_grad=False)
+        alike.setdefault((tensor.dtype, tensor.device), []).append(index)
     for (dtype, device), indices in alike.items():
-        # Where the parts begin, a kernel may read several numbers at once.
-        sizes = [-(-tensors[index].numel() // _ALIGNED) * _ALIGNED for index in indices]
-        memory = torch.empty(sum(sizes), dtype=dtype, device=device)
-        for index, start in zip(indices, itertools.accumulate(sizes, initial=0), strict=False):
+        starts: dict[int, int] = {}
+        end = 0
+        for index in indices:
+            tensor = tensors[index]
+            # Large ones gain nothing, and need not find so much memory in one piece.
+            if tensor.is_contiguous() and tensor.numel() <= _SMALL:
+                starts[index] = end
+                # Where the parts begin, a kernel may read several numbers at once.
+                end += -(-tensor.numel() // _ALIGNED) * _ALIGNED
+            else:
+                copies[index] = torch.empty_like(tensor, requires_grad=False)
+        memory = torch.empty(end, dtype=dtype, device=device)
+        for index, start in starts.items():
             tensor = tensors[index]
             copies[index] = memory.as_strided(tensor.shape, tensor.stride(), start)
-    ordered = [copies[index] for index in range(len(tensors))]
-    copy_into(ordered, tensors)
-    return ordered
+        copy_alike([copies[index] for index in indices], [tensors[index] for index in indices])
+    return [copies[index] for index in range(len(tensors))]
 
 
 @torch.no_grad()
