@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from pbfx.copies import Filling
 from pbfx.dendrites import Dendrites
 from pbfx.errors import ConfigError, RestructureError, nearest
 from pbfx.parts import parts_of
@@ -143,9 +143,13 @@ def grow_part(
             if not settled:
                 part.drop_dendrites(site)
             growing.append(part.ensure_dendrites(site, channels[site.name]))
-    drawn = iter(part.draw([(d.site, 1) for d in growing for _ in range(n)]))
-    for dendrites in growing:
-        for weight, bias in itertools.islice(drawn, n):
+    drawn = part.draw([(d.site, 1) for d in growing for _ in range(n)])
+    filling = Filling()
+    for number in range(n):
+        for dendrites, (weight, bias) in zip(growing, drawn[number::n], strict=True):
             links = weight.new_zeros(dendrites.count, dendrites.site.neurons)
-            dendrites.append(weight[0], None if bias is None else bias[0], links)
+            bias = None if bias is None else bias[0]
+            dendrites.append(weight[0], bias, links, filling=filling)
+        # The next ones copy these.
+        filling.fill()
     part.rebuild()

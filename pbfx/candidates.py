@@ -51,6 +51,9 @@ class Candidates(Sited):
     them. `spread` measures the preactivations of candidates that join after a norm.
     """
 
+    alive: int | None
+    activation: str
+    spread: Spread | None
     bias: nn.Parameter | None
     to_dendrite: nn.Parameter
     moments: nn.Parameter
@@ -78,12 +81,14 @@ class Candidates(Sited):
         filling: Filling | None = None,
     ) -> None:
         super().__init__(site, weight.device)
-        # Which of the dendrites that they read exist; None without a reserve.
-        self.alive = dendrites if reserved else None
-        self.activation = config.activation
+        # As attributes all of these would cost a restructure several times as much.
+        vars(self).update(
+            # Which of the dendrites that they read exist; None without a reserve.
+            alive=dendrites if reserved else None,
+            activation=config.activation,
+        )
         count, neurons = weight.shape[0], site.neurons
-        # As attributes they cost a restructure several times as much.
-        own = self._parameters
+        own, buffers = self._parameters, self._buffers
         own["weight"] = nn.Parameter(weight)
         own["bias"] = None if bias is None else nn.Parameter(bias)
         memory = Filling() if filling is None else filling
@@ -95,9 +100,9 @@ class Candidates(Sited):
         # 2-D, because an optimizer may take matrices only (Muon), and the user's optimizer holds
         # this parameter.
         own["moments"] = nn.Parameter(memory.zeros(weight, (sums[0] * count, neurons), precise))
-        shapes: dict[str, tuple[int, ...]] = {
-            "direction": (count, neurons),
-            "error_mean": (neurons,),
+        buffers["direction"] = memory.zeros(weight, (count, neurons), precise)
+        buffers["error_mean"] = memory.zeros(weight, (neurons,), precise)
+        for name, shape in {
             "running": sums,
             "running_batches": (),
             "heldout": sums,
@@ -105,19 +110,19 @@ class Candidates(Sited):
             "best_score": (count, neurons),
             "best_moments": sums,
             "best_batches": (count, neurons),
-        }
+        }.items():
+            memory.place(buffers, name, weight, shape, precise)
         climbs = config.objective == "correlation"
-        if climbs:
-            shapes["regression"] = (2, count, neurons)
-        for name, shape in shapes.items():
-            self._buffers[name] = memory.zeros(weight, shape, precise)
-        if not climbs:
-            self._buffers["regression"] = None
+        line = memory.zeros(weight, (2, count, neurons), precise) if climbs else None
+        buffers["regression"] = line
         # A norm scales what its neuron computes; dendrites join after it and have to come scaled.
-        self.spread = Spread(count, neurons, weight, precise, memory) if site.norm else None
-        self._buffers["best_weight"] = memory.copy(weight)
-        self._buffers["best_bias"] = None if bias is None else memory.copy(bias)
-        self._buffers["best_to_dendrite"] = memory.zeros_like(links)
+        spread = Spread(count, neurons, weight, precise, memory) if site.norm else None
+        self._modules["spread"] = spread
+        memory.place_copy(buffers, "best_weight", weight)
+        buffers["best_bias"] = None
+        if bias is not None:
+            memory.place_copy(buffers, "best_bias", bias)
+        memory.place(buffers, "best_to_dendrite", links, links.shape)
         if filling is None:
             memory.fill()
 

@@ -66,7 +66,7 @@ def decide(
             decision = budget.affordable(decision, model, found, spent, epochs)
         if decision.action is Action.PROMOTE and learners:
             # A growth of nothing would go on for ever under a policy that counts dendrites.
-            why = restructure.why_nothing_grows(model, dict(learners))
+            why = restructure.why_nothing_grows(found.walk, dict(learners))
             if why is not None:
                 decision = Decision(Action.COMPLETE, f"{decision.reason}; {why}")
         wanted = any(p.perforation.config.finish for p in found.parts.values())

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import pbfx_kernels
 from pbfx.candidates import Candidates
-from pbfx.config import Config
+from pbfx.config import Config, Learning, Tuning
+from pbfx.copies import Filling
 from pbfx.reserve import padded
 from pbfx.sited import (
     Sited,
@@ -49,34 +50,41 @@ class Dendrites(Sited):
     """
 
     lists_channels = True
+    activation: str
+    learning: Learning
+    tuning: Tuning
     bias: nn.Parameter | None
     to_soma: nn.Parameter
     to_dendrite: nn.Parameter
     candidates: Candidates | None
     mask: Tensor | None
+    alive: int | None
     # Whether the last neuron phase has begun, in which perforated dendrites train by
     # backpropagation.
     finishing: bool = False
 
     def __init__(self, site: Site, config: Config, weight: Tensor) -> None:
         super().__init__(site, weight.device)
-        self.activation, self.learning = config.activation, config.learning
-        self.tuning = config.tuning
         neurons = site.neurons
         like = weight.detach()
         slots = config.reserve
-        # As attributes they cost a restructure several times as much.
+        # As attributes all of these would cost a restructure several times as much.
+        vars(self).update(
+            activation=config.activation,
+            learning=config.learning,
+            tuning=config.tuning,
+            # How many slots are dendrites, and in `mask` ones for those: a number in the graph
+            # would be a new graph with every dendrite. None without a reserve.
+            alive=0 if slots else None,
+        )
         own = self._parameters
         own["weight"] = nn.Parameter(like.new_zeros(slots, *site.shape))
         own["bias"] = nn.Parameter(like.new_zeros(slots, neurons)) if site.biased else None
         own["to_soma"] = nn.Parameter(like.new_zeros(slots, neurons))
         own["to_dendrite"] = nn.Parameter(like.new_zeros(slots, slots, neurons))
-        # How many slots are dendrites, and ones for those: a number in the graph would be a new
-        # graph with every dendrite. None without a reserve.
-        self.alive = 0 if slots else None
         self.register_buffer("mask", like.new_zeros(slots, 1) if slots else None, persistent=False)
         # Among the modules from the start: there Dynamo's guards look for them as they come and go.
-        self.register_module("candidates", None)
+        self._modules["candidates"] = None
         self.set_trainable()
         keep_out_of_fast_paths(self)
 
@@ -97,8 +105,9 @@ class Dendrites(Sited):
     @property
     def parameter_count(self) -> int:
         """How many numbers D dendrites are; of `to_dendrite` what is below the diagonal."""
-        d, neurons = self.count, self.to_soma.shape[1]
-        weight, bias = self.weight.shape[1:].numel(), 0 if self.bias is None else neurons
+        own: Any = self._parameters
+        d, neurons = self.count, own["to_soma"].shape[1]
+        weight, bias = own["weight"].shape[1:].numel(), 0 if own["bias"] is None else neurons
         return d * (weight + bias + neurons) + d * (d - 1) // 2 * neurons
 
     @property
@@ -159,6 +168,7 @@ class Dendrites(Sited):
         bias: Tensor | None,
         to_dendrite: Tensor,
         to_soma: Tensor | None = None,
+        filling: Filling | None = None,
     ) -> None:
         """Accept one dendrite per neuron.
 
@@ -168,10 +178,11 @@ class Dendrites(Sited):
             bias: (N,), or None where the site's dendrites have none.
             to_dendrite: (D, N), how strongly each older dendrite feeds the new one.
             to_soma: (N,), its link to the neuron; zero if None, as it always is for a sham.
+            filling: writes the new tensors, with those of others; here if None.
         """
-        old = self.count
-        if to_soma is None or self.learning == "sham":
-            to_soma = self.to_soma.new_zeros(self.to_soma.shape[1])
+        old, memory = self.count, Filling() if filling is None else filling
+        if self.learning == "sham":
+            to_soma = None
         if self._has_room(old + 1):
             self.resize(old + 1)
             with torch.no_grad():
@@ -179,25 +190,34 @@ class Dendrites(Sited):
                 if self.bias is not None and bias is not None:
                     self.bias[old] = bias
                 self.to_dendrite[old, :old] = to_dendrite[:old]
-                self.to_soma[old] = to_soma
+                self.to_soma[old] = 0 if to_soma is None else to_soma
             return
 
-        @torch.no_grad()
-        def stacked(rows: nn.Parameter, row: Tensor) -> nn.Parameter:
-            row = row.detach().to(rows)[None]
-            return nn.Parameter(torch.cat([rows[:old], row]) if old else row)
-
-        with torch.no_grad():
-            links = self.to_dendrite.new_zeros(old + 1, old + 1, self.to_dendrite.shape[2])
+        def stacked(rows: Tensor, row: Tensor | None) -> nn.Parameter:
+            rows, shape = rows.detach(), (old + 1, *rows.shape[1:])
+            if row is None:
+                made = memory.zeros(rows, shape)
+            elif old:
+                made = rows.new_empty(shape)
+                memory.into(made[old], row)
+            else:
+                made = row.detach().to(rows)[None]
             if old:
-                links[:old, :old] = self.to_dendrite[:old, :old]
-                links[old, :old] = to_dendrite[:old]
-        own = self._parameters
+                memory.into(made[:old], rows[:old])
+            return nn.Parameter(made)
+
+        own, links = self._parameters, self.to_dendrite.detach()
+        made = memory.zeros(links, (old + 1, old + 1, links.shape[2]))
+        if old:
+            memory.into(made[:old, :old], links[:old, :old])
+            memory.into(made[old, :old], to_dendrite[:old])
         own["to_soma"] = stacked(self.to_soma, to_soma)
-        own["to_dendrite"] = nn.Parameter(links)
+        own["to_dendrite"] = nn.Parameter(made)
         if self.bias is not None and bias is not None:
             own["bias"] = stacked(self.bias, bias)
         own["weight"] = stacked(self.weight, weight)
+        if filling is None:
+            memory.fill()
         self._resized(old + 1)
 
     def resize(self, count: int) -> None:

@@ -10,6 +10,7 @@ Source of the hash: Wellons, "Prospecting for Hash Functions", nullprogram.com, 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import zlib
 from collections.abc import Iterator, Sequence
@@ -76,11 +77,14 @@ def _mix_array(bits: np.ndarray) -> None:
 
 def _on_device(totals: list[int], keys: list[list[int]], device: torch.device) -> Tensor:
     """Return all the numbers in a row: one launch for each step of the hash, not for each site."""
-    bits = torch.empty(sum(totals), dtype=torch.int32, device=device)
-    parts = list(bits.split(totals))
-    for part, total, (first, _) in zip(parts, totals, keys, strict=True):
-        torch.arange(total, out=part)
-        part.bitwise_xor_(_signed(first))
+    bits = torch.arange(sum(totals), dtype=torch.int32, device=device)
+    parts = bits.split(totals)
+    _foreach_sub_(parts, list(itertools.accumulate(totals[:-1], initial=0)))
+    # Sums of numbers and lists are one launch for many parts; of an exclusive or there is none.
+    firsts = torch.zeros_like(bits)
+    _foreach_add_(firsts.split(totals), [_signed(first) for first, _ in keys])
+    bits.bitwise_xor_(firsts)
+    del firsts
     _mix(bits)
     # Twice, with a key before each: after one round two seeds give the same sequence from another
     # start on.

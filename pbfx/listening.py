@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pbfx import restructure
 from pbfx.learning import SiteLearner, hold_older
+from pbfx.parts import Walked, walk
 from pbfx.restructure import Frozen
 
 
@@ -33,11 +34,11 @@ class Listening:
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.frozen: Frozen | None = None
         self.learners: dict[str, SiteLearner] = {}
-        self._holds: list[RemovableHandle] = hold_older(model, optimizer)
+        self._holds: list[RemovableHandle] = hold_older(model.modules(), optimizer)
 
     def change(
         self,
-        model: nn.Module,
+        model: Walked,
         optimizer: Optimizer,
         frozen: Frozen | None,
         learners: dict[str, SiteLearner],
@@ -48,7 +49,12 @@ class Listening:
         for handle in self._holds:
             handle.remove()
         self.frozen, self.learners = frozen, learners
-        self._holds = restructure.hold_outside(model) if learners else hold_older(model, optimizer)
+        found = walk(model)
+        self._holds = (
+            restructure.hold_outside(found)
+            if learners
+            else hold_older(found.modules.values(), optimizer)
+        )
         for learner in learners.values():
             learner.attach()
 

@@ -6,21 +6,19 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 
-from torch import nn
-
 from pbfx.figures import SiteFigures
 from pbfx.learning import SiteLearner, figures_of, measure_all, reached
-from pbfx.parts import parts_of
+from pbfx.perforated import PerforatedModule
 
 
 def measure(
-    model: nn.Module, learners: Mapping[str, SiteLearner]
+    parts: Mapping[str, PerforatedModule], learners: Mapping[str, SiteLearner]
 ) -> tuple[float | None, tuple[SiteFigures, ...]]:
-    """Let every learner close its epoch, and let the parts of `model` show what came of it.
+    """Let every learner close its epoch, and let the parts of a model show what came of it.
 
     Args:
-        model: in either phase.
-        learners: of its candidates, by the full path of the site; none in a neuron phase.
+        parts: in either phase.
+        learners: of their candidates, by the full path of the site; none in a neuron phase.
 
     Returns:
         The mean over sites of the candidates' score, None where no batch measured; and the figures
@@ -37,16 +35,18 @@ def measure(
         )
     measured = measure_all(learners)
     known = [score for score in measured.values() if score is not None]
-    figures = tuple(
+    figures = figures_of(heard, measured)
+    if any("_orig_mod." in found.site for found in figures):
         # As `torch.compile` leaves them in peace, paths do not show that it was there.
-        dataclasses.replace(found, site=found.site.replace("_orig_mod.", ""))
-        for found in figures_of(heard, measured)
-    )
-    show_figures(model, figures)
+        figures = tuple(
+            dataclasses.replace(found, site=found.site.replace("_orig_mod.", ""))
+            for found in figures
+        )
+    show_figures(parts, figures)
     return sum(known) / len(known) if known else None, figures
 
 
-def show_figures(model: nn.Module, figures: tuple[SiteFigures, ...]) -> None:
-    """Let the parts of `model` show these figures, as `pbfx.explain` does."""
-    for part in parts_of(model).values():
+def show_figures(parts: Mapping[str, PerforatedModule], figures: tuple[SiteFigures, ...]) -> None:
+    """Let the parts of a model show these figures, as `pbfx.explain` does."""
+    for part in parts.values():
         part.perforation.figures = figures

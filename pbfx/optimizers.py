@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pbfx.copies import Filling
 from pbfx.errors import TrackerError
 from pbfx.wording import counted
 
@@ -59,6 +60,7 @@ def sync_optimizer(
         for name, old in before.items()
         if after.get(name) is not old
     }
+    filling = Filling()
     for group in optimizer.param_groups:
         named = "param_names" in group
         kept: list[nn.Parameter] = []
@@ -67,13 +69,14 @@ def sync_optimizer(
             new = old
             if id(old) in exchange:
                 _, new = exchange[id(old)]
-                _move_state(optimizer, group, old, new)
+                _move_state(optimizer, group, old, new, filling)
             if new is not None:
                 kept.append(new)
                 names.append(group["param_names"][index] if named else "")
         group["params"][:] = kept
         if named:
             group["param_names"][:] = names
+    filling.fill()
     held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name in managed:
         if id(after[name]) in held:
@@ -97,7 +100,11 @@ def sync_optimizer(
 
 
 def _move_state(
-    optimizer: Optimizer, group: dict[str, Any], old: nn.Parameter, new: nn.Parameter | None
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    old: nn.Parameter,
+    new: nn.Parameter | None,
+    filling: Filling,
 ) -> None:
     state = optimizer.state.pop(old, None)
     if state is None or new is None:
@@ -108,11 +115,12 @@ def _move_state(
             # By its name, because for a single neuron its shape is the parameter's.
             return
         if isinstance(value, Tensor) and value.shape == old.shape:
-            first = group.get(_FIRST_VALUE.get(key, ""), 0.0)
-            grown = torch.full(new.shape, float(first), dtype=value.dtype, device=value.device)
+            first = float(group.get(_FIRST_VALUE.get(key, ""), 0.0))
+            moved[key] = grown = (
+                value.new_full(new.shape, first) if first else filling.zeros(value, new.shape)
+            )
             shared = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
-            grown[shared] = value[shared]
-            moved[key] = grown
+            filling.into(grown[shared], value[shared])
         elif isinstance(value, Tensor) and value.dim() > 0:
             # Of a shape that only the optimizer understands: start this parameter afresh.
             return

@@ -10,52 +10,94 @@ from torch import Tensor, nn
 from pbfx.candidates import Candidates
 from pbfx.dendrites import Dendrites
 from pbfx.errors import RestructureError
-from pbfx.paths import join, modules_in
-from pbfx.perforated import PerforatedModule, perforated_parts
+from pbfx.paths import join, module_at, modules_in, parameters_of
+from pbfx.perforated import PerforatedModule
 from pbfx.sites import on_channels
 from pbfx.structure import Counts, Structure
 
 
-def parts_of(model: nn.Module) -> dict[str, PerforatedModule]:
+class Walk(NamedTuple):
+    """What one walk over a model finds. It is right until modules come or go.
+
+    A restructure walks before it changes anything and when it has, and hands on what was found.
+
+    Attributes:
+        model: that was walked over.
+        modules: all of its modules by path, as in `modules_in`.
+        parts: the perforated ones among them.
+    """
+
+    model: nn.Module
+    modules: dict[str, nn.Module]
+    parts: dict[str, PerforatedModule]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that the modules have now, by name."""
+        return parameters_of(self.modules)
+
+
+# A model, or the walk over it that has just been made.
+Walked = nn.Module | Walk
+
+
+def walk(model: Walked) -> Walk:
+    """Walk over `model`, unless it is a walk already."""
+    if isinstance(model, Walk):
+        return model
+    modules = modules_in(model)
+    parts = {p: module for p, module in modules.items() if isinstance(module, PerforatedModule)}
+    return Walk(model, modules, parts)
+
+
+def parts_of(model: Walked) -> dict[str, PerforatedModule]:
     """Return the perforated parts of `model` by path.
 
     Raises:
         RestructureError: if there are none.
     """
-    return _checked(model, perforated_parts(model))
+    found = walk(model)
+    if not found.parts:
+        raise RestructureError(
+            f"{type(found.model).__name__} has no perforated parts; pass it through "
+            "pbfx.transform first"
+        )
+    return found.parts
 
 
 class Survey(NamedTuple):
-    """What one walk over a model finds.
+    """What a walk over a model finds, and counts.
 
     Attributes:
-        parts: the perforated parts by path.
+        walk: the modules by path.
         dendrites: per neuron, of the most grown site.
         parameters: of the network, candidates not counted. Of `to_dendrite` (D, D, N) the strictly
             lower triangle counts; the rest is never read.
-        modules: all of the model's.
     """
 
-    parts: dict[str, PerforatedModule]
+    walk: Walk
     dendrites: int
     parameters: int
-    modules: list[nn.Module]
+
+    @property
+    def parts(self) -> dict[str, PerforatedModule]:
+        """The perforated parts by path."""
+        return self.walk.parts
 
 
-def survey(model: nn.Module) -> Survey:
+def survey(model: Walked) -> Survey:
     """Walk over `model` once, for the answers that the tracker needs at every step.
 
     Raises:
         RestructureError: if it has no perforated parts.
     """
-    found = _walk(model)
-    _checked(model, found.parts)
-    return found
+    found = walk(model)
+    parts_of(found)
+    return _counted(found)
 
 
 def parameter_count(model: nn.Module) -> int:
     """Return how many parameters the network of `model` has, as `Survey` counts them."""
-    return _walk(model).parameters
+    return _counted(walk(model)).parameters
 
 
 def growth_parameters(parts: Mapping[str, PerforatedModule], dendrites: int = 1) -> int:
@@ -73,37 +115,25 @@ def growth_parameters(parts: Mapping[str, PerforatedModule], dendrites: int = 1)
     return total
 
 
-def _walk(model: nn.Module) -> Survey:
-    parts: dict[str, PerforatedModule] = {}
+def _counted(found: Walk) -> Survey:
     seen: set[int] = set()
     dendrites = parameters = 0
-    modules = modules_in(model)
-    for path, module in modules.items():
-        if isinstance(module, Candidates):
-            continue
-        if isinstance(module, PerforatedModule):
-            parts[path] = module
-        elif isinstance(module, Dendrites):
+    for module in found.modules.values():
+        if isinstance(module, Dendrites):
             dendrites = max(dendrites, module.count)
             # Neither slots without a dendrite count, nor links that are never read.
-            held = sum(p.numel() for p in module._parameters.values() if p is not None)
-            parameters += module.parameter_count - held
+            parameters += module.parameter_count
+            continue
+        if isinstance(module, Candidates):
+            continue
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 parameters += parameter.numel()
-    return Survey(parts, dendrites, parameters, list(modules.values()))
+    return Survey(found, dendrites, parameters)
 
 
-def _checked(model: nn.Module, parts: dict[str, PerforatedModule]) -> dict[str, PerforatedModule]:
-    if not parts:
-        raise RestructureError(
-            f"{type(model).__name__} has no perforated parts; pass it through pbfx.transform first"
-        )
-    return parts
-
-
-def structure_of(model: nn.Module) -> Structure:
+def structure_of(model: Walked) -> Structure:
     """Return the structure of all parts of `model` together, by the full paths of their sites."""
     return Structure(
         {
@@ -114,8 +144,13 @@ def structure_of(model: nn.Module) -> Structure:
     )
 
 
-def adopt(model: nn.Module, structure: Structure) -> None:
-    """Let each part of `model` take on what `structure`, with full paths, says of its sites."""
+def adopt(model: Walked, structure: Structure) -> bool:
+    """Let each part of `model` take on what `structure`, with full paths, says of its sites.
+
+    Returns:
+        Whether any had another structure, so that a walk is out of date.
+    """
+    changed = False
     for path, part in parts_of(model).items():
         names = {site.name: join(path, site.name) for site in part.perforation.sites}
         wanted = {
@@ -123,43 +158,44 @@ def adopt(model: nn.Module, structure: Structure) -> None:
         }
         if part.structure() != Structure(wanted):
             part.adopt(Structure(wanted))
+            changed = True
+    return changed
 
 
-def candidate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def candidate_parameters(model: Walked) -> dict[str, nn.Parameter]:
     """Return the parameters of all candidates in `model` by name."""
     return {
         join(path, name): parameter
-        for path, module in modules_in(model).items()
+        for path, module in walk(model).modules.items()
         if isinstance(module, Candidates)
         for name, parameter in module._parameters.items()
         if parameter is not None
     }
 
 
-def network_state(model: nn.Module) -> dict[str, Tensor]:
+def network_state(model: Walked) -> dict[str, Tensor]:
     """Return the state dict without candidates: what the network computes with.
 
     Its values are the model's own tensors, parameters as such.
     """
-    state = model.state_dict(keep_vars=True)
-    if not any("candidates." in name for name in state) or not any(
-        isinstance(module, Candidates) for module in modules_in(model).values()
-    ):
+    found = walk(model)
+    state = found.model.state_dict(keep_vars=True)
+    if not any(isinstance(module, Candidates) for module in found.modules.values()):
         return dict(state)
     # Under every name: a layer that is registered twice has its keys twice.
-    named = model.named_modules(remove_duplicate=False)
+    named = found.model.named_modules(remove_duplicate=False)
     pools = tuple(f"{path}." for path, m in named if isinstance(m, Candidates))
     return {name: t for name, t in state.items() if not name.startswith(pools)}
 
 
-def managed_parameters(model: nn.Module) -> list[str]:
+def managed_parameters(model: Walked) -> list[str]:
     """Return the names of the parameters that pbfx adds to the user's optimizer.
 
     Those are the dendrites' parameters that learn now. Of candidates only `moments`: it never
     moves, but a loss scaler wants to find a gradient in the optimizer that it steps.
     """
     names = []
-    for path, module in modules_in(model).items():
+    for path, module in walk(model).modules.items():
         if isinstance(module, Candidates):
             names.append(join(path, "moments"))
         elif isinstance(module, Dendrites):
@@ -168,11 +204,12 @@ def managed_parameters(model: nn.Module) -> list[str]:
     return names
 
 
-def soma_weight_of(model: nn.Module) -> Callable[[str], nn.Parameter]:
+def soma_weight_of(model: Walked) -> Callable[[str], nn.Parameter]:
     """Return a function from the name of a dendrites' parameter to its soma's weight."""
+    found = walk(model)
     weights = {
         join(path, site.dendrites): join(path, site.home)
-        for path, part in parts_of(model).items()
+        for path, part in parts_of(found).items()
         for site in part.perforation.sites
     }
 
@@ -180,6 +217,7 @@ def soma_weight_of(model: nn.Module) -> Callable[[str], nn.Parameter]:
         owner = name.removesuffix(".candidates.moments")
         weight = weights[owner if owner != name else name.rpartition(".")[0]]
         # By path: among the model's named parameters a tied weight has one of its names only.
-        return model.get_parameter(weight)
+        above, _, role = weight.rpartition(".")
+        return getattr(module_at(found.model, above), role)
 
     return home

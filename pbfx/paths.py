@@ -1,10 +1,12 @@
 """Module paths: dotted names, the empty one for the root.
 
-A restructure asks for thousands of modules, and walks over a model dozens of times: what is here
-does what methods of `nn.Module` do, in a fraction of their time.
+A restructure asks for thousands of modules: what is here does what methods of `nn.Module` do, in a
+fraction of their time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -29,6 +31,16 @@ def module_at(root: nn.Module, path: str) -> nn.Module:
     return module
 
 
+def find_module(root: nn.Module, path: str) -> nn.Module | None:
+    """Return what `module_at` does, None if there is no module at `path`."""
+    module: nn.Module | None = root
+    for name in path.split(".") if path else ():
+        if module is None:
+            break
+        module = module._modules.get(name)
+    return module
+
+
 def modules_in(root: nn.Module) -> dict[str, nn.Module]:
     """Return what `dict(root.named_modules())` is."""
     found: dict[str, nn.Module] = {"": root}
@@ -48,11 +60,11 @@ def modules_in(root: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def parameters_in(root: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what `dict(root.named_parameters())` is."""
+def parameters_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Return what `dict(root.named_parameters())` is, given what `modules_in(root)` is."""
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
-    for path, module in modules_in(root).items():
+    for path, module in modules.items():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))

@@ -29,7 +29,7 @@ from pbfx.passes import (
     pack_dendrites,
     unfold_layers,
 )
-from pbfx.paths import module_at, modules_in
+from pbfx.paths import find_module, module_at, modules_in
 from pbfx.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -215,14 +215,14 @@ def _holds_together(gm: fx.GraphModule) -> bool:
 
 def _exists(root: nn.Module, path: str, is_module: bool) -> bool:
     """Return whether there is something at `path`, as far as tables of modules and tensors tell."""
-    owner: nn.Module | None = root
-    *above, name = path.split(".")
-    for step in above:
-        owner = owner._modules.get(step) if owner is not None else None
+    above, _, name = path.rpartition(".")
+    owner = find_module(root, above)
     if owner is None:
         return False
-    tables = (owner._modules, *(() if is_module else (owner._parameters, owner._buffers)))
-    return any(table.get(name) is not None for table in tables)
+    if owner._modules.get(name) is not None:
+        return True
+    tensors = owner._parameters.get(name), owner._buffers.get(name)
+    return not is_module and any(tensor is not None for tensor in tensors)
 
 
 _OPS = frozenset(

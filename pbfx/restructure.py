@@ -32,9 +32,17 @@ from pbfx.learning import (
     select,
 )
 from pbfx.optimizers import Schedule, sync_optimizer
-from pbfx.parts import candidate_parameters, managed_parameters, parts_of, soma_weight_of
-from pbfx.passes.hold_eval import held_by_graph
-from pbfx.paths import join, modules_in, parameters_in
+from pbfx.parts import (
+    Walk,
+    Walked,
+    candidate_parameters,
+    managed_parameters,
+    parts_of,
+    soma_weight_of,
+    walk,
+)
+from pbfx.passes.hold_eval import has_no_mode, held_by_graph
+from pbfx.paths import join
 from pbfx.perforated import PerforatedModule
 from pbfx.perforation import Perforation
 from pbfx.phase import Phase
@@ -71,18 +79,27 @@ def restructuring(
     Raises:
         RestructureError: from whatever failed; everything is then as it was before.
     """
-    with undoing(model, optimizer, schedule, values=values), synchronised(model, optimizer):
+    found = walk(model)
+    with undoing(found, optimizer, schedule, values=values):
+        before = found.parameters()
         yield
+        if optimizer is not None:
+            synchronise(optimizer, before, walk(model))
 
 
-@contextmanager
-def synchronised(model: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
-    """Bring `optimizer` up to date with what the body makes of the parameters of `model`."""
-    before = parameters_in(model)
-    yield
-    if optimizer is not None:
-        after = parameters_in(model)
-        sync_optimizer(optimizer, before, after, managed_parameters(model), soma_weight_of(model))
+def synchronise(
+    optimizer: Optimizer, before: dict[str, nn.Parameter], found: Walk
+) -> dict[str, nn.Parameter]:
+    """Bring `optimizer` up to date with the parameters that a walk finds now, and return them.
+
+    Args:
+        optimizer: edited in place.
+        before: the parameters that it was last in line with, by name.
+        found: after all changes.
+    """
+    after = found.parameters()
+    sync_optimizer(optimizer, before, after, managed_parameters(found), soma_weight_of(found))
+    return after
 
 
 def take_over(
@@ -100,36 +117,38 @@ def take_over(
     Raises:
         RestructureError: from whatever failed.
     """
-    now = parameters_in(model)
-    of_dendrites = soma_weight_of(model)
-    with undoing(model, optimizer, schedule):
+    found = walk(model)
+    now = found.parameters()
+    of_dendrites = soma_weight_of(found)
+    with undoing(found, optimizer, schedule):
         sync_optimizer(
             optimizer,
             now,
             now,
-            [*managed_parameters(model), *network],
+            [*managed_parameters(found), *network],
             lambda name: now[name] if name in network else of_dendrites(name),
         )
 
 
-def start_dendrite_phase(model: nn.Module) -> tuple[Frozen, dict[str, SiteLearner]]:
+def start_dendrite_phase(model: Walked) -> tuple[Frozen, dict[str, SiteLearner]]:
     """Freeze the network and give every site a fresh pool of candidates, with a learner each."""
+    found = walk(model)
     frozen = Frozen(
-        tuple(name for name, p in parameters_in(model).items() if p.requires_grad),
-        tuple(name for name, m in modules_in(model).items() if m.training),
+        tuple(name for name, p in found.parameters().items() if p.requires_grad),
+        tuple(name for name, m in found.modules.items() if m.training),
     )
-    for part in parts_of(model).values():
+    for part in parts_of(found).values():
         config, grown = part.perforation.config, part.structure().sites
         has = {name: counts.dendrites for name, counts in grown.items()}
         sites = part.perforation.sites
         part.new_candidates([(s, config.phase(has.get(s.name, 0)).candidates) for s in sites])
         part.perforation.phase = Phase.DENDRITE
         part.rebuild()
-    freeze(model)
-    return frozen, learners_of(model)
+    freeze(found.model)
+    return frozen, learners_of(found)
 
 
-def learners_of(model: nn.Module) -> dict[str, SiteLearner]:
+def learners_of(model: Walked) -> dict[str, SiteLearner]:
     """Return a new learner, not yet attached, for every pool of candidates in `model`."""
     cohort, filling = new_cohort(), Filling()
     learners = {
@@ -144,34 +163,39 @@ def learners_of(model: nn.Module) -> dict[str, SiteLearner]:
     return learners
 
 
-def freeze(model: nn.Module) -> None:
+def freeze(model: Walked) -> None:
     """Let only candidates require gradients, drop every gradient, hold the parts in eval."""
-    learning = {id(p) for p in candidate_parameters(model).values()}
-    for parameter in parameters_in(model).values():
+    found = walk(model)
+    learning = {id(p) for p in candidate_parameters(found).values()}
+    held = (p for module in found.modules.values() for p in module._parameters.values())
+    for parameter in held:
+        if parameter is None:
+            continue
         if parameter.requires_grad != (id(parameter) in learning):
             parameter.requires_grad_(not parameter.requires_grad)
         # A zero left behind would still move a parameter under momentum or weight decay.
         parameter.grad = None
-    for part in parts_of(model).values():
+    for part in parts_of(found).values():
         part.train(part.training)
 
 
-def hold_outside(model: nn.Module) -> list[RemovableHandle]:
+def hold_outside(model: Walked) -> list[RemovableHandle]:
     """Hold what no graph holds in eval too, until the handles are removed.
 
     A module that keeps its own forward, or that no pass knows (attention, recurrent nets), reads
     its own flag, and the training loop switches modes at will: each is switched back as it is
     called.
     """
-    parts = parts_of(model).values()
+    found = walk(model)
+    parts = parts_of(found).values()
     held = {id(module) for part in parts for module in held_by_graph(part, part.perforation.source)}
     # The parts change phase together.
     hold = _Hold(next(iter(parts)).perforation)
     return [
         module.register_forward_pre_hook(hold)
-        for module in modules_in(model).values()
+        for module in found.modules.values()
         # What a graph has absorbed is never called.
-        if id(module) not in held and not isinstance(module, Absorbed)
+        if id(module) not in held and not (isinstance(module, Absorbed) or has_no_mode(module))
     ]
 
 
@@ -190,34 +214,37 @@ class _Hold:
             module.training = False
 
 
-def thaw(model: nn.Module, frozen: Frozen) -> None:
+def thaw(model: Walked, frozen: Frozen) -> None:
     """Undo `freeze`: what learnt before learns again; dendrites follow their mode of learning."""
-    learning, training = set(frozen.learning), set(frozen.training)
-    for name, parameter in parameters_in(model).items():
-        parameter.requires_grad_(name in learning)
+    found, learning, training = walk(model), set(frozen.learning), set(frozen.training)
+    for name, parameter in found.parameters().items():
+        if parameter.requires_grad != (name in learning):
+            parameter.requires_grad_(name in learning)
         parameter.grad = None
-    for name, module in modules_in(model).items():
-        module.training = name in training
+    for name, module in found.modules.items():
+        if module.training != (name in training):
+            module.training = name in training
         if isinstance(module, Dendrites):
             # It may be younger than `frozen`; its owner is not.
             module.train(name.rpartition(".")[0] in training)
             module.set_trainable()
 
 
-def promote(model: nn.Module, learners: dict[str, SiteLearner]) -> None:
+def promote(model: Walked, learners: dict[str, SiteLearner]) -> None:
     """Turn the best candidates into dendrites, one per neuron; drop the rest of the pools.
 
     A site that no error has reached while others learnt grows nothing: no forward calls its op, as
     where one reads a layer's weight around the layer. With `sites="auto"` only those neurons grow
     whose candidates are predicted to pay.
     """
-    heard = _heard(learners)
-    growing, reasons = _growing(model, heard)
+    heard, parts = _heard(learners), parts_of(model)
+    growing, reasons = _growing(parts, heard)
     for reason in reasons:
         logger.info("%s", reason)
+    filling = Filling()
     names = [name for name, channels in growing.items() if channels]
     best = dict(zip(names, chosen([learners[name].candidates for name in names]), strict=True))
-    for path, part in parts_of(model).items():
+    for path, part in parts.items():
         grown = part.grown()
         for site in part.perforation.sites:
             full = join(path, site.name)
@@ -225,7 +252,7 @@ def promote(model: nn.Module, learners: dict[str, SiteLearner]) -> None:
                 continue
             grown[site.name].candidates = None
             if full in best:
-                _accept(part, site, growing[full], learners[full], best[full])
+                _accept(part, site, growing[full], learners[full], best[full], filling)
                 continue
             if full not in heard:
                 logger.info("no dendrite at %s: no error has reached it in this phase", full)
@@ -233,11 +260,12 @@ def promote(model: nn.Module, learners: dict[str, SiteLearner]) -> None:
                 part.drop_dendrites(site)
         part.perforation.phase = Phase.NEURON
         part.rebuild()
+    filling.fill()
 
 
-def why_nothing_grows(model: nn.Module, learners: dict[str, SiteLearner]) -> str | None:
+def why_nothing_grows(model: Walked, learners: dict[str, SiteLearner]) -> str | None:
     """Return why `promote` would grow no dendrite at all, or None if it would grow one."""
-    growing, reasons = _growing(model, _heard(learners))
+    growing, reasons = _growing(walk(model).parts, _heard(learners))
     if any(growing.values()):
         return None
     for reason in reasons:
@@ -252,12 +280,12 @@ def _heard(learners: dict[str, SiteLearner]) -> dict[str, SiteLearner]:
 
 
 def _growing(
-    model: nn.Module, learners: dict[str, SiteLearner]
+    parts: dict[str, PerforatedModule], learners: dict[str, SiteLearner]
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Return for each site which of its pool's neurons get a dendrite, and reasons for people."""
     # Parts that were transformed together compete for the same budget.
     groups: list[tuple[Config, dict[str, SiteLearner]]] = []
-    for path, part in parts_of(model).items():
+    for path, part in parts.items():
         config = part.perforation.config
         known = [together for other, together in groups if other == config]
         if not known:
@@ -284,6 +312,7 @@ def _accept(
     channels: tuple[int, ...],
     learner: SiteLearner,
     best: Chosen,
+    filling: Filling,
 ) -> None:
     """Append the best candidate of each of these neurons of the pool."""
     pool, (weight, bias, links) = learner.candidates.site, best
@@ -299,10 +328,10 @@ def _accept(
         weight, links = rows_of(site, weight, dendrites.site), links[:, kept]
         bias = None if bias is None else bias[kept]
         to_soma = None if to_soma is None else to_soma[kept]
-    dendrites.append(weight, bias, links, to_soma)
+    dendrites.append(weight, bias, links, to_soma, filling)
 
 
-def set_finishing(model: nn.Module, finishing: bool) -> None:
+def set_finishing(model: Walked, finishing: bool) -> None:
     """Begin or end the last neuron phase, in which dendrites train with everything else."""
     for part in parts_of(model).values():
         for dendrites in part.grown().values():

@@ -7,12 +7,10 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from pbfx.capacity import CapacityTest
 from pbfx.figures import SiteFigures
 from pbfx.history import Epoch
-from pbfx.parts import Survey
+from pbfx.parts import Survey, Walked
 from pbfx.phase import Phase
 from pbfx.policy import Action, Decision, Situation
 from pbfx.rates import Search
@@ -55,18 +53,17 @@ class Run:
         """Return whether no neuron phase has scored so well."""
         return self.best_score is None or self._better(score, self.best_score)
 
-    def keep(self, model: nn.Module, score: float, found: Survey) -> None:
+    def keep(self, model: Walked, score: float) -> None:
         """Copy the network of `model` if it is the best of its phase.
 
         Args:
             model: in a neuron phase.
             score: of its network.
-            found: what a walk over it has found.
         """
         if self.current is None:
             self.current = Snapshot.take(model, score)
         elif self._better(score, self.current.score):
-            self.current = self.current.renewed(model, score, found.modules)
+            self.current = self.current.renewed(model, score)
 
     def kept(self, decision: Decision) -> Snapshot | None:
         """Return the network that is accepted from `decision` on."""

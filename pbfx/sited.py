@@ -39,14 +39,16 @@ class Sited(nn.Module):
 
     def __init__(self, site: Site, device: torch.device) -> None:
         super().__init__()
-        self.site = site
+        vars(self).update(site=site)
         self._place(device)
 
     def _place(self, device: torch.device) -> None:
         subset = self.site.subset
         channels, inputs = (None, None) if subset is None else (subset.channels, subset.inputs)
-        self.channels = None if channels is None else torch.tensor(channels, device=device)
-        self.inputs = None if inputs is None else torch.tensor(inputs, device=device)
+        vars(self).update(
+            channels=None if channels is None else torch.tensor(channels, device=device),
+            inputs=None if inputs is None else torch.tensor(inputs, device=device),
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pbfx.copies import are_plain, copies_of, copy_alike, copy_into
-from pbfx.parts import adopt, network_state, structure_of
-from pbfx.paths import modules_in
+from pbfx.parts import Walk, Walked, adopt, network_state, structure_of, walk
 from pbfx.structure import Counts, Structure
 
 
@@ -26,9 +25,10 @@ class Snapshot:
     origin: _Origin | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @classmethod
-    def take(cls, model: nn.Module, score: float) -> Snapshot:
+    def take(cls, model: Walked, score: float) -> Snapshot:
         """Copy the network of `model`."""
-        state = network_state(model)
+        found = walk(model)
+        state = network_state(found)
         tensors = [value for value in state.values() if isinstance(value, Tensor)]
         copies = iter(copies_of(tensors))
         # A module's extra state can be anything.
@@ -36,10 +36,10 @@ class Snapshot:
             name: next(copies) if isinstance(value, Tensor) else copy.deepcopy(value)
             for name, value in state.items()
         }
-        origin = _Origin.of(list(modules_in(model).values()), state, kept)
-        return cls(score, structure_of(model).without_candidates(), kept, origin)
+        origin = _Origin.of(list(found.modules.values()), state, kept)
+        return cls(score, structure_of(found).without_candidates(), kept, origin)
 
-    def renewed(self, model: nn.Module, score: float, modules: Sequence[nn.Module]) -> Snapshot:
+    def renewed(self, model: Walked, score: float) -> Snapshot:
         """Copy the network of `model`, which has the structure that it had here.
 
         What this snapshot holds is overwritten: many small copies in one call, and no new memory.
@@ -47,13 +47,14 @@ class Snapshot:
         Args:
             model: in a neuron phase.
             score: of its network.
-            modules: all of the model's.
         """
+        found = walk(model)
+        modules = list(found.modules.values())
         if self.origin is not None and self.origin.copy(modules):
             return dataclasses.replace(self, score=score)
-        state = network_state(model)
+        state = network_state(found)
         if not self._fits(state):
-            return Snapshot.take(model, score)
+            return Snapshot.take(found, score)
         copy_into(list(self.tensors.values()), list(state.values()))
         # It may have come from a file.
         origin = _Origin.of(modules, state, self.tensors)
@@ -88,14 +89,21 @@ class Snapshot:
         }
         return cls(state["score"], Structure(sites), dict(state["tensors"]))
 
-    def restore(self, model: nn.Module) -> None:
-        """Prune or grow `model` to this structure and copy the tensors back."""
-        adopt(model, self.structure)
-        state = network_state(model)
-        if self._fits(state) and _loads_plainly(model, state):
+    def restore(self, model: Walked) -> Walk:
+        """Prune or grow `model` to this structure and copy the tensors back.
+
+        Returns:
+            A walk over what it is then.
+        """
+        found = walk(model)
+        if adopt(found, self.structure):
+            found = walk(found.model)
+        state = network_state(found)
+        if self._fits(state) and _loads_plainly(found, state):
             copy_into(list(state.values()), list(self.tensors.values()))
         else:
-            model.load_state_dict(self.tensors)
+            found.model.load_state_dict(self.tensors)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,12 +180,12 @@ def _identities(modules: Sequence[nn.Module], held: Sequence[Any]) -> list[int]:
     return [*map(id, modules), *map(id, held)]
 
 
-def _loads_plainly(model: nn.Module, state: dict[str, Tensor]) -> bool:
+def _loads_plainly(found: Walk, state: dict[str, Tensor]) -> bool:
     """Return whether to load a state dict is to copy into `state`, and nothing else happens."""
-    modules = modules_in(model).values()
+    modules = found.modules.values()
     own = {id(t) for m in modules for held in (m._parameters, m._buffers) for t in held.values()}
     return (
-        type(model).load_state_dict is nn.Module.load_state_dict
+        type(found.model).load_state_dict is nn.Module.load_state_dict
         and all(id(tensor) in own for tensor in state.values())
         and not any(map(_has_ways_of_loading, modules))
     )

@@ -31,6 +31,8 @@ class Spread(nn.Module):
     Sample Variances*, 1979.
     """
 
+    open: bool
+    batches: int
     count: Tensor
     mean: Tensor
     squares: Tensor
@@ -45,8 +47,7 @@ class Spread(nn.Module):
     ) -> None:
         super().__init__()
         # Told by the host, so that a graph has the measurement or has it not.
-        self.open = True
-        self.batches = 0
+        vars(self).update(open=True, batches=0)
         memory = Filling() if filling is None else filling
         for name, shape in {
             "count": (),

@@ -24,8 +24,7 @@ from pbfx.learning import SiteLearner
 from pbfx.listening import Listening, resumed
 from pbfx.measuring import measure, show_figures
 from pbfx.optimizers import Schedule, Stepping, hold
-from pbfx.parts import Survey, parts_of, survey
-from pbfx.paths import parameters_in
+from pbfx.parts import Survey, Walk, parts_of, survey
 from pbfx.phase import Phase
 from pbfx.policy import Action, Decision, Plateau, PolicyLike, Situation, possible
 from pbfx.ranks import (
@@ -209,9 +208,9 @@ class Tracker:
         run, phase = self._run, self.phase
         improved = phase is Phase.NEURON and run.improves(value)
         if phase is Phase.NEURON:
-            run.keep(self.model, value, found)
+            run.keep(found.walk, value)
         seconds = time.perf_counter() - self._since
-        candidate_score, sites = measure(self.model, self._learners)
+        candidate_score, sites = measure(found.parts, self._learners)
         check_candidates(candidate_score, wrappers)
         situation = run.situation(
             phase, value, candidate_score, sites, found.dendrites, self.max_dendrites
@@ -232,7 +231,7 @@ class Tracker:
             if run.search is not None:
                 self._carry_on(run.search)
         else:
-            found = self._restructure(decision, wrappers)
+            found = self._restructure(decision, wrappers, found.walk)
             logger.info("%s", decision.reason)
         if self.complete:
             write_best(self.directory, self.model)
@@ -303,16 +302,17 @@ class Tracker:
             decision = Decision(Action.COMPLETE, str(self.capacity), decision.keep)
         return possible(decision, situation)
 
-    def _restructure(self, decision: Decision, wrappers: Wrappers) -> Survey:
+    def _restructure(self, decision: Decision, wrappers: Wrappers, found: Walk) -> Survey:
         """Carry out a decision; the tracker's own state changes only when the model's has."""
         check_renewable(wrappers)
-        parts = self.model, self.optimizer, self._schedule
+        parts = found, self.optimizer, self._schedule
         resets = Resets(self.reset_learning_rate, self.reset_optimizer_state)
         outcome = carry_out(decision, self._run, self._listening, parts, resets, self._new_search)
         renew(wrappers)
         listen_together(outcome.learners, wrappers)
-        self._listening.change(self.model, self.optimizer, outcome.frozen, outcome.learners)
-        self._parameters = parameters_in(self.model)
+        now = outcome.found.walk
+        self._listening.change(now, self.optimizer, outcome.frozen, outcome.learners)
+        self._parameters = outcome.parameters
         self._run.turn(decision, outcome.search)
         return outcome.found
 
@@ -378,4 +378,5 @@ class Tracker:
         listen_together(learners, wrappers)
         self._since = time.perf_counter()
         self._listening.change(self.model, self.optimizer, frozen, learners)
-        show_figures(self.model, next((e.sites for e in reversed(run.history) if e.sites), ()))
+        last = next((e.sites for e in reversed(run.history) if e.sites), ())
+        show_figures(parts_of(self.model), last)

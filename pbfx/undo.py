@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from pbfx.compiled import drop_compiled_code
-from pbfx.copies import copies_of, copy_into
+from pbfx.copies import Backup
 from pbfx.dendrites import Dendrites
 from pbfx.errors import RestructureError
 from pbfx.optimizers import Schedule
-from pbfx.paths import modules_in
-from pbfx.perforated import PerforatedModule, perforated_parts, update_followers
+from pbfx.parts import Walk, Walked, walk
+from pbfx.perforated import PerforatedModule, update_followers
 
 
 @contextmanager
 def undoing(
-    model: nn.Module,
+    model: Walked,
     optimizer: Optimizer | None = None,
     schedule: Schedule | None = None,
     *,
@@ -41,23 +41,34 @@ def undoing(
     Raises:
         RestructureError: from whatever failed.
     """
-    undo = _Undo(model, optimizer, schedule, values)
-    # A graph is many small objects that stay: as they are made the collector would walk over all
-    # that the process holds, which takes longer than the rest.
+    found = walk(model)
+    with _uncollected():
+        undo = _Undo(found, optimizer, schedule, values)
+        try:
+            yield
+            for part in found.parts.values():
+                update_followers(part)
+        # Whatever went wrong, user's code or ours or Ctrl-C, must not leave half a model behind.
+        except BaseException as error:
+            undo()
+            if isinstance(error, RestructureError) or not isinstance(error, Exception):
+                raise
+            raise RestructureError(
+                f"restructuring failed and was undone: {type(error).__name__}: {error}"
+            ) from error
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Let the garbage collector wait for the end of the body.
+
+    A graph, and what is kept to undo it, is many small objects that stay: as they are made the
+    collector would walk over all that the process holds, which takes longer than the rest.
+    """
     collects = gc.isenabled()
     gc.disable()
     try:
         yield
-        for part in perforated_parts(model).values():
-            update_followers(part)
-    # Whatever went wrong, user's code or ours or Ctrl-C, must not leave half a model behind.
-    except BaseException as error:
-        undo()
-        if isinstance(error, RestructureError) or not isinstance(error, Exception):
-            raise
-        raise RestructureError(
-            f"restructuring failed and was undone: {type(error).__name__}: {error}"
-        ) from error
     finally:
         if collects:
             gc.enable()
@@ -72,17 +83,18 @@ class _Undo:
 
     def __init__(
         self,
-        model: nn.Module,
+        found: Walk,
         optimizer: Optimizer | None,
         schedule: Schedule | None,
         values: bool,
     ) -> None:
-        parts = perforated_parts(model).values()
-        averaged = [copy for part in parts for copy in part.perforation.followers]
-        modules = list(modules_in(nn.ModuleList([model, *averaged])).values())
-        kept: list[dict[Any, Any]] = []
+        averaged = {copy for part in found.parts.values() for copy in part.perforation.followers}
+        walks = found, *(walk(copy) for copy in averaged)
+        modules = list({id(m): m for each in walks for m in each.modules.values()}.values())
+        tables: list[dict[str, Any]] = []
         for module in modules:
-            kept += [module._modules, module._parameters, module._buffers]
+            tables += module._modules, module._parameters, module._buffers
+        self.tables = [(table, dict(table)) for table in tables]
         self.training = [(module, module.training) for module in modules]
         grown = [module for module in modules if isinstance(module, Dendrites)]
         self.grown = [(module, module.finishing, module.alive) for module in grown]
@@ -93,29 +105,31 @@ class _Undo:
             for part in modules
             if isinstance(part, PerforatedModule)
         ]
-        owned = (held for m in modules for held in (m._parameters, m._buffers))
-        held = {tensor for each in owned for tensor in each.values() if tensor is not None}
-        tensors: set[Tensor] = set()
+        learning = _distinct(t for m in modules for t in m._parameters.values())
+        self.flags = [(t, t.requires_grad, t.grad) for t in learning]
+        written = []
+        if values:
+            written = _distinct([*learning, *(t for m in modules for t in m._buffers.values())])
+        kept: list[dict[Any, Any]] = []
         lists: list[list[Any]] = []
         if optimizer is not None:
             kept += [vars(optimizer), optimizer.state, *optimizer.state.values()]
             kept += optimizer.param_groups
             lists.append(optimizer.param_groups)
             # A rate can be a tensor, which schedulers write in place.
-            rates = [value for group in optimizer.param_groups for value in group.values()]
-            tensors |= {value for value in rates if isinstance(value, Tensor)}
+            entries = (value for group in optimizer.param_groups for value in group.values())
+            rates = [value for value in entries if isinstance(value, Tensor)]
+            written = _distinct([*written, *rates])
         if schedule is not None:
             kept += [vars(part) for part in schedule.parts()]
         self.dicts = [(d, dict(d)) for d in kept]
         lists += [v for _, items in self.dicts for v in items.values() if isinstance(v, list)]
         self.lists = [(values, list(values)) for values in lists]
-        self.flags = [(t, t.requires_grad, t.grad) for t in held | tensors]
-        self.written = list(held | tensors if values else tensors)
-        self.values = copies_of(self.written)
+        self.values = Backup(written)
 
     @torch.no_grad()
     def __call__(self) -> None:
-        for mapping, items in self.dicts:
+        for mapping, items in (*self.tables, *self.dicts):
             mapping.clear()
             mapping.update(items)
         for values, members in self.lists:
@@ -127,9 +141,14 @@ class _Undo:
         for tensor, requires_grad, grad in self.flags:
             tensor.requires_grad_(requires_grad)
             tensor.grad = grad
-        copy_into(self.written, self.values)
+        self.values.write_back()
         for part, perforation, fields, graph in self.parts:
             perforation.__dict__.update(fields.__dict__)
             part._graph = graph
             part.recompile()
         drop_compiled_code(*(part for part, *_ in self.parts))
+
+
+def _distinct(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """Return each tensor once. By identity: to hash one is a call of Python's."""
+    return list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())

@@ -114,13 +114,16 @@ def chosen(pools: Sequence[Candidates]) -> list[Chosen]:
         widths = [pool.best_score.shape[1] for pool in together]
         winners = _joined(together, "best_score").argmax(0, keepdim=True).split(widths, -1)
         for index, pool, winner in zip(indices, together, winners, strict=True):
+            best: Any = pool._buffers
             rows = pool.site.along_weight(winner).expand(1, *pool.site.shape)
-            best_bias, links = pool._buffers["best_bias"], pool.best_to_dendrite
-            bias = None if best_bias is None else best_bias.gather(0, winner)[0]
-            older = winner[:, None].expand(1, *links.shape[1:])
-            found[index] = Chosen(
-                pool.best_weight.gather(0, rows)[0], bias, links.gather(0, older)[0]
-            )
+            weight, bias = best["best_weight"].gather(0, rows)[0], best["best_bias"]
+            if bias is not None:
+                bias = bias.gather(0, winner)[0]
+            links = best["best_to_dendrite"]
+            # Of no links nothing has to be gathered.
+            if links.shape[1]:
+                links = links.gather(0, winner[:, None].expand(1, *links.shape[1:]))
+            found[index] = Chosen(weight, bias, links[0])
     return [found[index] for index in range(len(pools))]
 
 
@@ -159,7 +162,8 @@ def promises(pools: Sequence[Candidates]) -> list[Promise]:
 def _sums(rows: Tensor, widths: Sequence[int]) -> list[list[float]]:
     """Return the sums over each site's neurons, of each row. Waits for the device."""
     starts = np.cumsum([0, *widths[:-1]])
-    return np.add.reduceat(rows.cpu().double().numpy(), starts, axis=1).tolist()
+    # Numpy's conversion, because torch's would start its threads for so few numbers.
+    return np.add.reduceat(rows.cpu().numpy().astype(np.float64), starts, axis=1).tolist()
 
 
 def _alike(pools: Sequence[Candidates], indices: Sequence[int]) -> list[list[int]]:

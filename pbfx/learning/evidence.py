@@ -46,10 +46,12 @@ class Evidence:
         filling: writes the first zeros, with those of others; here if None.
     """
 
+    sums: Tensor
+
     def __init__(self, like: Tensor, filling: Filling | None = None) -> None:
         memory = Filling() if filling is None else filling
         # B, Σ t, Σ t², Σ P
-        self.sums = memory.zeros(like.detach(), (4,))
+        memory.place(vars(self), "sums", like, (4,))
         if filling is None:
             memory.fill()
 

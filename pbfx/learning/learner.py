@@ -28,6 +28,7 @@ from pbfx.config import Config
 from pbfx.copies import Filling
 from pbfx.errors import RestructureError
 from pbfx.figures import SiteFigures
+from pbfx.learning.adam import Adam
 from pbfx.learning.cohort import Cohort
 from pbfx.learning.epoch import Chosen, chosen, measure, numbers, picked, promises
 from pbfx.learning.evidence import Evidence, collect, judge, weigh
@@ -52,6 +53,8 @@ class SiteLearner:
         filling: writes the zeros that all is counted from, with those of others; here if None.
     """
 
+    _turns: Tensor
+
     def __init__(
         self,
         candidates: Candidates,
@@ -64,14 +67,11 @@ class SiteLearner:
         self.rules = Rules(phase.measure_every, phase.priming_batches, phase.moment_decay)
         self._cohort = new_cohort() if cohort is None else cohort
         memory = Filling() if filling is None else filling
-        self._turns = memory.zeros(candidates.moments, (), torch.int64)
+        memory.place(vars(self), "_turns", candidates.moments, (), torch.int64)
         self.evidence = Evidence(candidates.moments, memory)
-        self._parameters = list(candidates.parameters())
+        self._parameters = [p for p in candidates._parameters.values() if p is not None]
         self._learnt = candidates.learnt()
-        # It holds state and settings only: `_step` calls its kernel, for all that is wrapped around
-        # an optimizer's step costs more than a small site.
-        self._adam = torch.optim.Adam(self._learnt, lr=phase.candidate_lr, fused=True)
-        self._prepare(memory)
+        self._adam = Adam(self._learnt, phase.candidate_lr, memory)
         if filling is None:
             memory.fill()
         self._line: tuple[tuple[int, ...], Tensor | None] = (), None
@@ -95,9 +95,8 @@ class SiteLearner:
         """
         self._parameters.append(stand_in)
         self._learnt = [stand_in, *(p for p in self._learnt if p is not self.candidates.weight)]
-        self._adam = torch.optim.Adam(self._learnt, lr=self._adam.param_groups[0]["lr"], fused=True)
         memory = Filling()
-        self._prepare(memory)
+        self._adam = Adam(self._learnt, self._adam.lr, memory)
         memory.fill()
 
     def attach(self) -> None:
@@ -124,7 +123,7 @@ class SiteLearner:
         pool, buffers = self.candidates, self.candidates._buffers
         assert pool.moments.grad is not None
         known: dict[str, Any] = {name: buffers[name] for name in _MEMORY}
-        steps = tuple(self._adam.state[p]["step"] for p in self._learnt)
+        steps = tuple(state["step"] for state in self._adam.state)
         line = buffers["regression"]
         memory = Memory(
             sums=pool.moments.grad, **known, turns=self._turns, steps=steps, regression=line
@@ -164,13 +163,13 @@ class SiteLearner:
 
     def _step(self, verdict: Verdict) -> None:
         """Do a step of Adam with gradients divided by `share`, or none at all, on the device."""
-        group = self._adam.param_groups[0]
-        beta1, beta2 = group["betas"]
+        adam = self._adam
+        beta1, beta2 = adam.betas
         # Its kernel takes tensors of one dtype.
         alike: dict[torch.dtype, list[tuple[Tensor, Tensor, dict[str, Tensor]]]] = {}
-        for parameter in self._learnt:
+        for parameter, state in zip(self._learnt, adam.state, strict=True):
             if parameter.grad is not None:
-                learnt = parameter, parameter.grad, self._adam.state[parameter]
+                learnt = parameter, parameter.grad, state
                 alike.setdefault(parameter.dtype, []).append(learnt)
         for together in alike.values():
             parameters, gradients, states = (list(each) for each in zip(*together, strict=True))
@@ -181,25 +180,16 @@ class SiteLearner:
                 [state["exp_avg_sq"] for state in states],
                 [],
                 [state["step"] for state in states],
-                lr=group["lr"],
+                lr=adam.lr,
                 beta1=beta1,
                 beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
+                weight_decay=adam.weight_decay,
+                eps=adam.eps,
                 amsgrad=False,
                 maximize=False,
                 grad_scale=verdict.share,
                 found_inf=verdict.idle,
             )
-
-    def _prepare(self, memory: Filling) -> None:
-        """Give every tensor that learns the state that Adam would make at its first step."""
-        for parameter in self._learnt:
-            state = self._adam.state[parameter]
-            if not state:
-                state["step"] = memory.zeros(parameter, (), torch.float32)
-                state["exp_avg"] = memory.zeros_like(parameter)
-                state["exp_avg_sq"] = memory.zeros_like(parameter)
 
     def measure(self) -> float | None:
         """Close an epoch at this site alone; see `pbfx.learning.epoch.measure`."""
@@ -276,10 +266,6 @@ class SiteLearner:
         # Files that were written before there was any have none.
         if "evidence" in state:
             self.evidence.sums.copy_(state["evidence"])
-        # A state that was saved before the first step holds none.
-        memory = Filling()
-        self._prepare(memory)
-        memory.fill()
         resume_scaling(self.candidates, int(state["batches"]), self.config)
 
 

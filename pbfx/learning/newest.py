@@ -7,7 +7,7 @@ a step does to older rows is undone, within the step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,17 +18,18 @@ from torch.utils.hooks import RemovableHandle
 from pbfx.dendrites import Dendrites
 
 
-def hold_older(model: nn.Module, optimizer: Optimizer) -> list[RemovableHandle]:
+def hold_older(modules: Iterable[nn.Module], optimizer: Optimizer) -> list[RemovableHandle]:
     """Keep `optimizer` from moving the weights of older dendrites, until the handles are removed.
 
     Args:
-        model: whose dendrites are asked now; call it again after a restructure.
+        modules: of a model; the dendrites among them are asked now. Call it again after a
+            restructure.
         optimizer: any of torch's. Nothing of its state is touched.
 
     Returns:
         No handles if no dendrite has to be held.
     """
-    held = [m for m in model.modules() if isinstance(m, Dendrites) and m.holds_older]
+    held = [m for m in modules if isinstance(m, Dendrites) and m.holds_older]
     if not held:
         return []
     hold = _Hold(held)

@@ -32,9 +32,8 @@ def attach_candidates(gm: fx.GraphModule, ctx: PassContext) -> int:
             assert neuron is not None, "insert_dendrites takes output 0 of every dendrites node"
             if any(user.target == target for user in neuron.users):
                 continue
-            with gm.graph.inserting_after(neuron):
+            with gm.graph.inserting_before(neuron.next):
                 activations = gm.graph.call_function(operator.getitem, (dendrites, 1))
-            with gm.graph.inserting_after(activations):
                 candidates = call_module(gm.graph, target, (neuron, dendrites.args[1], activations))
             copy_provenance(dendrites, activations, candidates)
             neuron.replace_all_uses_with(

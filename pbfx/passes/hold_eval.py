@@ -28,9 +28,10 @@ from torch.fx.node import map_arg
 from pbfx.candidates import Candidates
 from pbfx.dendrites import Dendrites
 from pbfx.passes.context import PassContext, copy_provenance, get_attr
-from pbfx.paths import module_at, modules_in
+from pbfx.paths import find_module, module_at
 from pbfx.phase import Phase
 from pbfx.sites import held_norm, is_site_module, read_input
+from pbfx.spread import Spread
 
 DROPOUTS = (
     nn.Dropout,
@@ -54,10 +55,11 @@ def hold_eval(gm: fx.GraphModule, ctx: PassContext) -> int:
             if computes_as(module, DROPOUTS):
                 node.replace_all_uses_with(read_input(node))
             elif computes_as(module, NORMS) and module.running_mean is not None:
-                norm = (
-                    _spelt_norm(gm.graph, node, module) if ctx.lowering else _norm(gm.graph, node)
-                )
-                node.replace_all_uses_with(norm)
+                if not ctx.lowering:
+                    _hold_norm(gm.graph, node)
+                    rewrites += 1
+                    continue
+                node.replace_all_uses_with(_spelt_norm(gm.graph, node, module))
             else:
                 continue
         elif node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training":
@@ -71,35 +73,38 @@ def hold_eval(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 
 def held_by_graph(part: fx.GraphModule, source: fx.Graph) -> list[nn.Module]:
-    """Return the modules under `part` that need no hold of their own in the dendrite phase.
-
-    They are the part and its dendrites, ops, which have no mode, and the layers of the `source`
-    graph that the pass took out.
-    """
+    """Return the modules that the graph of `part` holds: itself, and the layers that were taken out
+    of the `source` graph."""
     before, now = (
         {str(node.target) for node in graph.nodes if node.op == "call_module"}
         for graph in (source, part.graph)
     )
-    modules = modules_in(part)
-    inert = [m for m in modules.values() if isinstance(m, (Dendrites, Candidates))]
-    inert += [m for m in modules.values() if is_site_module(m)]
-    return [part, *inert, *(modules[path] for path in before - now if path in modules)]
+    # A pass may have dropped a module with its node.
+    found = (find_module(part, path) for path in before - now)
+    return [part, *(module for module in found if module is not None)]
+
+
+def has_no_mode(module: nn.Module) -> bool:
+    """Return whether `module` does the same in training: what owns dendrites does, and ops do."""
+    return isinstance(module, (Dendrites, Candidates, Spread)) or is_site_module(module)
 
 
 def computes_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     """Return whether `module` does what one of `kinds` does, and has no hooks that must fire."""
+    if not isinstance(module, kinds):
+        return False
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     return not hooked and any(
         isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds
     )
 
 
-def _norm(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _hold_norm(graph: fx.Graph, node: fx.Node) -> None:
+    """Let `node`, which calls a norm, hold it: to edit a node is less than to exchange it."""
     with graph.inserting_before(node):
         norm = get_attr(graph, str(node.target))
-        held = graph.call_function(held_norm, (read_input(node), norm))
-    copy_provenance(node, held)
-    return held
+    args = read_input(node), norm
+    node.op, node.target, node.args, node.kwargs = "call_function", held_norm, args, {}
 
 
 def _spelt_norm(graph: fx.Graph, node: fx.Node, module: Any) -> fx.Node:

@@ -26,22 +26,25 @@ import torch
 from torch import fx
 
 from pbfx.passes.context import PassContext, call_module, copy_provenance
+from pbfx.paths import join
 from pbfx.sites import find_join, is_permutation, leaves, read_input, soma_weight
 
 
 def insert_dendrites(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Rewrite every call of every grown site; return how many calls were rewritten."""
-    rewrites = 0
+    rewrites, grown = 0, ctx.grown(gm)
     # Asked once per node: a large model has hundreds of each, and what is inserted is no soma.
-    somas: dict[str, list[fx.Node]] = {}
+    somas: dict[str, list[fx.Node]] = {site.weight: [] for site, _ in grown.values()}
     for node in gm.graph.nodes:
-        weight = soma_weight(gm, node)
-        if weight is not None:
-            somas.setdefault(weight, []).append(node)
-    for path, (site, _) in ctx.grown(gm).items():
-        for soma in somas.get(site.weight, ()):
-            join = find_join(gm, soma, site.neurons)
-            place, views = (soma, ()) if join is None else (join.norm, join.views)
+        # A layer can be the soma of one site only.
+        if node.op != "call_module" or join(str(node.target), "weight") in somas:
+            weight = soma_weight(gm, node)
+            if weight in somas:
+                somas[weight].append(node)
+    for path, (site, _) in grown.items():
+        for soma in somas[site.weight]:
+            found = find_join(gm, soma, site.neurons)
+            place, views = (soma, ()) if found is None else (found.norm, found.views)
             if not _is_joined(place, path, len(views)):
                 _insert(gm.graph, path, soma, place, views)
                 rewrites += 1

@@ -163,7 +163,7 @@ def test_tiny_run(name, tmp_path, capsys):
         assert floors == {"plain": 1, "pbfx candidates": pytest.approx(4 / 3, rel=1e-5)}
     else:
         events = {row["event"] for row in rows}
-        assert {"transform", "enter the dendrite phase", restructure.SNAPSHOT} <= events
+        assert {"transform", *restructure.PHASES, restructure.SNAPSHOT} <= events
 
 
 def test_recompile_goes_on_where_it_was_cut_off(tmp_path, capsys):

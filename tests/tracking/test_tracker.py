@@ -39,6 +39,7 @@ from pbfx import (
     TrackerError,
 )
 from pbfx import parts as parts_module
+from pbfx import perforated as perforated_module
 
 
 class Scripted:
@@ -127,7 +128,7 @@ class TestPolicies:
         for _ in range(6):
             if quiet_step(tracker).phase is Phase.DENDRITE:
                 learner = learners(tracker)["fc1"]
-                rate = learner._adam.param_groups[0]["lr"]
+                rate = learner._adam.lr
                 found.append((learner.candidates.count, rate, learner.rules.measure_every))
         assert found == [(3, 1e-2, 2), (2, 1e-3, 3), (2, 1e-3, 3)]
 
@@ -684,14 +685,39 @@ def test_step_is_cheap_when_nothing_happens() -> None:
     assert called == set()
 
 
+def watch_walks(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Return a list to which every walk over a model adds it."""
+    walks: list[nn.Module] = []
+    for room in (parts_module, perforated_module):
+        walk = room.modules_in
+        monkeypatch.setattr(room, "modules_in", lambda m, walk=walk: walks.append(m) or walk(m))
+    return walks
+
+
 def test_a_step_walks_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = pbfx.grow(pbfx.transform(Mlp()))
     tracker = pbfx.Tracker(model, sgd(model), policy=Plateau(patience=1000))
     tracker.step(1.0)
-    walks, walk = [], parts_module._walk
-    monkeypatch.setattr(parts_module, "_walk", lambda module: walks.append(module) or walk(module))
+    walks = watch_walks(monkeypatch)
     tracker.step(0.0)
     assert walks == [model]
+
+
+def test_a_restructure_walks_the_model_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pbfx.transform(Mlp())
+    optimizer = sgd(model)
+    tracker = pbfx.Tracker(
+        model, optimizer, policy=pbfx.Interval(neuron_epochs=1, dendrite_epochs=1)
+    )
+    train(model, optimizer, TASK)
+    walks = watch_walks(monkeypatch)
+    assert tracker.step(1.0).phase is Phase.DENDRITE
+    # What freezes is not who changed the structure.
+    assert walks == [model] * 3
+    train(model, optimizer, TASK)
+    walks.clear()
+    assert tracker.step(1.0).dendrites == 1
+    assert walks == [model] * 2
 
 
 def test_a_better_epoch_overwrites_the_copy_of_the_last() -> None:
