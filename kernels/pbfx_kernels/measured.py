@@ -158,16 +158,15 @@ def active() -> bool:
 
 
 def _current() -> _Settings:
-    # `get` takes three times as long where there is nothing, and every op asks.
-    told = _environment(os.environ[SWITCH]) if SWITCH in os.environ else None
+    told = _environment(os.environ.get(SWITCH))
     if told is not None and (not told.uses or _settings is None):
         return told
     return _settings or _Settings(False, False)
 
 
 @functools.cache
-def _environment(value: str) -> _Settings | None:
-    if value in ("", "0", "1"):
+def _environment(value: str | None) -> _Settings | None:
+    if value in (None, "", "0", "1"):
         return None if not value else _Settings(value == "1", value == "1")
     warnings.warn(
         f"pbfx: {SWITCH}={value!r} is neither 0 nor 1 and is ignored", RuntimeWarning, stacklevel=2

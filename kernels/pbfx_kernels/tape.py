@@ -93,8 +93,10 @@ class Taped:
         # A body within a body is part of the other's tape.
         if not told or _here.recorder is not None or measured.active():
             return self._body(*tensors, *rest)
-        forms = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
-        key = (device, *forms, *rest)
+        form: list[Any] = [device]
+        for tensor in tensors:
+            form += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+        key = (*form, *rest)
         tape = self._tapes.get(key, True)
         if tape is True:
             # What is compiled, found out or cached at a first call is no part of the tape.
