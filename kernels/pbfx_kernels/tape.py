@@ -89,15 +89,18 @@ class Taped:
         first = tensors[0]
         assert first is not None
         device = first.device
-        told = device.type in self._devices and _is_current(device)
         # A body within a body is part of the other's tape.
-        if not told or _here.recorder is not None or measured.active():
+        told = device.type in self._devices and _is_current(device) and _here.recorder is None
+        if not told or measured.inside():
             return self._body(*tensors, *rest)
         form: list[Any] = [device]
         for tensor in tensors:
             form += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
         key = (*form, *rest)
         tape = self._tapes.get(key, True)
+        # The environment is for a whole process, and takes as long to read as a launch.
+        if (tape is True or tape is None) and measured.active():
+            return self._body(*tensors, *rest)
         if tape is True:
             # What is compiled, found out or cached at a first call is no part of the tape.
             found = self._body(*tensors, *rest)
