@@ -373,9 +373,7 @@ class _Recorder(TorchDispatchMode):
             return "None"
         at = self._slot_of(out)
         if at is not None and at[0] < self._count:
-            self._refuse(
-                f"it returns argument {at[0]}, and an op returns nothing that it was given"
-            )
+            self._refuse(f"it returns tensor {at[0]}, which it was given")
         return self._told(out)
 
     def _refuse(self, fault: str) -> None:
