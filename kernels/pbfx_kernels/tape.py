@@ -52,7 +52,7 @@ _ALLOCATIONS = {
 }
 # What compiled graphs ask for memory, and for views of it: a third of what the dispatcher costs.
 # Memory of a GPU is that of the current one.
-_guards: Any = torch._C._dynamo.guards
+_guards: Any = torch._C._dynamo.guards  # pyright: ignore[reportAttributeAccessIssue]
 _EMPTY = {"cuda": _guards._empty_strided_cuda, "cpu": _guards._empty_strided_cpu}
 _PART = _guards._reinterpret_tensor
 

@@ -59,7 +59,7 @@ class Compiled:
         """Write the digest."""
         name, names = self._kernel.__name__, self._kernel.arg_names
         assert (stream, len(arguments)) == (STREAM, len(names))
-        assert all(argument is None or argument.__class__ is not Tensor for argument in arguments)
+        assert not any(isinstance(argument, Tensor) for argument in arguments)
         given = dict(zip(names, map(_pointed, arguments), strict=True))
         pointers = {key: at for key, at in given.items() if key in self._pointers and at[0]}
         written = [pointers[key][0] for key in pointers if key in _WRITTEN - {_READ.get(name)}]
