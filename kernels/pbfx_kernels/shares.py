@@ -2,8 +2,9 @@
 
     total_c = Σ_s partial_{s, c}
 
-Shapes: S shares, C columns. The sums of a site are a few hundred columns of up to some thousand
-shares, so what it takes is a launch, of which `Tensor.sum` costs several.
+Shapes: S shares, C columns. The sums of a site are some hundred columns of up to some thousand
+shares, so on the host it is a launch, of which `Tensor.sum` costs several. On an H200, 96 columns
+of 132, 1056 and 5408 shares take 2.2, 3.5 and 7.1 µs, and `Tensor.sum` 3.8, 9.2 and 8.0.
 """
 
 # The type checker does not know what Triton adds to Python: launch options.
