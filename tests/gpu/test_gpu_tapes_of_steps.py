@@ -35,38 +35,6 @@ each_site = pytest.mark.parametrize("site", SITES.values(), ids=SITES.keys())
 _ = deterministic
 
 
-@each_run
-@each_site
-def test_every_op_is_a_tape_at_its_second_call(
-    site: Site, run: Callable[[Case], Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.DEBUG, "pbfx_kernels.tape"):
-        for seed in range(2):
-            run(Case(site, torch.bfloat16, 3, seed))
-    made = [tape for op in tapes() for tape in op._tapes.values()]
-    assert made
-    assert all(map(callable, made)), caplog.text
-    case = Case(site, torch.bfloat16, 3, 2)
-    found = run(case)
-    forget()
-    assert_same(found, run(case))
-
-
-@pytest.mark.parametrize("name", ["mnist image", "resnet 56"])
-def test_boxes_are_where_their_tensors_are(name: str) -> None:
-    """More addresses than a launcher remembers, and back to the first."""
-    site = SITES[name]
-    small = Site((2, *site.x[1:]), site.weight, site.geometry, site.last)
-    images = [Case(small, torch.bfloat16, 3, seed) for seed in range(launcher._MOST_ADDRESSES + 3)]
-    for _ in range(3):
-        whole(images[0])
-    found = [whole(case) for case in (*images, images[0])]
-    forget()
-    for case, each in zip((*images, images[0]), found, strict=True):
-        assert_same(each, whole(case))
-        forget()
-
-
 def test_tapes_launch_past_tritons_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     if version not in launcher._KNOWN:
@@ -89,3 +57,35 @@ def test_shares_are_added(shares: int) -> None:
     total, exact = added(partial), partial.double().sum(0)
     assert (total - exact).norm() <= 1e-6 * exact.norm()
     assert torch.equal(added(partial), total)
+
+
+@pytest.mark.parametrize("name", ["mnist image", "resnet 56"])
+def test_boxes_are_where_their_tensors_are(name: str) -> None:
+    """More addresses than a launcher remembers, and back to the first."""
+    site = SITES[name]
+    small = Site((2, *site.x[1:]), site.weight, site.geometry, site.last)
+    images = [Case(small, torch.bfloat16, 3, seed) for seed in range(launcher._MOST_ADDRESSES + 3)]
+    for _ in range(3):
+        whole(images[0])
+    found = [whole(case) for case in (*images, images[0])]
+    forget()
+    for case, each in zip((*images, images[0]), found, strict=True):
+        assert_same(each, whole(case))
+        forget()
+
+
+@each_run
+@each_site
+def test_every_op_is_a_tape_at_its_second_call(
+    site: Site, run: Callable[[Case], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG, "pbfx_kernels.tape"):
+        for seed in range(2):
+            run(Case(site, torch.bfloat16, 3, seed))
+    made = [tape for op in tapes() for tape in op._tapes.values()]
+    assert made
+    assert all(map(callable, made)), caplog.text
+    case = Case(site, torch.bfloat16, 3, 2)
+    found = run(case)
+    forget()
+    assert_same(found, run(case))
