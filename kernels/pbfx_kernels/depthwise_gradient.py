@@ -29,6 +29,7 @@ from pbfx_kernels.fused_depthwise import launch_depthwise
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, multiprocessors, on_device
 from pbfx_kernels.relaunch import relaunched
+from pbfx_kernels.shares import added
 from pbfx_kernels.triton_math import zeros
 
 # Programs per multiprocessor: enough to hide latency, few enough partial sums.
@@ -286,4 +287,4 @@ def _sums(
             WEIGH=weigh,
             **planes.constants(strips, x, grad),
         )
-    return partial[0] if shares == 1 else partial.sum(0)
+    return added(partial)

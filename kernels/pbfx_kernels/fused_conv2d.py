@@ -27,6 +27,7 @@ from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, fast_activations, on_device
 from pbfx_kernels.layout import grid_of, regular
 from pbfx_kernels.relaunch import relaunched
+from pbfx_kernels.shares import added
 from pbfx_kernels.triton_math import finish, zeros
 
 
@@ -217,7 +218,7 @@ def fused_conv2d_gradient(
     # Links to the soma are not read in this mode.
     links = weight, bias, to_dendrite, to_dendrite, activation, geometry
     _launch(grad, x, *links, partial, None, "gradient", blocks)
-    return partial[0] if shares == 1 else partial.sum(0)
+    return added(partial)
 
 
 def _blocks(soma: Tensor, weight: Tensor, geometry: Geometry) -> Blocks:

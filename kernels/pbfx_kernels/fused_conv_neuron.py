@@ -32,6 +32,7 @@ from pbfx_kernels.fused_neuron import apart, roles_of
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, fast_activations, multiprocessors, on_device
 from pbfx_kernels.relaunch import boxes, relaunched
+from pbfx_kernels.shares import added
 from pbfx_kernels.triton_math import cascade, link, negated_sum
 
 POINTWISE = Geometry.convolution(2)
@@ -263,7 +264,7 @@ def conv_dendrites_gradient(
     # Links to the soma are not read in this mode.
     links = bias, to_dendrite, to_dendrite, activation
     _launch(given, weights, grad, *links, tiling, partial, None, grad, "gradient")
-    return partial[0] if tiling.boxes == 1 else partial.sum(0)
+    return added(partial)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from pbfx_kernels.fused_configs import Blocks, linear_blocks
 from pbfx_kernels.launching import ceiling, fast_activations, on_device
 from pbfx_kernels.layout import grid_of, regular
 from pbfx_kernels.relaunch import relaunched
+from pbfx_kernels.shares import added
 from pbfx_kernels.triton_math import finish, zeros
 
 
@@ -177,7 +178,7 @@ def fused_linear_gradient(
     _launch(
         grad, x, weight, bias, links, to_dendrite, activation, partial, None, "gradient", blocks
     )
-    return partial[0] if shares == 1 else partial.sum(0)
+    return added(partial)
 
 
 def _launch(

@@ -157,6 +157,11 @@ def active() -> bool:
     return _current().uses
 
 
+def inside() -> bool:
+    """Return whether a body of `measure` runs, whatever the environment says of it."""
+    return _settings is not None
+
+
 def _current() -> _Settings:
     told = _environment(os.environ.get(SWITCH))
     if told is not None and (not told.uses or _settings is None):

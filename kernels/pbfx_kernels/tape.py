@@ -8,19 +8,23 @@ checked or looked up any more.
     p0 = t0.data_ptr()
     p1 = t1.data_ptr()
     if (p0 | p1) % 16: return None
-    t2 = empty_strided((4096, 64), (64, 1), ...)
-    run(128, 1, 1, stream(0), function, ..., t2.data_ptr(), p0, p1, 4096, 64)
+    s = stream(0)
+    t2 = empty((4096, 64), (64, 1), bfloat16)
+    launch(128, 1, 1, s, function, ..., t2.data_ptr(), p0, p1, 4096, 64)
     return t2
 
 The record is complete because it is made below the body: a dispatch mode sees every op of torch,
 and whoever launches a kernel of this package, `relaunch`, tells the recorder. Views are not played
 again; they are where pointers come from. What cannot be told so is never played: a call on another
 device than the current one, pointers that are not aligned, memory that nobody has told of, launches
-that Triton's interpreter runs, and everything inside of `measure`.
+that Triton's interpreter runs, and everything inside of `measure`. The logger of this module says
+at level DEBUG which bodies are played from now on, and why others are not.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -31,8 +35,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pbfx_kernels import measured
+from pbfx_kernels import launcher, measured
 
+_LOG = logging.getLogger(__name__)
 # Tapes of one body; past this many they are recorded again.
 _MOST_TAPES = 4096
 # What kernels take for granted of pointers.
@@ -45,6 +50,11 @@ _ALLOCATIONS = {
     _aten.new_empty.default,
     _aten.new_empty_strided.default,
 }
+# What compiled graphs ask for memory, and for views of it: a third of what the dispatcher costs.
+# Memory of a GPU is that of the current one.
+_guards: Any = torch._C._dynamo.guards  # pyright: ignore[reportAttributeAccessIssue]
+_EMPTY = {"cuda": _guards._empty_strided_cuda, "cpu": _guards._empty_strided_cpu}
+_PART = _guards._reinterpret_tensor
 
 Body = Callable[..., Any]
 
@@ -79,13 +89,18 @@ class Taped:
         first = tensors[0]
         assert first is not None
         device = first.device
-        told = device.type in self._devices and _is_current(device)
         # A body within a body is part of the other's tape.
-        if not told or _here.recorder is not None or measured.active():
+        told = device.type in self._devices and _is_current(device) and _here.recorder is None
+        if not told or measured.inside():
             return self._body(*tensors, *rest)
-        forms = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
-        key = (device, *forms, *rest)
+        form: list[Any] = [device]
+        for tensor in tensors:
+            form += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+        key = (*form, *rest)
         tape = self._tapes.get(key, True)
+        # The environment is for a whole process, and takes as long to read as a launch.
+        if (tape is True or tape is None) and measured.active():
+            return self._body(*tensors, *rest)
         if tape is True:
             # What is compiled, found out or cached at a first call is no part of the tape.
             found = self._body(*tensors, *rest)
@@ -98,6 +113,12 @@ class Taped:
         found = tape(*tensors) if tape else None
         return self._body(*tensors, *rest) if found is None else found
 
+    @property
+    def name(self) -> str:
+        """The body's, with its module."""
+        module = getattr(self._body, "__module__", "").removeprefix("pbfx_kernels.")
+        return f"{module}.{getattr(self._body, '__qualname__', 'body')}"
+
     def _record(self, key: Any, tensors: Sequence[Tensor | None], rest: Sequence[Any]) -> Any:
         recorder = _Recorder(tensors)
         _here.recorder = recorder
@@ -106,7 +127,11 @@ class Taped:
                 found = self._body(*tensors, *rest)
         finally:
             _here.recorder = None
-        self._tapes[key] = recorder.tape(found) or False
+        tape = self._tapes[key] = recorder.tape(found) or False
+        if _LOG.isEnabledFor(logging.DEBUG):
+            form = ", ".join("None" if t is None else str(tuple(t.shape)) for t in tensors)
+            says = "is played from now on" if tape else f"is not played: {recorder.fault}"
+            _LOG.debug("%s of %s %s", self.name, form, says)
         return found
 
 
@@ -175,17 +200,21 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         super().__init__()
         assert tensors[0] is not None
-        self._count, self._device = len(tensors), tensors[0].get_device()
+        self._count, self._device = len(tensors), tensors[0].device
+        self._index = tensors[0].get_device()
         self._slots = [None if tensor is None else _Slot(tensor) for tensor in tensors]
         self._known = {slot.memory for slot in self._slots if slot is not None}
         self._lines: list[str] = []
+        general = functools.partial(_empty, self._device)
         self._names: dict[str, Any] = {
-            "as_strided": torch.as_strided,
-            "empty_strided": torch.empty_strided,
+            "part": _PART,
+            "empty": _EMPTY.get(self._device.type, general),
         }
+        self._known_names: dict[int, str] = {}
         # Arguments whose addresses kernels get.
         self._pointed: set[int] = set()
-        self._fits, self._calls = True, False
+        self._launches = self._calls = False
+        self.fault: str | None = None
 
     def __torch_dispatch__(
         self,
@@ -200,7 +229,8 @@ class _Recorder(TorchDispatchMode):
         results = list(found) if isinstance(found, (tuple, list)) else [found]
         new = [each for each in results if self._is_new(each)]
         # A number that Python reads may decide something.
-        self._fits &= all(each is None or isinstance(each, Tensor) for each in results)
+        if not all(each is None or isinstance(each, Tensor) for each in results):
+            self._refuse(f"Python reads what {func} gives")
         if func in _ALLOCATIONS and new:
             self._lines.append(self._allocation(new[0]))
         elif new or func._schema.is_mutable:
@@ -223,26 +253,45 @@ class _Recorder(TorchDispatchMode):
         return f"t{len(self._slots) - 1}"
 
     def _allocation(self, tensor: Tensor) -> str:
-        dtype, device = self._name(tensor.dtype), self._name(tensor.device)
-        form = f"{tuple(tensor.shape)}, {tensor.stride()}, dtype={dtype}, device={device}"
-        return f"{self._take(tensor)} = empty_strided({form})"
+        form = f"{tuple(tensor.shape)}, {tensor.stride()}, {self._name(tensor.dtype)}"
+        if tensor.device == self._device:
+            return f"{self._take(tensor)} = empty({form})"
+        empty = self._name(functools.partial(_empty, tensor.device))
+        return f"{self._take(tensor)} = {empty}({form})"
 
     def launched(self, compiled: Any, grid: Sequence[int], arguments: Iterable[Any]) -> None:
         """Note a launch; see the function of that name."""
         if compiled is None:
-            self._fits = False
+            self._refuse("a launch was interpreted, or its pointers were not aligned")
             return
-        run, function = self._name(compiled.run), self._name(compiled.function)
-        stream = f"{self._name(torch._C._cuda_getCurrentRawStream)}({self._device})"
-        how = f"{stream}, {function}, {self._name(compiled.packed_metadata)}, None, None, None"
-        words = ", ".join(map(self._passed, arguments))
-        self._lines.append(f"{run}({', '.join(map(str, grid))}, {how}, {words})")
+        self._launches = True
+        given, straight = list(arguments), launcher.straight(compiled.run)
+        function, metadata = self._name(compiled.function), self._name(compiled.packed_metadata)
+        if straight is None:
+            call, settings = self._name(compiled.run), ()
+            words = list(map(self._passed, given))
+        else:
+            call, settings = self._name(straight.launch), tuple(map(repr, straight.settings))
+            boxes = iter(straight.boxes)
+            words = [
+                self._boxes(argument, next(boxes)) if _is_box(argument) else self._passed(argument)
+                for argument in given
+            ]
+        how = "s", function, *settings, metadata, "None", "None", "None"
+        self._lines.append(f"{call}({', '.join((*map(str, grid), *how, *words))})")
+
+    def _boxes(self, box: Any, how: Any) -> str:
+        """Return how the end of a launcher is given a box."""
+        describe, rest = launcher.apart(how, box.placing(), box.base.data_ptr())
+        address = self._address(box.base)
+        first = address if describe is None else f"{self._name(describe)}({address})"
+        return ", ".join((first, *map(repr, rest)))
 
     def _passed(self, argument: Any) -> str:
         """Return how a launcher is given an argument."""
         if isinstance(argument, Tensor):
             return self._address(argument)
-        if hasattr(argument, "placing"):
+        if _is_box(argument):
             return f"{self._name(argument.placing())}({self._address(argument.base)})"
         return repr(argument) if type(argument) is int else self._name(argument)
 
@@ -250,16 +299,18 @@ class _Recorder(TorchDispatchMode):
         if not tensor.numel():
             return "0"
         at = self._slot_of(tensor)
-        if at is None or tensor.data_ptr() % _ALIGNMENT:
-            self._fits = False
+        if at is None:
             return ""
+        if tensor.data_ptr() % _ALIGNMENT:
+            self._refuse(f"a pointer is not aligned to {_ALIGNMENT} bytes")
         slot, first = at
         base = f"t{slot}.data_ptr()"
         if slot < self._count:
             self._pointed.add(slot)
             base = f"p{slot}"
         bytes_ = first * tensor.element_size()
-        self._fits &= not bytes_ % _ALIGNMENT
+        if bytes_ % _ALIGNMENT:
+            self._refuse(f"a pointer is {bytes_} bytes from where its memory starts")
         return f"{base} + {bytes_}" if bytes_ else base
 
     def _said(self, value: Any) -> str:
@@ -274,21 +325,21 @@ class _Recorder(TorchDispatchMode):
         """Return how a tape speaks of a tensor: by its slot, or as a view of that."""
         at = self._slot_of(tensor)
         if at is None:
-            self._fits = False
             return ""
         slot, first = at
         known = self._slots[slot]
         assert known is not None
         if not first and known.form[:2] == (tensor.shape, tensor.stride()):
             return f"t{slot}"
-        place = f"t{slot}.storage_offset() + {first}"
-        return f"as_strided(t{slot}, {tuple(tensor.shape)}, {tensor.stride()}, {place})"
+        return f"part(t{slot}, {tuple(tensor.shape)}, {tensor.stride()}, {first})"
 
     def _slot_of(self, tensor: Tensor) -> tuple[int, int] | None:
         """Return whose part a tensor is, and from which element on; None if that is not certain."""
         slots = enumerate(self._slots)
         held = [(n, slot) for n, slot in slots if slot is not None and slot.holds(tensor)]
         if len(held) != 1:
+            whose = " and ".join(f"tensor {n}" for n, _ in held) or "nobody"
+            self._refuse(f"memory of form {tuple(tensor.shape)} belongs to {whose}")
             return None
         ((number, slot),) = held
         return number, int(tensor.storage_offset()) - slot.offset
@@ -297,7 +348,7 @@ class _Recorder(TorchDispatchMode):
         """Return the record as a function of the tensors, or None where it is none."""
         outs = found if isinstance(found, tuple) else (found,)
         told = [self._returned(out) for out in outs]
-        if not self._fits:
+        if self.fault is not None:
             return None
         lines = [f"p{slot} = t{slot}.data_ptr()" for slot in sorted(self._pointed)]
         if self._pointed:
@@ -305,6 +356,9 @@ class _Recorder(TorchDispatchMode):
             lines.append(f"if ({bits}) % {_ALIGNMENT}: return None")
         body = [*self._lines, f"return {', '.join(told)}{',' * isinstance(found, tuple)}"]
         body = _freed(body, range(self._count, len(self._slots)))
+        if self._launches:
+            stream = self._name(torch._C._cuda_getCurrentRawStream)
+            lines.append(f"s = {stream}({self._index})")
         if self._calls:
             # The record was made below autocast.
             lines.append(f"with {self._name(torch._C._DisableAutocast)}():")
@@ -318,14 +372,28 @@ class _Recorder(TorchDispatchMode):
         if out is None:
             return "None"
         at = self._slot_of(out)
-        # An op returns nothing that it was given.
-        self._fits &= at is None or at[0] >= self._count
+        if at is not None and at[0] < self._count:
+            self._refuse(f"it returns tensor {at[0]}, which it was given")
         return self._told(out)
 
+    def _refuse(self, fault: str) -> None:
+        self.fault = self.fault or fault
+
     def _name(self, value: Any) -> str:
-        name = f"v{len(self._names)}"
+        """Return what a value is called, the same each time; it lives as long as the name."""
+        name = self._known_names.setdefault(id(value), f"v{len(self._names)}")
         self._names[name] = value
         return name
+
+
+def _is_box(argument: Any) -> bool:
+    return hasattr(argument, "placing")
+
+
+def _empty(
+    device: torch.device, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def _freed(lines: Sequence[str], slots: Sequence[int]) -> list[str]:
@@ -336,7 +404,7 @@ def _freed(lines: Sequence[str], slots: Sequence[int]) -> list[str]:
         name = f"t{slot}"
         uses = [index for index, names in enumerate(used) if name in names]
         first, last = uses[0], uses[-1]
-        if first == last and lines[first].startswith(f"{name} = empty_strided("):
+        if first == last and lines[first].startswith(f"{name} = empty("):
             kept[first] = ""
         elif last < len(lines) - 1:
             kept[last] += f"; del {name}"

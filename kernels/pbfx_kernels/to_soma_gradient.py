@@ -27,6 +27,7 @@ from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.launching import ceiling, fast_activations, multiprocessors, on_device
 from pbfx_kernels.layout import grid_of_strides, is_regular, regular
 from pbfx_kernels.relaunch import Launch
+from pbfx_kernels.shares import added
 from pbfx_kernels.triton_math import cascade
 from pbfx_kernels.walking import REMEMBERED, Sizes
 
@@ -181,7 +182,7 @@ def _launch(
             grad if bias is None else bias.contiguous(),
             grad if to_dendrite is None else to_dendrite.contiguous(),
         )
-    return partial[0] if shares == 1 else partial.sum(0)
+    return added(partial)
 
 
 @functools.lru_cache(REMEMBERED)

@@ -45,6 +45,7 @@ from pbfx_kernels.dispatch import evaluate_dendrites, recompute_to_soma_gradient
 from pbfx_kernels.fused_depthwise import depthwise_neuron, fused_depthwise
 from pbfx_kernels.fused_neuron import fused_neuron, interleave
 from pbfx_kernels.layout import stack_like
+from pbfx_kernels.shares import added
 from pbfx_kernels.strategy import Route, Strategy
 from pbfx_kernels.to_soma_gradient import to_soma_gradient
 
@@ -106,6 +107,15 @@ def test_matches_oracle(strategy: Strategy, site: Site, d: int) -> None:
     given = to_soma_gradient(grad.float(), activations, site.geometry.channel_axis)
     assert_close(given, wanted, torch.float32)
     assert_close(recompute(args, grad.float(), site, strategy), wanted, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5), (2, 1, 1), (63, 3, 10), (1500, 2, 7)], ids=str)
+def test_shares_are_added(shape: tuple[int, int, int]) -> None:
+    """One, fewer than a program loads at a time, and more; columns that fill no program."""
+    partial = torch.randn(shape)
+    total = added(partial)
+    assert_close(total, partial.double().sum(0), torch.float32)
+    assert torch.equal(added(partial), total)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -185,6 +185,17 @@ def test_to_soma_gradient(capability: int, d: int, channels_last: bool) -> None:
 
 
 @capabilities
+@pytest.mark.parametrize("block", [2, 1024])
+def test_shares(capability: int, block: int) -> None:
+    from pbfx_kernels.shares import _COLUMNS, _WARPS, _shares_kernel
+
+    types = {"out": "*fp32", "partial": "*fp32", "S": "i32", "C": "i32"}
+    constants = {"BLOCK_S": block, "BLOCK_C": _COLUMNS}
+    compiled = compile_kernel(_shares_kernel, types, constants, capability, warps=_WARPS)
+    assert compiled.stack <= MOST_STACK
+
+
+@capabilities
 @pytest.mark.parametrize(("d", "blocks", "dtype"), linear_configurations(), ids=str)
 def test_fused_linear(capability: int, d: int, blocks: Blocks, dtype: str) -> None:
     from pbfx_kernels.fused_linear import _linear_dendrites_kernel

@@ -6,6 +6,7 @@ import ast
 import ctypes
 import dis
 import gc
+import logging
 import math
 import threading
 import weakref
@@ -267,23 +268,50 @@ def test_pointers_that_are_not_aligned_are_not_for_a_tape():
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "why"),
     [
-        lambda x, y: x,
-        lambda x, y: x[1:],
-        lambda x, y: torch.empty_like(x, dtype=torch.int32).view(torch.float32).copy_(x + y),
-        lambda x, y: x + y if x.sum().item() > 0 else x - y,
-        lambda x, y: launched(None, (1,), ()) or x + y,
-        lambda x, y: launched(Kernel(print), (1, 1, 1), (UNKNOWN,)) or x + y,
+        (lambda x, y: x, "it returns tensor 0"),
+        (lambda x, y: x[1:], "it returns tensor 0"),
+        (
+            lambda x, y: torch.empty_like(x, dtype=torch.int32).view(torch.float32).copy_(x + y),
+            "memory of form (3,) belongs to nobody",
+        ),
+        (lambda x, y: x + y if x.sum().item() > 0 else x - y, "Python reads what aten._local"),
+        (lambda x, y: launched(None, (1,), ()) or x + y, "a launch was interpreted"),
+        (
+            lambda x, y: launched(Kernel(print), (1, 1, 1), (UNKNOWN,)) or x + y,
+            "memory of form (4,) belongs to nobody",
+        ),
     ],
     ids=["argument", "part", "dtype", "read", "interpreted", "unknown"],
 )
-def test_what_cannot_be_told_is_not_recorded(body: Callable[..., Tensor]):
+def test_what_cannot_be_told_is_not_recorded(
+    body: Callable[..., Tensor], why: str, caplog: pytest.LogCaptureFixture
+):
     play, calls = taped(body)
     x, y = torch.arange(3.0), torch.ones(3)
-    for count in range(1, 5):
-        assert torch.equal(play((x, y)), body(x, y))
-        assert len(calls) == count
+    with caplog.at_level(logging.DEBUG, "pbfx_kernels.tape"):
+        for count in range(1, 5):
+            assert torch.equal(play((x, y)), body(x, y))
+            assert len(calls) == count
+    (message,) = caplog.messages
+    assert f"of (3,), (3,) is not played: {why}" in message
+
+
+def test_the_log_says_what_is_played(caplog: pytest.LogCaptureFixture):
+    def add(x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    play = Taped(add, devices=("cpu",))
+    with caplog.at_level(logging.DEBUG, "pbfx_kernels.tape"):
+        for size in (2, 3):
+            for _ in range(4):
+                play((torch.ones(size), torch.ones(size)))
+    says = "add of ({0},), ({0},) is played from now on"
+    assert [message.rpartition(".")[2] for message in caplog.messages] == [
+        says.format(2),
+        says.format(3),
+    ]
 
 
 def test_tensors_may_be_parts_of_one_memory():
@@ -360,6 +388,14 @@ def test_measuring_plays_nothing():
     with measured.measure(new=False):
         play((x,))
     assert len(calls) == 3
+
+
+def test_a_process_that_measures_records_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(measured.SWITCH, "1")
+    play, calls = taped(lambda x: x + 1)
+    for count in range(1, 5):
+        assert torch.equal(play((torch.ones(2),)), torch.full((2,), 2.0))
+        assert len(calls) == count
 
 
 def test_other_devices_play_nothing():
