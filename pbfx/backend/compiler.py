@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pbfx.backend.out_of_place import put_out_of_place
 from pbfx.backend.regions import compile_regions, forget_regions
 from pbfx.backend.settings import Compiled, Settings, settings_of
 from pbfx.backend.sources import keep_sources
@@ -75,7 +76,8 @@ def lower(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> 
     lowered = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     ours, theirs = (graph.find_nodes(op="placeholder") for graph in (lowered.graph, gm.graph))
     keep_sources(gm, lowered, ours, theirs)
-    run_passes(lowered, context, LOWERING)
+    passes = (put_out_of_place, *LOWERING) if settings.regional else LOWERING
+    run_passes(lowered, context, passes)
     lowered.recompile()
     forms = collections.Counter(record.form for record in context.records.values())
     logger.info(

@@ -16,10 +16,7 @@ and step, and fusion across its borders.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
-import operator
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,20 +24,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 
+from pbfx.backend.cuts import cut_at_blocks, cut_at_sites
+from pbfx.backend.out_of_place import written
 from pbfx.backend.overlap import overlapping
 from pbfx.backend.settings import Compiled, Settings
 from pbfx.backend.sources import is_static, keep_sources
 from pbfx.errors import PassError
-from pbfx.passes.lower_dendrites import module_path
 
-# A member of a container of modules, and something inside it: `blocks.3` of `blocks.3.conv1`. A
-# layer that is a member itself is too small to be a region.
-_BLOCK = re.compile(r"((?:\D[^.]*\.)*?\d+(?:\.\d+)*)\..+")
-# What only looks at a tensor from another side: work in place on it is work on what it looks at.
-_VIEWS = frozenset(
-    ("view", "reshape", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "getitem")
-)
-_NOT_COMPUTED = ("placeholder", "get_attr", "output")
 # Compiled regions by their content, those used last at the end. A restructure leaves some behind.
 _MOST_REGIONS = 256
 _compiled: collections.OrderedDict[Any, _Known] = collections.OrderedDict()
@@ -57,7 +47,8 @@ def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Set
     Returns:
         What computes `gm`.
     """
-    region_of = assign_regions(gm.graph, by_site=settings.regional == "sites")
+    cut = cut_at_sites if settings.regional == "sites" else cut_at_blocks
+    region_of = cut(gm.graph)
     if len(set(region_of.values())) < 2:
         with overlapping():
             return settings.inner(gm, example_inputs)
@@ -125,119 +116,6 @@ def forget_regions() -> None:
     _compiled.clear()
 
 
-def assign_regions(graph: fx.Graph, by_site: bool = False) -> dict[str, int]:
-    """Return the number of the region of each node that computes, by its name.
-
-    Regions are runs of nodes, so that a graph of regions has no circles. What is computed outside
-    any module after a block, such as an addition, belongs to that block, except for what no other
-    block of its container has: the mean over the last block's output is no part of that block.
-
-    Args:
-        graph: a lowered one of Dynamo's.
-        by_site: whether every site but the first begins a region, instead of every block.
-    """
-    computed = [node for node in graph.nodes if node.op not in _NOT_COMPUTED]
-    given = [module_path(node) for node in computed]
-    paths = [path.removesuffix(".dendrites") for path in given]
-    inside = {path: match[1] for path in paths if (match := _BLOCK.fullmatch(path))}
-    blocks = set(inside.values())
-    if by_site:
-        return _whole_mutations(graph, _by_site(computed, given))
-    runs: list[_Run] = []
-    for node, path in zip(computed, paths, strict=True):
-        here = path if path in blocks else inside.get(path, "")
-        if not runs or (path and here != runs[-1].block):
-            runs.append(_Run(here))
-        runs[-1].take(node, bool(path))
-    runs = _cut(runs)
-    regions = {node.name: number for number, run in enumerate(runs) for node in run.nodes}
-    return _whole_mutations(graph, regions)
-
-
-def _by_site(nodes: Sequence[fx.Node], paths: Sequence[str]) -> dict[str, int]:
-    """Return the number of the region of each node, where every site but the first begins one."""
-    sites = {path.removesuffix(".dendrites") for path in paths if path.endswith(".dendrites")}
-    here, number, regions = None, 0, {}
-    for node, path in zip(nodes, paths, strict=True):
-        site = path.removesuffix(".dendrites")
-        if site in sites and site != here:
-            number += here is not None
-            here = site
-        regions[node.name] = number
-    return regions
-
-
-@dataclasses.dataclass
-class _Run:
-    """Nodes in a row: those of a block and those outside any module that follow, `tail` of them."""
-
-    block: str
-    nodes: list[fx.Node] = dataclasses.field(default_factory=list)
-    tail: int = 0
-
-    def take(self, node: fx.Node, inside: bool) -> None:
-        self.nodes.append(node)
-        self.tail = 0 if inside else self.tail + 1
-
-    @property
-    def ops(self) -> list[Any]:
-        """What the tail computes."""
-        return [node.target for node in self.nodes[len(self.nodes) - self.tail :]]
-
-
-def _cut(runs: list[_Run]) -> list[_Run]:
-    """Move out of the last block of each container what follows it and no block before it."""
-    cut: list[_Run] = []
-    last: dict[str, _Run] = {}
-    for run, after in itertools.zip_longest(runs, runs[1:]):
-        container = run.block.rpartition(".")[0]
-        before = last.get(container)
-        cut.append(run)
-        if not run.block:
-            continue
-        last[container] = run
-        if before is None or (after is not None and after.block):
-            continue
-        common = before.ops
-        if run.tail > len(common) and run.ops[: len(common)] == common:
-            kept = len(run.nodes) - run.tail + len(common)
-            moved, run.nodes = run.nodes[kept:], run.nodes[:kept]
-            if after is None:
-                cut.append(_Run("", moved))
-            else:
-                after.nodes[:0] = moved
-    return cut
-
-
-def _whole_mutations(graph: fx.Graph, regions: dict[str, int]) -> dict[str, int]:
-    """Merge the regions between a tensor and work in place on it.
-
-    A region saves what its backward needs; another one must not change that afterwards.
-    """
-    merged = list(range(max(regions.values(), default=0) + 1))
-    for node in graph.nodes:
-        if node.name not in regions or not _in_place(node):
-            continue
-        source = node.all_input_nodes[0] if node.all_input_nodes else node
-        while source.name in regions and _name(source) in _VIEWS and source.all_input_nodes:
-            source = source.all_input_nodes[0]
-        first, last = regions.get(source.name, regions[node.name]), regions[node.name]
-        for number in range(first, last + 1):
-            merged[number] = min(merged[number], merged[first])
-    return {name: merged[number] for name, number in regions.items()}
-
-
-def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
-
-
-def _in_place(node: fx.Node) -> bool:
-    name = _name(node)
-    written = name.endswith("_") and not name.endswith("__")
-    augmented = node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-    return written or augmented or name == "setitem" or node.kwargs.get("inplace") is True
-
-
 class _Compilation(fx.Interpreter):
     """Runs a split graph on fake tensors, and compiles each region as its inputs are known."""
 
@@ -303,8 +181,7 @@ def _describe(
     region: fx.GraphModule, args: tuple[Any, ...], results: Sequence[Any]
 ) -> tuple[_Output, ...] | None:
     """Return the outputs of a region where each is a tensor in memory of its own, else None."""
-    computed = (node for node in region.graph.nodes if node.op not in _NOT_COMPUTED)
-    if any(map(_in_place, computed)):
+    if any(written(node) is not None for node in region.graph.nodes):
         return None
     taken = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)}
     outputs = []

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 import pbfx
 from models import CASES, Case, randomise, run
 from pbfx.backend import compile_graph, compiler
+from pbfx.backend.cuts import cut_at_blocks, cut_at_sites
 from pbfx.backend.overlap import overlapping
 from pbfx.backend.regions import _compiled as compiled_regions
-from pbfx.backend.regions import assign_regions, forget_regions
+from pbfx.backend.regions import forget_regions
 from pbfx.backend.settings import settings_of
 from pbfx.errors import ConfigError, PassError
 from pbfx.passes.lower_dendrites import LoweringContext, lower_dendrites
@@ -296,8 +297,8 @@ def test_a_region_for_each_site():
         value = graph.call_function(torch.relu, (value,))
         value.meta["nn_module_stack"] = {"a": (path, nn.ReLU)} if path else {}
     graph.output(value)
-    assert list(assign_regions(graph, by_site=True).values()) == [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
-    assert set(assign_regions(graph).values()) == {0}
+    assert list(cut_at_sites(graph).values()) == [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
+    assert set(cut_at_blocks(graph).values()) == {0}
 
 
 def test_work_in_place_stays_in_one_region():
@@ -310,10 +311,10 @@ def test_work_in_place_stays_in_one_region():
     added = graph.call_method("add_", (relu, other))
     added.meta["nn_module_stack"] = {"a": ("blocks.2.act", nn.ReLU)}
     graph.output(added)
-    assert set(assign_regions(graph).values()) == {0}
+    assert set(cut_at_blocks(graph).values()) == {0}
     graph.erase_node(added) if not added.users else added.replace_all_uses_with(other)
     graph.erase_node(added)
-    assert assign_regions(graph) == {relu.name: 0, other.name: 1}
+    assert cut_at_blocks(graph) == {relu.name: 0, other.name: 1}
 
 
 def chain(*ops: tuple[object, str]) -> fx.Graph:
@@ -359,7 +360,7 @@ def chain(*ops: tuple[object, str]) -> fx.Graph:
     ],
 )
 def test_what_follows_the_last_block_is_no_part_of_it(ops, regions):
-    assert list(assign_regions(chain(*ops)).values()) == regions
+    assert list(cut_at_blocks(chain(*ops)).values()) == regions
 
 
 @pytest.mark.parametrize(
