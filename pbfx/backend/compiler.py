@@ -66,9 +66,15 @@ def compile_graph(
 
 
 def lower(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> fx.GraphModule:
-    """Return `gm` with each dendrites op in its best form; `gm` itself where there is none."""
+    """Return `gm` with each dendrites op in its best form; `gm` itself where there is none.
+
+    For regions, what it does in place is put out of place too.
+    """
     op = torch.ops.pbfx.dendrites.default
-    if not any(node.target is op for node in gm.graph.nodes):
+    passes = LOWERING if any(node.target is op for node in gm.graph.nodes) else ()
+    if settings.regional:
+        passes = (put_out_of_place, *passes)
+    if not passes:
         return gm
     learns = any(isinstance(value, Tensor) and value.requires_grad for value in example_inputs)
     training = learns and torch.is_grad_enabled()
@@ -76,9 +82,10 @@ def lower(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> 
     lowered = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     ours, theirs = (graph.find_nodes(op="placeholder") for graph in (lowered.graph, gm.graph))
     keep_sources(gm, lowered, ours, theirs)
-    passes = (put_out_of_place, *LOWERING) if settings.regional else LOWERING
     run_passes(lowered, context, passes)
     lowered.recompile()
+    if not context.records:
+        return lowered
     forms = collections.Counter(record.form for record in context.records.values())
     logger.info(
         "lowered %d sites for %s: %s",

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import fx
 
-from pbfx.backend.out_of_place import word_of, written
+from pbfx.backend.out_of_place import is_switch, word_of, written
 from pbfx.candidates import Candidates
 from pbfx.dendrites import Dendrites
 from pbfx.passes.lower_dendrites import ACTIVATIONS, module_path
@@ -76,7 +76,7 @@ def cut_at_sites(graph: fx.Graph) -> dict[str, int]:
     runs: list[_Run] = []
     for node in computed(graph):
         here = _site(node)
-        if runs and runs[-1].block and not here and _ends(runs[-1].nodes, node):
+        if runs and not here and (is_switch(node) or _ends(runs[-1].nodes, node)):
             here = runs[-1].block
         if not runs or here != runs[-1].block:
             runs.append(_Run(here))

@@ -8,7 +8,7 @@ bind a whole block. Compilers compute such work anew themselves, so that it cost
 
 Safe where the memory is the graph's own, neither an input's nor a constant's, where nothing reads
 it afterwards but through what the work returns, and where the result has the same shape, strides
-and dtype. It does not fire otherwise, nor in graphs that switch gradients or autocast on or off.
+and dtype. It does not fire otherwise, nor while the graph has gradients or autocast switched.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ _AUGMENTED: dict[Any, Callable[..., Any]] = {
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
 }
+_ENTER = torch.amp.autocast_mode._enter_autocast
+_EXIT = torch.amp.autocast_mode._exit_autocast
+_SWITCHES = frozenset((torch._C._set_grad_enabled, _ENTER, _EXIT))
 # What `x.word_()` and `torch.word_(x)` do, `x.word()` and `torch.word(x)` return.
 _WORDS = ACTIVATIONS | frozenset(("add", "sub", "mul", "div", "clamp", "neg", "exp", "square"))
 
@@ -47,9 +50,10 @@ def put_out_of_place(gm: fx.GraphModule, _: Any) -> int:
     for node, held in memory.items():
         for storage in held:
             holders.setdefault(storage, []).append(node)
-    rewrites = 0
+    rewrites, switched = 0, set()
     for node in gm.graph.nodes:
-        tensor = written(node)
+        _note_switch(node, switched)
+        tensor = None if switched else written(node)
         if tensor is None or len(memory[tensor]) != 1:
             continue
         (storage,) = memory[tensor]
@@ -60,6 +64,25 @@ def put_out_of_place(gm: fx.GraphModule, _: Any) -> int:
             node.target, node.args, node.kwargs = call
             rewrites += 1
     return rewrites
+
+
+def is_switch(node: fx.Node) -> bool:
+    """Return whether a node only switches gradients or autocast on or off."""
+    return node.target in _SWITCHES
+
+
+def _note_switch(node: fx.Node, switched: set[Any]) -> None:
+    """Add to `switched` what differs after `node` from how the graph began, and drop what does not.
+
+    Autocast that is entered is left through the node that entered it.
+    """
+    if node.target is _ENTER:
+        switched.add(node)
+    elif node.target is _EXIT:
+        switched.discard(node.args[0])
+    elif is_switch(node):
+        begun = torch.is_grad_enabled()
+        (switched.discard if node.args == (begun,) else switched.add)(node.target)
 
 
 def word_of(node: fx.Node) -> str:
@@ -109,7 +132,7 @@ def _memory_of(graph: fx.Graph) -> dict[fx.Node, set[int]] | None:
     memory: dict[fx.Node, set[int]] = {}
     for node in graph.nodes:
         value = value_of(node)
-        if value is None and node.op != "output":
+        if value is None and node.op != "output" and not is_switch(node):
             return None
         tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
         if any(tensor.layout is not torch.strided for tensor in tensors):

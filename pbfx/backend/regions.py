@@ -17,12 +17,16 @@ from __future__ import annotations
 
 import collections
 import itertools
+import logging
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.passes.split_module import split_module
+from torch.utils import _pytree as pytree
 
 from pbfx.backend.cuts import cut_at_blocks, cut_at_sites
 from pbfx.backend.out_of_place import written
@@ -30,6 +34,9 @@ from pbfx.backend.overlap import overlapping
 from pbfx.backend.settings import Compiled, Settings
 from pbfx.backend.sources import is_static, keep_sources
 from pbfx.errors import PassError
+from pbfx.passes.lower_dendrites import value_of
+
+logger = logging.getLogger(__name__)
 
 # Compiled regions by their content, those used last at the end. A restructure leaves some behind.
 _MOST_REGIONS = 256
@@ -49,13 +56,17 @@ def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Set
     """
     cut = cut_at_sites if settings.regional == "sites" else cut_at_blocks
     region_of = cut(gm.graph)
-    if len(set(region_of.values())) < 2:
+    whole = _depends_on_values(gm.graph)
+    if whole:
+        logger.info("compiled as a whole: it has sizes that depend on values")
+    if whole or len(set(region_of.values())) < 2:
         with overlapping():
             return settings.inner(gm, example_inputs)
     split = split_module(
         gm, nn.Module(), lambda node: region_of[node.name], keep_original_order=True
     )
     tell_sources(gm, split)
+    order_outputs(split)
     mode, inputs = _as_fake(example_inputs)
     before = set(_compiled)
     try:
@@ -67,6 +78,13 @@ def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Set
             del _compiled[key]
         raise
     return split
+
+
+def _depends_on_values(graph: fx.Graph) -> bool:
+    """Return whether it has sizes that are read off tensors: a region cannot tell them the next."""
+    sized = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+    leaves = (leaf for node in graph.nodes for leaf in pytree.tree_leaves(value_of(node)))
+    return any(isinstance(leaf, sized) and free_unbacked_symbols(leaf) for leaf in leaves)
 
 
 def tell_sources(gm: fx.GraphModule, split: fx.GraphModule) -> None:
@@ -82,6 +100,28 @@ def tell_sources(gm: fx.GraphModule, split: fx.GraphModule) -> None:
         assert isinstance(region, fx.GraphModule)
         places = region.graph.find_nodes(op="placeholder")
         keep_sources(gm, region, places, [given.get(str(arg)) for arg in call.args])
+
+
+def order_outputs(split: fx.GraphModule) -> None:
+    """Let every region return what it gives in the order in which it computes it.
+
+    It would be the order in which the next regions read it, so that a growth of theirs changed it.
+    """
+    for call in split.graph.find_nodes(op="call_module"):
+        region = split.get_submodule(str(call.target))
+        assert isinstance(region, fx.GraphModule)
+        (output,) = region.graph.find_nodes(op="output")
+        given = output.args[0]
+        if not isinstance(given, (tuple, list)):
+            continue
+        place = {node: index for index, node in enumerate(region.graph.nodes)}
+        order = sorted(range(len(given)), key=lambda index: place[given[index]])
+        output.args = (tuple(given[index] for index in order),)
+        region.recompile()
+        for taken in list(call.users):
+            assert taken.target is operator.getitem, "split_module takes every output apart"
+            taken.args = (call, order.index(taken.args[1]))
+    split.recompile()
 
 
 def _as_fake(example_inputs: list[Any]) -> tuple[Any, list[Any]]:
@@ -124,6 +164,11 @@ class _Compilation(fx.Interpreter):
         self.settings, self.mode = settings, mode
         self.extra_traceback = False
 
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the constant `target`, as a fake tensor if it is one."""
+        value = super().get_attr(target, args, kwargs)
+        return self.mode.from_tensor(value) if isinstance(value, Tensor) else value
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compile the region `target`, and return what it gives for `args`."""
         assert not kwargs, "split_module passes everything by position"
@@ -135,16 +180,18 @@ class _Compilation(fx.Interpreter):
             # Compilers want a tuple.
             output.args = ((output.args[0],),)
             region.recompile()
-        # Before it runs, because a run may change its inputs.
+        # Before it runs, because a run may change its inputs, and whether gradients are on.
+        learns = torch.is_grad_enabled()
         key = _content(region, args, self.settings)
         known = _compiled.get(key) if key is not None else None
         if known is not None and known.outputs is not None:
             results = [output.make(self.mode) for output in known.outputs]
         else:
-            results = region(*args)
+            results = self._run(region, args)
         if known is None:
             outputs = _describe(region, args, results)
-            known = _Known(self.settings.inner(region, list(args)), outputs)
+            with torch.set_grad_enabled(learns):
+                known = _Known(self.settings.inner(region, list(args)), outputs)
         if key is not None:
             _compiled[key] = known
             _compiled.move_to_end(key)
@@ -152,6 +199,11 @@ class _Compilation(fx.Interpreter):
                 _compiled.popitem(last=False)
         self.module.add_module(target, _Region(known.compiled, alone))
         return results[0] if alone else results
+
+    def _run(self, region: fx.GraphModule, args: tuple[Any, ...]) -> Any:
+        """Return what a region gives, which is real without a mode if it is made of nothing."""
+        with self.mode:
+            return region(*args)
 
 
 class _Output(NamedTuple):
@@ -181,7 +233,9 @@ def _describe(
     region: fx.GraphModule, args: tuple[Any, ...], results: Sequence[Any]
 ) -> tuple[_Output, ...] | None:
     """Return the outputs of a region where each is a tensor in memory of its own, else None."""
-    if any(written(node) is not None for node in region.graph.nodes):
+    # A switch of gradients is for the regions that follow too; autocast ends where a region does.
+    switches = region.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    if switches or any(written(node) is not None for node in region.graph.nodes):
         return None
     taken = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)}
     outputs = []
