@@ -1,6 +1,6 @@
 """The backend itself: lower the graph that Dynamo captured, and hand it to a compiler.
 
-    Dynamo's graph  ->  lower_dendrites  ->  Inductor, whole or block by block
+    Dynamo's graph  ->  lower_dendrites  ->  Inductor, whole or region by region
 
 A graph without dendrites goes to Inductor as it is. Parameters are made by `pbfx.transform` and
 never here: Dynamo lifts them to inputs, and an optimizer would not see what a backend added.
@@ -46,10 +46,10 @@ def compile_graph(
             `"max-autotune-no-cudagraphs"`, as Inductor takes them.
         options: `strategy` (`"auto"`, `"kernel"`, `"packed"`, `"looped"`), `precision` of the
             dendrites' products (`"soma"`, `"bfloat16"`, `"float16"`), `regional` (True compiles
-            blocks apart, `"sites"` sites, equal ones once, and after a growth only those that
-            changed), `compiler`
-            (`"inductor"`, `"aot_eager"`, `"eager"`), `mode`, since torch takes either `mode` or
-            `options`; everything else is Inductor's.
+            blocks apart, `"sites"` the dendrites of each site and what lies between, equal ones
+            once, and after a growth only those that changed), `compiler` (`"inductor"`,
+            `"aot_eager"`, `"eager"`), `mode`, since torch takes either `mode` or `options`;
+            everything else is Inductor's.
 
     Returns:
         The compiled graph.

@@ -1,13 +1,10 @@
-"""Compile a graph block by block: equal blocks once, and after a growth only those that changed.
+"""Compile a graph region by region: equal regions once, and after a growth only those that changed.
 
     stem -> blocks.0 -> blocks.1 -> ... -> head      one compiled function per distinct block
 
-A block is a run of nodes that belong to one member of a repeated container, such as `blocks.3`;
-what lies between blocks is a region too. Networks without blocks can be cut at their sites instead:
-a region is then an op with dendrites and what follows it, up to the next one. Regions are told
-apart by their content: ops and their arguments, and the shapes, strides, dtypes and gradients of
-their inputs. So twelve equal layers are compiled once, and a restructure costs the compilation of
-the regions in which it changed something.
+`cuts` tells where regions begin. They are told apart by their content: ops and their arguments, and
+the shapes, strides, dtypes and gradients of their inputs. So twelve equal layers are compiled once,
+and a restructure costs the compilation of the regions in which it changed something.
 
 Each region is a graph with a backward of its own, which costs some tens of microseconds per region
 and step, and fusion across its borders.
