@@ -26,7 +26,7 @@ from torch.fx.passes.split_module import split_module
 from torch.utils import _pytree as pytree
 
 from pbfx.backend.cuts import cut_at_blocks, cut_at_sites
-from pbfx.backend.out_of_place import written
+from pbfx.backend.out_of_place import word_of, written
 from pbfx.backend.overlap import overlapping
 from pbfx.backend.settings import Compiled, Settings
 from pbfx.backend.sources import is_static, keep_sources
@@ -113,6 +113,8 @@ def order_outputs(split: fx.GraphModule) -> None:
             continue
         place = {node: index for index, node in enumerate(region.graph.nodes)}
         order = sorted(range(len(given)), key=lambda index: place[given[index]])
+        if order == list(range(len(given))):
+            continue
         output.args = (tuple(given[index] for index in order),)
         region.recompile()
         for taken in list(call.users):
@@ -231,8 +233,11 @@ def _describe(
 ) -> tuple[_Output, ...] | None:
     """Return the outputs of a region where each is a tensor in memory of its own, else None."""
     # A switch of gradients is for the regions that follow too; autocast ends where a region does.
-    switches = region.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
-    if switches or any(written(node) is not None for node in region.graph.nodes):
+    if region.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+        return None
+    values = dict(zip(region.graph.find_nodes(op="placeholder"), args, strict=True))
+    over = ((node, tensor) for node in region.graph.nodes if (tensor := written(node)) is not None)
+    if not all(_only_counts(node, values.get(tensor)) for node, tensor in over):
         return None
     taken = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)}
     outputs = []
@@ -257,6 +262,15 @@ def _describe(
             )
         )
     return tuple(outputs)
+
+
+def _only_counts(node: fx.Node, value: Any) -> bool:
+    """Return whether work in place on `value` adds to whole numbers, as a norm counts batches.
+
+    It leaves all that the graph after it goes by as it was: shape, strides, gradients.
+    """
+    whole = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+    return whole and word_of(node) == "add_"
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -189,6 +189,8 @@ def test_a_growth_compiles_the_distinct_sites_and_nothing_else(monkeypatch, stra
     # soma, what leads to the first block's site, to a block's second, to the next block, to the
     # head. One kernel takes the stem's soma into its site.
     assert new() == (4, 4 if strategy == "fused" else 5)
+    # None of them has to run to be known, though norms count their batches in place.
+    assert all(known.outputs is not None for known in compiled_regions.values())
     pbfx.grow(model)
     assert new() == (4, 0)
     pbfx.grow(model, 1, sites="3.conv2")
