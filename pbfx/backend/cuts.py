@@ -76,8 +76,9 @@ def cut_at_sites(graph: fx.Graph) -> dict[str, int]:
     runs: list[_Run] = []
     for node in computed(graph):
         here = _site(node)
-        if runs and not here and (is_switch(node) or _ends(runs[-1].nodes, node)):
-            here = runs[-1].block
+        before = runs[-1].block if runs else ""
+        if before and not here and (is_switch(node) or _ends(runs[-1].nodes, node)):
+            here = before
         if not runs or here != runs[-1].block:
             runs.append(_Run(here))
         runs[-1].take(node, True)
