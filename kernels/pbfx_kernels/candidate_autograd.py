@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pbfx_kernels import reference
 from pbfx_kernels.geometry import Geometry
+from pbfx_kernels.moments import parted
 from pbfx_kernels.tape import Taped, float32_precision
 from pbfx_kernels.validation import check_candidates, check_once
 
@@ -77,11 +78,12 @@ def differentiate(
     weight_shape: Sequence[int],
     activation: str,
     geometry: Geometry,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Compute what `reference.candidates_backward` does.
 
-    Kernels leave the weight's gradient in the dtype of the computation, and the small ones as parts
-    of one buffer.
+    Returns:
+        The weight's gradient, which kernels leave in the dtype of the computation, and the sums
+        whose parts `parted` tells.
     """
     tensors = grad, z, x, activations, direction, error_mean, regression
     return _differentiated(tensors, tuple(weight_shape), activation, geometry, float32_precision(z))
@@ -99,9 +101,9 @@ def _differentiate(
     activation: str,
     geometry: Geometry,
     _: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     if not fused(z):
-        return reference.candidates_backward(
+        weight, bias, to_dendrite, moments = reference.candidates_backward(
             grad,
             z,
             x,
@@ -113,6 +115,7 @@ def _differentiate(
             activation,
             geometry,
         )
+        return weight, torch.cat([moments, bias, to_dendrite.flatten(0, 1)])
     from pbfx_kernels.candidate_moments import candidate_moments
 
     signal = candidate_moments(
@@ -121,7 +124,7 @@ def _differentiate(
     weight = reference.weight_gradient(signal.dz, x.to(z.dtype), weight_shape, geometry)
     if signal.weight_scale != 1:
         weight = weight.float() * signal.weight_scale
-    return weight, signal.bias, signal.to_dendrite, signal.moments
+    return weight, signal.sums
 
 
 _differentiated = Taped(_differentiate)
@@ -257,7 +260,8 @@ class _Candidates(torch.autograd.Function):
         if ctx.learns and grad is not None:
             # Under `create_graph` the error stays differentiable; what candidates learn is not.
             with _no_grad(), no_autocast(grad):
-                gradients = differentiate(grad, *ctx.saved_tensors, *ctx.form)
+                weight, sums = differentiate(grad, *ctx.saved_tensors, *ctx.form)
+                gradients = weight, *parted(sums, len(weight))
                 learned = [
                     None if dtype is None else gradient.to(dtype)
                     for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pbfx_kernels.moments import Moment
+from pbfx_kernels.moments import ROWS
 from pbfx_kernels.relaunch import Launch
 from pbfx_kernels.triton_math import activation_and_slope
 from pbfx_kernels.walking import (
@@ -43,8 +43,6 @@ from pbfx_kernels.walking import (
 
 # Forms of sites; a training loop meets a handful.
 _REMEMBERED = 4096
-# The rows of the sums: the moments, then the gradient of the bias.
-_ROWS = len(Moment) + 1
 # Elements per tile: four per thread of four warps. On an H200, 8192 x 4096 in bfloat16 takes 82 us;
 # with eight per thread, whose accumulators leave room for half the programs, 122 us.
 _TILE = 512
@@ -194,16 +192,12 @@ class Signal(NamedTuple):
             `(B, C * N, *spatial)` laid out as z, so that it is one convolution's output gradient
             without a copy.
         weight_scale: 1, but in float16.
-        bias: ∂c, `(C, N)`, float32.
-        to_dendrite: ∂U, `(C, D, N)`, float32.
-        moments: `(6 * C, N)`, float32, rows in the order of `Moment`.
+        sums: `((7 + D) * C, N)`, float32; see `pbfx_kernels.moments`.
     """
 
     dz: Tensor
     weight_scale: float
-    bias: Tensor
-    to_dendrite: Tensor
-    moments: Tensor
+    sums: Tensor
 
 
 def candidate_moments(
@@ -262,8 +256,7 @@ def candidate_moments(
             )
         if len(prepared.sums) == 3:
             total = total.sum(0)
-    moments, bias, links = total.split(prepared.parts)
-    return Signal(dz, prepared.weight_scale, bias, links.view(prepared.links), moments)
+    return Signal(dz, prepared.weight_scale, total)
 
 
 class Prepared(NamedTuple):
@@ -273,16 +266,12 @@ class Prepared(NamedTuple):
         strides: of dz.
         weight_scale: of `Signal`.
         sums: shape of the kernel's output, with a leading axis if it is in shares.
-        parts: rows of the moments, the bias and the links in it.
-        links: shape of the gradient of the links.
         launch: of the kernel; None if there is nothing to sum.
     """
 
     strides: tuple[int, ...]
     weight_scale: float
     sums: tuple[int, ...]
-    parts: tuple[int, int, int]
-    links: tuple[int, int, int]
     launch: Launch | None
 
 
@@ -312,9 +301,7 @@ def _prepare(
     """
     count, dendrites = z[0][0], a[0][0]
     neurons, elements = g[0][channel_axis], math.prod(z[0])
-    rows = (_ROWS + dendrites) * count
-    parts = len(Moment) * count, count, dendrites * count
-    links = count, dendrites, neurons
+    rows = (ROWS + dendrites) * count
     slices = (g[1], z[1][1:], a[1][1:]) if dendrites else (g[1], z[1][1:])
     if elements and not all(is_regular(g[0], strides, channel_axis) for strides in slices):
         return None
@@ -324,7 +311,7 @@ def _prepare(
     # of P terms without it is above the largest. So half of it before, and half after.
     half = math.sqrt(average) if z[2] == torch.float16 else 1.0
     if not elements:
-        return Prepared(strides, half, (rows, neurons), parts, links, None)
+        return Prepared(strides, half, (rows, neurons), None)
     # The strides of an empty stack say nothing, and must not keep the others from merging.
     older = a[1] if dendrites else z[1]
     way = walk(g[0], channel_axis, g[1], z[1][1:], strides[1:], older[1:])
@@ -358,7 +345,7 @@ def _prepare(
         _WARPS,
     )
     sums = (rows, neurons) if plan.shares == 1 else (plan.shares, rows, neurons)
-    return Prepared(strides, half, sums, parts, links, launch)
+    return Prepared(strides, half, sums, launch)
 
 
 class Plan(NamedTuple):

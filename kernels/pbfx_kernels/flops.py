@@ -186,6 +186,20 @@ def candidates_flops(
     return stacked_flops(neuron, x, weight, rest[11])
 
 
+@register_flop_formula(torch.ops.pbfx.candidate_preactivations)
+def candidate_preactivations_flops(
+    neuron: Sequence[int],
+    x: Sequence[int],
+    activations: Sequence[int],
+    weight: Sequence[int],
+    *rest: Any,
+    **_: Any,
+) -> int:
+    """Count `pbfx::candidate_preactivations`."""
+    # bias, to_dendrite, stride, padding, dilation, groups, transposed
+    return stacked_flops(neuron, x, weight, rest[6])
+
+
 @register_flop_formula(torch.ops.pbfx.candidates_backward)
 def candidates_backward_flops(
     grad: Sequence[int],

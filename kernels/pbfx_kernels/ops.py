@@ -1,8 +1,9 @@
 """The custom ops: what a graph holds, and what a kernel replaces.
 
-    pbfx::dendrites, ...         see `dendrite_op`
-    pbfx::candidates             out, z = neuron, (C, *neuron)
-    pbfx::candidates_backward    dV, dc, dU, the batch moments
+    pbfx::dendrites, ...               see `dendrite_op`
+    pbfx::candidates                   out, z = neuron, (C, *neuron)
+    pbfx::candidates_backward          dV, and the sums that `pbfx_kernels.moments` takes apart
+    pbfx::candidate_preactivations     z alone, for graphs that are past autograd
 
 They are custom ops and not `autograd.Function`s, since a symbolic trace goes *into* a Function and
 loses its backward; an op stays one node through symbolic_trace, Dynamo, AOTAutograd and inductor.
@@ -26,8 +27,9 @@ from torch import Tensor
 import pbfx_kernels.dendrite_op  # noqa: F401  registers its ops
 from pbfx_kernels import candidate_autograd, reference
 from pbfx_kernels.candidate_autograd import no_autocast
-from pbfx_kernels.geometry import geometry_of
+from pbfx_kernels.geometry import Geometry, geometry_of
 from pbfx_kernels.layout import laid_out, stack_strides
+from pbfx_kernels.moments import ROWS, parted
 from pbfx_kernels.registering import op
 from pbfx_kernels.validation import check_candidates
 
@@ -68,12 +70,31 @@ def candidates_op(
         activation,
         geometry,
     )
+    tensors = neuron, x, activations, weight, bias, to_dendrite
+    # An op may not return its input, so the neuron's output is copied.
+    return torch.empty_like(neuron).copy_(neuron), _preactivate(*tensors, geometry)
+
+
+def _preactivate(
+    neuron: Tensor,
+    x: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor,
+    geometry: Geometry,
+) -> Tensor:
+    """Compute z, laid out as `neuron` is."""
     with no_autocast(neuron):
         z = candidate_autograd.preactivate(
             x, activations.to(neuron.dtype), weight, bias, to_dendrite, geometry
         )
-    # An op may not return its input, so the neuron's output is copied.
-    return torch.empty_like(neuron).copy_(neuron), laid_out(z, stack_strides(neuron))
+    return laid_out(z, stack_strides(neuron))
+
+
+def _new_pool(neuron: Tensor, weight: Tensor) -> Tensor:
+    """Return memory for the preactivations of candidates with this weight."""
+    return neuron.new_empty_strided((weight.shape[0], *neuron.shape), stack_strides(neuron))
 
 
 @candidates_op.register_fake
@@ -111,8 +132,45 @@ def _(
         activation,
         geometry,
     )
-    z = neuron.new_empty_strided((weight.shape[0], *neuron.shape), stack_strides(neuron))
-    return torch.empty_like(neuron), z
+    return torch.empty_like(neuron), _new_pool(neuron, weight)
+
+
+@op("candidate_preactivations")
+def candidate_preactivations_op(
+    neuron: Tensor,
+    x: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
+) -> Tensor:
+    """Compute the second result of `pbfx::candidates`, which has checked the arguments."""
+    geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
+    return _preactivate(neuron, x, activations, weight, bias, to_dendrite, geometry)
+
+
+@candidate_preactivations_op.register_fake
+def _(
+    neuron: Tensor,
+    x: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    to_dendrite: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
+) -> Tensor:
+    return _new_pool(neuron, weight)
 
 
 @op("candidates_backward")
@@ -132,11 +190,12 @@ def candidates_backward_op(
     groups: int,
     transposed: bool,
     output_padding: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute `reference.candidates_backward`; gradients are dense and contiguous."""
+    weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Compute what `candidate_autograd.differentiate` does, dense and contiguous."""
     geometry = geometry_of(stride, padding, dilation, groups, transposed, output_padding)
     with no_autocast(grad):
-        grad_weight, bias, to_dendrite, moments = candidate_autograd.differentiate(
+        weight, sums = candidate_autograd.differentiate(
             grad,
             z,
             x,
@@ -150,11 +209,7 @@ def candidates_backward_op(
         )
     # The layout of a convolution's weight gradient depends on the backend; the fake promises a
     # contiguous one.
-    grad_weight = grad_weight.to(reference.accumulation_dtype(z.dtype)).contiguous()
-    if candidate_autograd.fused(z):
-        # Parts of one buffer, and what an op returns must not overlap.
-        bias, to_dendrite, moments = bias.clone(), to_dendrite.clone(), moments.clone()
-    return grad_weight, bias, to_dendrite, moments
+    return weight.to(weight_dtype).contiguous(), sums
 
 
 @candidates_backward_op.register_fake
@@ -174,15 +229,14 @@ def _(
     groups: int,
     transposed: bool,
     output_padding: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    c = weight_shape[0]
-    n = geometry_of(stride, padding, dilation, groups, transposed, output_padding).neurons(
+    weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    neurons = geometry_of(stride, padding, dilation, groups, transposed, output_padding).neurons(
         weight_shape[1:]
     )
-    shapes = (weight_shape, (c, n), (c, activations.shape[0], n), (6 * c, n))
-    dtype = reference.accumulation_dtype(z.dtype)
-    weight, bias, to_dendrite, moments = (z.new_empty(shape, dtype=dtype) for shape in shapes)
-    return weight, bias, to_dendrite, moments
+    rows = weight_shape[0] * (ROWS + activations.shape[0])
+    weight = z.new_empty(weight_shape, dtype=weight_dtype)
+    return weight, z.new_empty((rows, neurons), dtype=reference.accumulation_dtype(z.dtype))
 
 
 def _candidates_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -195,7 +249,7 @@ def _candidates_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     )
     if ctx.learns:
         ctx.save_for_backward(output[1], x, activations, *steering)
-        ctx.weight_shape = weight.shape
+        ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
         ctx.form = inputs[10:]
         # In the order of the gradients.
         ctx.dtypes = [
@@ -207,9 +261,10 @@ def _candidates_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 def _candidates_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     learned: list[Tensor | None] = [None] * 4
     if ctx.learns and grad is not None:
-        gradients = torch.ops.pbfx.candidates_backward.default(
-            grad, *ctx.saved_tensors, ctx.weight_shape, *ctx.form
+        grad_weight, sums = torch.ops.pbfx.candidates_backward.default(
+            grad, *ctx.saved_tensors, ctx.weight_shape, *ctx.form, ctx.weight_dtype
         )
+        gradients = grad_weight, *parted(sums, len(grad_weight))
         learned = [
             None if dtype is None else gradient.to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)

@@ -8,11 +8,14 @@ aliases above all, costs three times what the dispatcher does. A compiled graph 
 compiler has seen the op, with its gradient, and calls the bare overload.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.library import Library, custom_op, infer_schema, register_fake
+
+from pbfx_kernels.caches import tag_caches
 
 _LIBRARY = Library("pbfx", "FRAGMENT")
 _BARE = "bare"
@@ -35,8 +38,14 @@ class Op:
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Tell what comes out for tensors without data."""
-        self._op.register_fake(fake)
-        register_fake(f"pbfx::{self._bare}", fake, lib=_LIBRARY)
+
+        @functools.wraps(fake)
+        def tagging(*args: Any, **kwargs: Any) -> Any:
+            tag_caches()
+            return fake(*args, **kwargs)
+
+        self._op.register_fake(tagging)
+        register_fake(f"pbfx::{self._bare}", tagging, lib=_LIBRARY)
         return fake
 
     def register_autograd(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import shutil
@@ -25,7 +26,7 @@ from pbfx.backend.bare import CallBare
 from pbfx.backend.compiler import lower
 from pbfx.backend.regions import compile_regions, forget_regions
 from pbfx.backend.settings import settings_of
-from pbfx_kernels import conv_neuron_op
+from pbfx_kernels import Geometry, candidates, conv_neuron_op
 
 needs_cxx = pytest.mark.skipif(
     not shutil.which("c++") and not shutil.which("g++"), reason="no C++ compiler"
@@ -116,7 +117,7 @@ def test_code_of_another_version_is_not_taken_from_the_cache(
     before = CallBare().uuid()
     changed = tmp_path / "ops.py"
     changed.write_text("# another gradient\n", encoding="utf-8")
-    monkeypatch.setattr(bare, "_sources", lambda: (str(changed),))
+    monkeypatch.setattr(bare, "sources", lambda: (str(changed),))
     assert CallBare().uuid() != before
 
 
@@ -206,3 +207,64 @@ def test_a_convolution_in_nhwc_stays_as_it_is():
     run = torch.compile(model, backend=compile_graph, fullgraph=True, options=options)
     x = torch.randn(2, 16, 9, 9, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     assert run(x).stride() == model(x).stride() == (8 * 49, 1, 7 * 8, 8)
+
+
+def in_the_dendrite_phase(*layers: nn.Module) -> tuple[nn.Module, pbfx.Tracker]:
+    model = grown(*layers, dendrites=1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    policy = pbfx.Interval(neuron_epochs=1, dendrite_epochs=9)
+    tracker = pbfx.Tracker(model, optimizer, policy=policy, max_dendrites=2)
+    assert tracker.step(0.0).phase is pbfx.Phase.DENDRITE
+    return model.train(), tracker
+
+
+@needs_cxx
+@pytest.mark.parametrize(
+    ("layers", "handed_on"),
+    [
+        # What is returned is the neuron's output, a norm's input is saved, and so is a view of it.
+        ((nn.Linear(4, 4), nn.Softplus(), nn.Linear(4, 4)), 2),
+        ((nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()), 1),
+        ((nn.Linear(4, 4), nn.Flatten(0)), 1),
+    ],
+    ids=["linear", "norm", "view"],
+)
+def test_candidates_copy_nothing(layers: tuple[nn.Module, ...], handed_on: int):
+    model, _tracker = in_the_dendrite_phase(*layers)
+    x = torch.randn(2, 4, 4, 4)
+    run = torch.compile(model, backend=compile_graph, fullgraph=True)
+    out, code = run_and_get_code(lambda: run(x))
+    assert "\n".join(code).count("pbfx.candidate_preactivations.bare(") == handed_on
+    assert "pbfx.candidates.bare(" not in "\n".join(code)
+    out.square().sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert any("candidates" in name for name in found)
+    expected, _ = in_the_dendrite_phase(*copy.deepcopy(layers))
+    expected.load_state_dict(model.state_dict())
+    wanted = expected(x)
+    assert torch.allclose(out, wanted, atol=1e-5)
+    wanted.square().sum().backward()
+    for name, parameter in expected.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(found[name], parameter.grad, atol=1e-5), name
+
+
+@needs_cxx
+def test_a_neuron_that_is_returned_as_well_is_copied():
+    def both(x: Tensor, view: bool) -> tuple[Tensor, Tensor]:
+        neuron = x @ torch.eye(4)
+        out, _ = candidates(neuron, x, torch.empty(0, 2, 4), *pool, "tanh", Geometry())
+        return out, neuron.t() if view else neuron
+
+    weight, links = torch.randn(3, 4, 4), torch.randn(3, 0, 4)
+    moments, direction = torch.zeros(18, 4), torch.ones(3, 4)
+    learning = (t.requires_grad_() for t in (weight, links, moments))
+    weight, links, moments = learning
+    pool = weight, None, links, moments, direction, torch.zeros(4)
+    run = torch.compile(both, backend=compile_graph, fullgraph=True)
+    for view in (False, True):
+        x = torch.randn(2, 4, requires_grad=True)
+        (out, neuron), code = run_and_get_code(lambda x=x, view=view: run(x, view))
+        assert "pbfx.candidates.bare(" in "\n".join(code)
+        assert out.data_ptr() != neuron.data_ptr()
+        assert torch.allclose(out, neuron.t() if view else neuron)

@@ -49,9 +49,11 @@ def losses(options: dict[str, Any] | None) -> list[float]:
     return found
 
 
+# What torch says of the empty graph that it records first in a process.
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @pytest.mark.parametrize(
     "options", [{"mode": "reduce-overhead"}, {"regional": True}, {"regional": "sites"}]
 )
 def test_a_run_is_the_eager_one(options: dict[str, Any]) -> None:
-    expected = losses(None)
-    assert losses(options) == pytest.approx(expected, rel=2e-3, abs=2e-3)
+    found = losses(options)
+    assert found == pytest.approx(losses(None), rel=2e-3, abs=2e-3)

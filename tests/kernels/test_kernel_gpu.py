@@ -106,5 +106,6 @@ def test_opcheck_candidates(name: str, c: int, d: int) -> None:
             plain["weight"].shape,
             "gelu",
             *site.op_geometry,
+            torch.float32,
         ),
     )

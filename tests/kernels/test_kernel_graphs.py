@@ -57,6 +57,7 @@ def test_opcheck_candidates(site: Site, c: int, d: int) -> None:
             plain["weight"].shape,
             "gelu",
             *site.op_geometry,
+            torch.float32,
         ),
     )
 
