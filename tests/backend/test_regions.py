@@ -16,6 +16,7 @@ from training_steps import QUICK, assert_alike, compiled, each_case, grown, step
 
 import pbfx
 from models import CASES, randomise
+from pbfx.backend import compile_graph
 from pbfx.backend.cuts import computed, cut_at_blocks, cut_at_sites
 from pbfx.backend.overlap import overlapping
 from pbfx.backend.regions import _compiled as compiled_regions
@@ -247,6 +248,51 @@ def test_what_is_made_of_nothing_and_sizes_that_depend_on_values(regional, keep)
     call = compiled(model, regional=regional, **QUICK)
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         assert_alike(step(call, model, x), step(model, model, x))
+
+
+class Scaled(nn.Module):
+    """Learns nothing of its scale: gradients are off as it begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = self.norm(x).abs()
+        return torch.tanh(self.fc(x)) * scale
+
+
+def test_gradients_that_are_switched_off():
+    """What switches them off for the next block is the end of the one before it, which learns."""
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    model, x = nn.Sequential(first, Scaled(), Scaled(), Scaled()), torch.randn(3, 4)
+    call = compiled(model, regional=True, **QUICK)
+    assert_alike(step(call, model, x), step(model, model, x))
+
+
+@pytest.mark.parametrize("regional", [True, "sites"])
+def test_autocast_within_the_graph(regional):
+    torch.manual_seed(0)
+    model = pbfx.grow(pbfx.transform(residual()), 2).eval()
+    randomise(model)
+    x = torch.randn(2, 2, 6, 6)
+
+    def run(call: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(x)
+
+    @torch.compile(backend=compile_graph, fullgraph=True, options={"regional": regional, **QUICK})
+    def inside(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    exact = model(x)
+    error = (run(model) - exact).norm()
+    for out in (inside(x), run(compiled(model, regional=regional, **QUICK))):
+        assert out.dtype is torch.bfloat16
+        assert 0 < (out - exact).norm() <= 2 * error
 
 
 @needs_cxx
