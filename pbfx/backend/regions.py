@@ -329,8 +329,7 @@ def _content(region: fx.GraphModule, args: tuple[Any, ...], settings: Settings) 
             return ("dict", *((name, plain(item)) for name, item in value.items()))
         if isinstance(value, slice):
             return ("slice", plain(value.start), plain(value.stop), plain(value.step))
-        # A number and its type: 1, 1.0 and True are equal, but compiled differently.
-        return (type(value), value)
+        return _frozen(value)
 
     nodes = []
     for node in region.graph.nodes:
@@ -347,12 +346,24 @@ def _content(region: fx.GraphModule, args: tuple[Any, ...], settings: Settings) 
     return key
 
 
+def _frozen(value: Any) -> Any:
+    """Return what options of Inductor's say, to be compared by value and not by address.
+
+    A number comes with its type: 1, 1.0 and True are equal, but compiled differently.
+    """
+    if isinstance(value, dict):
+        return ("dict", *((name, _frozen(value[name])) for name in sorted(value)))
+    if isinstance(value, (tuple, list)):
+        return (type(value).__name__, *map(_frozen, value))
+    return (type(value), value)
+
+
 def _surroundings(settings: Settings) -> tuple[Any, ...]:
     """Return what else compilers look at."""
     devices = ("cpu", "cuda")
     return (
         settings.compiler,
-        repr(sorted(getattr(settings.inner, "config", {}).items())),
+        _frozen(getattr(settings.inner, "config", {})),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_float32_matmul_precision(),

@@ -301,9 +301,13 @@ def test_sites_by_inductor():
     with torch._inductor.config.patch(fallback_random=True, compile_threads=1):
         call = compiled(model, regional="sites")
         assert_alike(step(call, model, x), step(model, model, x))
+        before = set(compiled_regions)
         pbfx.grow(model)
         randomise(model)
         assert_alike(step(call, model, x), step(model, model, x))
+        # Its three sites, and not what lies before, between and after them.
+        assert len(before) == 7
+        assert len(set(compiled_regions) - before) == 3
 
 
 def test_work_in_place_stays_in_one_region():
