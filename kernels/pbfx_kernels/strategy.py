@@ -37,8 +37,9 @@ _DESCRIBED_BYTES = 16
 # Positions, and positions for each input, from which laying weights side by side costs less than
 # the kernel gains: 3 % more than *packed* at 8192x4096x4096, where it would be 4 % less without.
 _LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO = 4096, 4
-# Inputs of a convolution up to which one kernel is faster than cuDNN for soma and dendrites.
-_MOST_FUSED_INPUTS = 2304
+# Inputs of a convolution, by bytes of an element, up to which one kernel is faster than cuDNN for
+# soma and dendrites; in TF32 more of them, and groups, were not measured.
+_MOST_FUSED_INPUTS = {2: 2304, 4: 1152}
 # Inputs of a linear op in TF32 up to which it is faster: a half at 64, a quarter at 256, level with
 # the library's product from 768 on.
 _MOST_FUSED_TF32 = 256
@@ -72,7 +73,7 @@ _SPLIT_INPUTS = 128
 _FEW_POSITIONS, _FEW_INPUTS = 512, 2048
 # Convolutions of images (1 or 3 channels), for which libraries have no good algorithm; and NHWC
 # ones with this many inputs and no more, which they do not stack well.
-_IMAGE_CHANNELS = 3
+IMAGE_CHANNELS = 3
 _SPLIT_NHWC_INPUTS = 576
 # Inputs per neuron of a convolution up to which a backward computes activations again.
 RECOMPUTED_INPUTS = 512
@@ -223,7 +224,7 @@ def _split_wins(problem: Problem) -> bool:
     if geometry.spatial == 0:
         few = 1 < problem.positions <= _FEW_POSITIONS and problem.inputs <= _FEW_INPUTS
         return few or (small and problem.inputs <= _SPLIT_INPUTS)
-    if problem.channels <= _IMAGE_CHANNELS:
+    if problem.channels <= IMAGE_CHANNELS:
         return True
     # Pointwise convolutions are GEMMs.
     gathered = problem.taps > 1 and problem.inputs <= _SPLIT_NHWC_INPUTS
@@ -351,9 +352,9 @@ def fuses(problem: Problem) -> bool:
     rows are.
     """
     if problem.geometry.spatial:
-        read = _walks(problem) or problem.channels <= _IMAGE_CHANNELS
+        read = _walks(problem) or problem.channels <= IMAGE_CHANNELS
         enough = problem.positions >= _LEAST_FUSED_POSITIONS
-        return _knows_fused(problem) and read and enough and problem.inputs <= _MOST_FUSED_INPUTS
+        return _knows_fused(problem) and read and enough
     least = max(_LEAST_FUSED_POSITIONS, _LEAST_FUSED_RATIO * problem.inputs)
     most = _MOST_FUSED_LINEAR.get(problem.dendrites, 0)
     if problem.dtype.itemsize == 4:
@@ -372,8 +373,12 @@ def fuses_frozen(problem: Problem) -> bool:
 
 def _knows_fused(problem: Problem) -> bool:
     """Return whether a *fused* kernel was measured for problems like this one."""
-    few = problem.dendrites <= _MOST_FUSED_MEASURED
-    return few and problem.dtype.itemsize == 2 and launches(problem)
+    geometry, size = problem.geometry, problem.dtype.itemsize
+    if problem.dendrites > _MOST_FUSED_MEASURED or not launches(problem):
+        return False
+    if geometry.spatial and problem.inputs > _MOST_FUSED_INPUTS[size]:
+        return False
+    return size == 2 or (geometry.spatial > 0 and geometry.groups == 1)
 
 
 def can_stream(problem: Problem) -> bool:

@@ -178,6 +178,9 @@ def test_what_fuses_can_be_run() -> None:
                     assert strategy._walks(problem) or strategy._patched(problem)
 
 
+TF32 = {"dtype": torch.float32, "tf32": True}
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -189,7 +192,12 @@ def test_what_fuses_can_be_run() -> None:
         ({"channels": 20}, Form.PACKED),
         ({"positions": 196}, Form.PACKED),
         ({"dendrites": 5}, Form.PACKED),
-        ({"dtype": torch.float32, "tf32": True}, Form.PACKED),
+        (TF32, Form.PACKED),
+        (TF32 | {"channels": 64, "channels_last": False}, Form.FUSED),
+        (TF32 | {"channels": 64}, Form.PACKED),
+        (TF32 | {"channels": 3}, Form.FUSED),
+        (TF32 | {"taps": 1}, Form.FUSED),
+        ({"dtype": torch.float32, "channels": 64}, Form.PACKED),
         ({"capability": (8, 0)}, Form.PACKED),
         ({"geometry": Geometry.convolution(2, groups=16)}, Form.FUSED),
         ({"geometry": Geometry.convolution(2, groups=32)}, Form.PACKED),

@@ -46,6 +46,30 @@ def test_where_linear_somas_are_fused(problem: Problem, expected: bool) -> None:
     assert strategy.fuses(problem) is expected
 
 
+CONV = but(geometry=Geometry.convolution(2, padding=1), channels=128, taps=9)
+TF32 = dataclasses.replace(CONV, dtype=torch.float32, tf32=True)
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        (CONV, True),
+        (dataclasses.replace(CONV, channels=512), False),
+        (TF32, True),
+        (dataclasses.replace(TF32, tf32=False), False),
+        (dataclasses.replace(TF32, channels=256), False),
+        (dataclasses.replace(TF32, channels=1024, taps=1), True),
+        (dataclasses.replace(TF32, dendrites=4), False),
+        # Groups were measured in 16 bits only.
+        (dataclasses.replace(CONV, geometry=Geometry.convolution(2, groups=4)), True),
+        (dataclasses.replace(TF32, geometry=Geometry.convolution(2, groups=4)), False),
+    ],
+    ids=str,
+)
+def test_where_convolutional_somas_are_fused(problem: Problem, expected: bool) -> None:
+    assert strategy.fuses(problem) is expected
+
+
 @pytest.mark.parametrize(
     ("problem", "expected"),
     [
