@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import fx
+from torch._ops import OpOverload
 
 from pbfx.backend.out_of_place import is_switch, word_of, written
 from pbfx.candidates import Candidates
@@ -70,8 +71,8 @@ def cut_at_blocks(graph: fx.Graph) -> dict[str, int]:
 def cut_at_sites(graph: fx.Graph) -> dict[str, int]:
     """Return the number of the region of each node that computes, by its name.
 
-    The dendrites of a site are a region with the activation that alone reads the site's output,
-    and so is what lies between them.
+    The dendrites of a site are a region, with the activation that a compiler fuses with them, and
+    so is what lies between sites.
     """
     runs: list[_Run] = []
     for node in computed(graph):
@@ -94,12 +95,19 @@ def _site(node: fx.Node) -> str:
 
 
 def _ends(nodes: Sequence[fx.Node], node: fx.Node) -> bool:
-    """Return whether `node` only takes a part of what they compute, or alone goes on with it."""
+    """Return whether `node` only takes a part of what they compute, or is fused with the end of it.
+
+    Nothing is fused with an op of ours: what follows one need not be compiled again with it.
+    """
     sources = node.all_input_nodes
     if len(sources) != 1 or sources[0] not in nodes:
         return False
-    alone = list(sources[0].users) == [node]
-    return node.target is operator.getitem or (alone and word_of(node) in ACTIVATIONS)
+    if node.target is operator.getitem:
+        return True
+    (source,) = sources
+    made = source.args[0] if source.target is operator.getitem else source
+    opaque = isinstance(made, fx.Node) and isinstance(made.target, OpOverload)
+    return not opaque and list(source.users) == [node] and word_of(node) in ACTIVATIONS
 
 
 @dataclasses.dataclass
