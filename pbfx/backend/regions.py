@@ -352,7 +352,9 @@ def _frozen(value: Any) -> Any:
     A number comes with its type: 1, 1.0 and True are equal, but compiled differently.
     """
     if isinstance(value, dict):
-        return ("dict", *((name, _frozen(value[name])) for name in sorted(value)))
+        return ("dict", *((name, _frozen(value[name])) for name in sorted(value, key=str)))
+    if isinstance(value, (set, frozenset)):
+        return ("set", frozenset(map(_frozen, value)))
     if isinstance(value, (tuple, list)):
         return (type(value).__name__, *map(_frozen, value))
     return (type(value), value)

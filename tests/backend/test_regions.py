@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import shutil
 import types
@@ -21,7 +22,8 @@ from pbfx.backend import compile_graph
 from pbfx.backend.cuts import computed, cut_at_blocks, cut_at_sites
 from pbfx.backend.overlap import overlapping
 from pbfx.backend.regions import _compiled as compiled_regions
-from pbfx.backend.regions import forget_regions
+from pbfx.backend.regions import _surroundings, forget_regions
+from pbfx.backend.settings import settings_of
 from pbfx.candidates import Candidates
 from pbfx.dendrites import Dendrites
 
@@ -307,6 +309,18 @@ def test_autocast_within_the_graph(regional):
     for out in (inside(x), run(compiled(model, regional=regional, **QUICK))):
         assert out.dtype is torch.bfloat16
         assert 0 < (out - exact).norm() <= 2 * error
+
+
+def test_options_are_compared_by_value():
+    def surroundings(**options: object) -> object:
+        return _surroundings(settings_of(None, options))
+
+    listed = {"aot_inductor.presets": {"a": [1]}}
+    for options in ({}, {"max_autotune": True}, {"post_grad_custom_post_pass": print}, listed):
+        assert surroundings(**options) == surroundings(**copy.deepcopy(options))
+        assert hash(surroundings(**options))
+    assert surroundings(post_grad_custom_post_pass=print) != surroundings()
+    assert surroundings(max_autotune=True) != surroundings(max_autotune=False)
 
 
 @needs_cxx
