@@ -1,7 +1,8 @@
 """Sum up what `python -m benchmarks kernels` measured, from its CSV file and nothing else.
 
-A *case* is a layer with D dendrites in one mode; of each, the rows of its latest run. Multiples are
-of times measured in the same run, so rows of different runs are never divided by one another.
+A *case* is a layer with D dendrites in one mode; of each, the rows of its latest run, and against a
+rival those of the latest run that the rival was in. Multiples are of times measured in the same
+run, so rows of different runs are never divided by one another.
 """
 
 from __future__ import annotations
@@ -70,21 +71,28 @@ def summarize(path: Path) -> list[Case]:
     tables = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         for mode in MODES:
-            cases = latest(row for row in rows if (row["dtype"], row["mode"]) == (dtype, mode))
-            if any(PBFX in case for case in cases.values()):
-                tables.append(_table(dtype, mode, cases))
+            chosen = [row for row in rows if (row["dtype"], row["mode"]) == (dtype, mode)]
+            if any(row["provider"] == PBFX for row in chosen):
+                tables.append(_table(dtype, mode, chosen))
     return tables
 
 
-def latest(rows: Iterable[Row]) -> dict[tuple[str, int], Measured]:
-    """Return the rows of the latest run of each layer and D, by provider."""
-    found: dict[tuple[str, int], Measured] = {}
-    newest: dict[tuple[str, int], tuple[str, str]] = {}
+def latest(rows: Iterable[Row], having: str | None = None) -> dict[tuple[str, int], Measured]:
+    """Return the rows of the latest run of each layer and D, by provider.
+
+    Args:
+        rows: of one dtype and mode.
+        having: a provider; runs without it do not count.
+    """
+    runs: dict[tuple[str, int], dict[tuple[str, str], Measured]] = {}
     for row in sorted(rows, key=lambda row: row["utc"]):
         case, run = (row["layer"], int(row["dendrites"])), (row["utc"], row["revision"])
-        if newest.get(case) != run:
-            newest[case], found[case] = run, {}
-        found[case][row["provider"]] = row
+        runs.setdefault(case, {}).setdefault(run, {})[row["provider"]] = row
+    found: dict[tuple[str, int], Measured] = {}
+    for case, measured in runs.items():
+        kept = [each for each in measured.values() if having is None or having in each]
+        if kept:
+            found[case] = kept[-1]
     return found
 
 
@@ -118,10 +126,11 @@ def memory_bound(row: Row) -> bool:
     return float(row["roofline_us"]) > arithmetic * 1.0001
 
 
-def _table(dtype: str, mode: str, cases: Mapping[tuple[str, int], Measured]) -> Case:
-    cells = []
+def _table(dtype: str, mode: str, rows: Sequence[Row]) -> Case:
+    cases, cells = latest(rows), []
     for rival in _AGAINST:
-        found = {own: gains(cases, rival, own) for own in OURS}
+        met = latest(rows, having=rival)
+        found = {own: gains(met, rival, own) for own in OURS}
         if any(found.values()):
             count = max(map(len, found.values()))
             bound = _BOUNDS.get((mode, rival))

@@ -43,8 +43,9 @@ _LARGE_PRODUCT = 2 * 10**10
 # Inputs of linear ops whose preactivations would be most of the traffic; see `strategy`.
 _FEW_INPUTS = 256
 # Bytes of preactivations that are worth an op in a training step: below, a library's kernels and
-# ours take the device as long. MNIST's net at batch 32, sites of 4 and 7 MiB: 290 and 286 µs.
-_OP_BYTES = 16 * 2**20
+# ours take the device as long. MNIST's net at batch 32, sites of 4 and 7 MiB: 290 and 286 µs. Of
+# convolutions less: conv1 at batch 64, 8 MiB, takes 108 µs for the 128 of *packed*.
+_OP_BYTES, _CONV_OP_BYTES = 16 * 2**20, 15 * 2**19
 # Bytes of output below which whatever follows costs a launch and no bandwidth.
 _SMALL_OUTPUT = 4 * 2**20
 # Taps of a convolution of images from which a library has nothing that is as good as one kernel.
@@ -78,8 +79,9 @@ def choose_form(problem: Problem, training: bool, absorbs: bool, with_soma: bool
     """
     written = problem.positions * problem.neurons * problem.dtype.itemsize
     # Inference gains twice as much: it keeps nothing in the place of the preactivations.
-    worth_it = not training or problem.dendrites * written >= _OP_BYTES
-    if with_soma and worth_it and fuses(problem) and not _stacks_well(problem):
+    least = _CONV_OP_BYTES if problem.geometry.spatial else _OP_BYTES
+    worth_it = not training or problem.dendrites * written >= least
+    if with_soma and worth_it and fuses(problem) and not _stacks_well(problem, training):
         return Form.FUSED
     weights = (problem.dendrites + 1) * problem.neurons * problem.inputs * problem.dtype.itemsize
     if with_soma and not training and weights >= _OP_BYTES and streams(problem):
@@ -110,17 +112,19 @@ def choose_form(problem: Problem, training: bool, absorbs: bool, with_soma: bool
     return Form.PACKED
 
 
-def _stacks_well(problem: Problem) -> bool:
+def _stacks_well(problem: Problem, training: bool) -> bool:
     """Return whether a library's convolution over stacked weights, with a compiler's epilogue, is
-    ahead of one kernel: in TF32, where windows are read in NHWC or have many channels.
+    ahead of one kernel: in TF32, where windows are read in NHWC, or have many channels, or would be
+    computed again in a backward.
 
-    281 µs for *fused*'s 308 at 3x3 over 64 channels in NHWC, level in NCHW.
+    281 µs for *fused*'s 308 at 3x3 over 64 channels in NHWC, level in NCHW; 1804 for the 2284 of a
+    step of MNIST's conv2 at batch 1024.
     """
     if not problem.geometry.spatial or problem.dtype.itemsize == 2 or problem.taps == 1:
         return False
-    return problem.channels > _MOST_TF32_CHANNELS or (
-        problem.channels_last and problem.channels > IMAGE_CHANNELS
-    )
+    if problem.channels <= IMAGE_CHANNELS:
+        return False
+    return training or problem.channels_last or problem.channels > _MOST_TF32_CHANNELS
 
 
 def _depthwise_form(problem: Problem, training: bool, with_soma: bool) -> Form:

@@ -170,8 +170,8 @@ def test_summary(tmp_path, capsys):
     newer = {"utc": "2026-01-02"}
     step = {"mode": "step", "roofline_us": "", "roofline_share": ""}
     rows = [
-        # Of an older run, which counts no more.
-        *(_row("pbfx", 9000), _row("inductor", 1)),
+        # Of an older run, which counts no more, except against who has not run since.
+        *(_row("pbfx", 9000), _row("inductor", 1), _row("perforatedai", 27000)),
         *(_row("plain", 25, **newer), _row("pbfx", 100, **newer), _row("inductor", 200, **newer)),
         _row("inductor, max-autotune", 150, **newer),
         *(_row("pbfx", 40, **thin), _row("inductor", 20, **thin), _row("eager loop", 160, **thin)),
@@ -186,6 +186,7 @@ def test_summary(tmp_path, capsys):
     # 2x and 0.5x: neither.
     assert forward["faster than inductor, 2 cases"] == "1.00x - "
     assert forward["faster than inductor, max-autotune, 1 cases"] == "1.50x - >= 1.5x"
+    assert forward["faster than perforatedai, 1 cases"] == "3.00x - >= 4x"
     assert forward["faster than eager loop, 1 cases"] == "4.00x - "
     assert forward["slowest against the best rival"] == "2.00x - <= 1.05x"
     assert forward["losses of more than 5 %"] == "1 of 2 - none"

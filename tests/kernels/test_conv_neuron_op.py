@@ -210,3 +210,22 @@ def test_forms(changes: dict[str, Any], expected: Form) -> None:
     problem = Problem("cuda", (9, 0), torch.bfloat16, False, conv, 50176, 256, 256, 9, 3)
     assert choose_form(dataclasses.replace(problem, **changes), False, True, True) is expected
     assert choose_form(dataclasses.replace(problem, **changes), False, True) is not Form.FUSED
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # MNIST's two convolutions at batches of 64 and 32.
+        ({"positions": 43264, "neurons": 32, "channels": 1}, Form.FUSED),
+        ({"positions": 36864, "neurons": 64, "channels": 32}, Form.FUSED),
+        ({"positions": 18432, "neurons": 64, "channels": 32}, Form.PACKED),
+        (TF32 | {"positions": 43264, "neurons": 32, "channels": 1}, Form.FUSED),
+        (TF32 | {"channels": 32, "channels_last": False}, Form.PACKED),
+        (TF32 | {"taps": 1}, Form.FUSED),
+    ],
+    ids=str,
+)
+def test_forms_in_training(changes: dict[str, Any], expected: Form) -> None:
+    conv = Geometry.convolution(2, padding=1)
+    problem = Problem("cuda", (9, 0), torch.bfloat16, False, conv, 50176, 256, 256, 9, 3)
+    assert choose_form(dataclasses.replace(problem, **changes), True, True, True) is expected
