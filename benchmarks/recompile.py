@@ -7,6 +7,8 @@
     restructure             pbfx.grow, one more dendrite at every site
     first call after it     the training step that follows, which compiles what has changed
 
+*pbfx, ops* is cut at sites like *pbfx, sites*, but each site stays the op, of which a compiler has
+nothing to generate; its kernels are compiled when they are first launched, and counted with it.
 *packed + Inductor* stands for the rival: it cannot grow, so its first call is that of a new model.
 Caches on disk are there, as they are for a user, and empty when a way begins: what the first call
 after a restructure finds in them this process has compiled for the model before it grew.
@@ -57,7 +59,7 @@ PACKED, GROWN = "packed + inductor", "pbfx, grown before"
 RESTRUCTURE, FIRST, FRESH = "restructure", "first call after it", "fresh compile"
 BEFORE, AFTER = "steady step before", "steady step after"
 # In words for the command line; the backend's are named with it in the table.
-WAYS = ("eager", "grown", "inductor", "pbfx", "regional", "sites", "reserve", "packed")
+WAYS = ("eager", "grown", "inductor", "pbfx", "regional", "sites", "ops", "reserve", "packed")
 # Of eager restructures, which vary more than compilations do.
 _ROUNDS = 3
 # A deep model adds up the roundings of its layers.
@@ -109,10 +111,11 @@ def ways(mode: str, compiler: str, reserve: int) -> list[Way]:
         Way("pbfx", backend()),
         Way("pbfx, regional", backend(regional=True)),
         Way("pbfx, sites", backend(regional="sites")),
+        Way("pbfx, ops", backend(regional="sites", strategy="kernel")),
         Way("pbfx, reserve", backend(), dataclasses.replace(CONFIG, reserve=reserve)),
     ]
     # CUDA graphs go with whole models only.
-    apart = ("pbfx, regional", "pbfx, sites")
+    apart = ("pbfx, regional", "pbfx, sites", "pbfx, ops")
     return [way for way in found if way.name not in apart or mode != "reduce-overhead"]
 
 

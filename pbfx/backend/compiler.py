@@ -1,6 +1,6 @@
 """The backend itself: lower the graph that Dynamo captured, and hand it to a compiler.
 
-    Dynamo's graph  ->  lower_dendrites  ->  Inductor, whole or block by block
+    Dynamo's graph  ->  lower_dendrites  ->  Inductor, whole or region by region
 
 A graph without dendrites goes to Inductor as it is. Parameters are made by `pbfx.transform` and
 never here: Dynamo lifts them to inputs, and an optimizer would not see what a backend added.
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pbfx.backend.out_of_place import put_out_of_place
 from pbfx.backend.regions import compile_regions, forget_regions
 from pbfx.backend.settings import Compiled, Settings, settings_of
 from pbfx.backend.sources import keep_sources
@@ -45,10 +46,10 @@ def compile_graph(
             `"max-autotune-no-cudagraphs"`, as Inductor takes them.
         options: `strategy` (`"auto"`, `"kernel"`, `"packed"`, `"looped"`), `precision` of the
             dendrites' products (`"soma"`, `"bfloat16"`, `"float16"`), `regional` (True compiles
-            blocks apart, `"sites"` sites, equal ones once, and after a growth only those that
-            changed), `compiler`
-            (`"inductor"`, `"aot_eager"`, `"eager"`), `mode`, since torch takes either `mode` or
-            `options`; everything else is Inductor's.
+            blocks apart, `"sites"` the dendrites of each site and what lies between, equal ones
+            once, and after a growth only those that changed), `compiler` (`"inductor"`,
+            `"aot_eager"`, `"eager"`), `mode`, since torch takes either `mode` or `options`;
+            everything else is Inductor's.
 
     Returns:
         The compiled graph.
@@ -65,9 +66,15 @@ def compile_graph(
 
 
 def lower(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> fx.GraphModule:
-    """Return `gm` with each dendrites op in its best form; `gm` itself where there is none."""
+    """Return `gm` with each dendrites op in its best form; `gm` itself where there is none.
+
+    For regions, what it does in place is put out of place too.
+    """
     op = torch.ops.pbfx.dendrites.default
-    if not any(node.target is op for node in gm.graph.nodes):
+    passes = LOWERING if any(node.target is op for node in gm.graph.nodes) else ()
+    if settings.regional:
+        passes = (put_out_of_place, *passes)
+    if not passes:
         return gm
     learns = any(isinstance(value, Tensor) and value.requires_grad for value in example_inputs)
     training = learns and torch.is_grad_enabled()
@@ -75,8 +82,10 @@ def lower(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> 
     lowered = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     ours, theirs = (graph.find_nodes(op="placeholder") for graph in (lowered.graph, gm.graph))
     keep_sources(gm, lowered, ours, theirs)
-    run_passes(lowered, context, LOWERING)
+    run_passes(lowered, context, passes)
     lowered.recompile()
+    if not context.records:
+        return lowered
     forms = collections.Counter(record.form for record in context.records.values())
     logger.info(
         "lowered %d sites for %s: %s",

@@ -1,13 +1,10 @@
-"""Compile a graph block by block: equal blocks once, and after a growth only those that changed.
+"""Compile a graph region by region: equal regions once, and after a growth only those that changed.
 
     stem -> blocks.0 -> blocks.1 -> ... -> head      one compiled function per distinct block
 
-A block is a run of nodes that belong to one member of a repeated container, such as `blocks.3`;
-what lies between blocks is a region too. Networks without blocks can be cut at their sites instead:
-a region is then an op with dendrites and what follows it, up to the next one. Regions are told
-apart by their content: ops and their arguments, and the shapes, strides, dtypes and gradients of
-their inputs. So twelve equal layers are compiled once, and a restructure costs the compilation of
-the regions in which it changed something.
+`cuts` tells where regions begin. They are told apart by their content: ops and their arguments, and
+the shapes, strides, dtypes and gradients of their inputs. So twelve equal layers are compiled once,
+and a restructure costs the compilation of the regions in which it changed something.
 
 Each region is a graph with a backward of its own, which costs some tens of microseconds per region
 and step, and fusion across its borders.
@@ -16,31 +13,28 @@ and step, and fusion across its borders.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
+import logging
 import operator
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.passes.split_module import split_module
+from torch.utils import _pytree as pytree
 
+from pbfx.backend.cuts import cut_at_blocks, cut_at_sites
+from pbfx.backend.out_of_place import word_of, written
 from pbfx.backend.overlap import overlapping
 from pbfx.backend.settings import Compiled, Settings
 from pbfx.backend.sources import is_static, keep_sources
 from pbfx.errors import PassError
-from pbfx.passes.lower_dendrites import module_path
+from pbfx.passes.lower_dendrites import value_of
 
-# A member of a container of modules, and something inside it: `blocks.3` of `blocks.3.conv1`. A
-# layer that is a member itself is too small to be a region.
-_BLOCK = re.compile(r"((?:\D[^.]*\.)*?\d+(?:\.\d+)*)\..+")
-# What only looks at a tensor from another side: work in place on it is work on what it looks at.
-_VIEWS = frozenset(
-    ("view", "reshape", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "getitem")
-)
-_NOT_COMPUTED = ("placeholder", "get_attr", "output")
+logger = logging.getLogger(__name__)
+
 # Compiled regions by their content, those used last at the end. A restructure leaves some behind.
 _MOST_REGIONS = 256
 _compiled: collections.OrderedDict[Any, _Known] = collections.OrderedDict()
@@ -57,14 +51,19 @@ def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Set
     Returns:
         What computes `gm`.
     """
-    region_of = assign_regions(gm.graph, by_site=settings.regional == "sites")
-    if len(set(region_of.values())) < 2:
+    cut = cut_at_sites if settings.regional == "sites" else cut_at_blocks
+    region_of = cut(gm.graph)
+    whole = _depends_on_values(gm.graph)
+    if whole:
+        logger.info("compiled as a whole: it has sizes that depend on values")
+    if whole or len(set(region_of.values())) < 2:
         with overlapping():
             return settings.inner(gm, example_inputs)
     split = split_module(
         gm, nn.Module(), lambda node: region_of[node.name], keep_original_order=True
     )
     tell_sources(gm, split)
+    order_outputs(split)
     mode, inputs = _as_fake(example_inputs)
     before = set(_compiled)
     try:
@@ -76,6 +75,13 @@ def compile_regions(gm: fx.GraphModule, example_inputs: list[Any], settings: Set
             del _compiled[key]
         raise
     return split
+
+
+def _depends_on_values(graph: fx.Graph) -> bool:
+    """Return whether it has sizes that are read off tensors: a region cannot tell them the next."""
+    sized = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+    leaves = (leaf for node in graph.nodes for leaf in pytree.tree_leaves(value_of(node)))
+    return any(isinstance(leaf, sized) and free_unbacked_symbols(leaf) for leaf in leaves)
 
 
 def tell_sources(gm: fx.GraphModule, split: fx.GraphModule) -> None:
@@ -91,6 +97,30 @@ def tell_sources(gm: fx.GraphModule, split: fx.GraphModule) -> None:
         assert isinstance(region, fx.GraphModule)
         places = region.graph.find_nodes(op="placeholder")
         keep_sources(gm, region, places, [given.get(str(arg)) for arg in call.args])
+
+
+def order_outputs(split: fx.GraphModule) -> None:
+    """Let every region return what it gives in the order in which it computes it.
+
+    It would be the order in which the next regions read it, so that a growth of theirs changed it.
+    """
+    for call in split.graph.find_nodes(op="call_module"):
+        region = split.get_submodule(str(call.target))
+        assert isinstance(region, fx.GraphModule)
+        (output,) = region.graph.find_nodes(op="output")
+        given = output.args[0]
+        if not isinstance(given, (tuple, list)):
+            continue
+        place = {node: index for index, node in enumerate(region.graph.nodes)}
+        order = sorted(range(len(given)), key=lambda index: place[given[index]])
+        if order == list(range(len(given))):
+            continue
+        output.args = (tuple(given[index] for index in order),)
+        region.recompile()
+        for taken in list(call.users):
+            assert taken.target is operator.getitem, "split_module takes every output apart"
+            taken.args = (call, order.index(taken.args[1]))
+    split.recompile()
 
 
 def _as_fake(example_inputs: list[Any]) -> tuple[Any, list[Any]]:
@@ -125,119 +155,6 @@ def forget_regions() -> None:
     _compiled.clear()
 
 
-def assign_regions(graph: fx.Graph, by_site: bool = False) -> dict[str, int]:
-    """Return the number of the region of each node that computes, by its name.
-
-    Regions are runs of nodes, so that a graph of regions has no circles. What is computed outside
-    any module after a block, such as an addition, belongs to that block, except for what no other
-    block of its container has: the mean over the last block's output is no part of that block.
-
-    Args:
-        graph: a lowered one of Dynamo's.
-        by_site: whether every site but the first begins a region, instead of every block.
-    """
-    computed = [node for node in graph.nodes if node.op not in _NOT_COMPUTED]
-    given = [module_path(node) for node in computed]
-    paths = [path.removesuffix(".dendrites") for path in given]
-    inside = {path: match[1] for path in paths if (match := _BLOCK.fullmatch(path))}
-    blocks = set(inside.values())
-    if by_site:
-        return _whole_mutations(graph, _by_site(computed, given))
-    runs: list[_Run] = []
-    for node, path in zip(computed, paths, strict=True):
-        here = path if path in blocks else inside.get(path, "")
-        if not runs or (path and here != runs[-1].block):
-            runs.append(_Run(here))
-        runs[-1].take(node, bool(path))
-    runs = _cut(runs)
-    regions = {node.name: number for number, run in enumerate(runs) for node in run.nodes}
-    return _whole_mutations(graph, regions)
-
-
-def _by_site(nodes: Sequence[fx.Node], paths: Sequence[str]) -> dict[str, int]:
-    """Return the number of the region of each node, where every site but the first begins one."""
-    sites = {path.removesuffix(".dendrites") for path in paths if path.endswith(".dendrites")}
-    here, number, regions = None, 0, {}
-    for node, path in zip(nodes, paths, strict=True):
-        site = path.removesuffix(".dendrites")
-        if site in sites and site != here:
-            number += here is not None
-            here = site
-        regions[node.name] = number
-    return regions
-
-
-@dataclasses.dataclass
-class _Run:
-    """Nodes in a row: those of a block and those outside any module that follow, `tail` of them."""
-
-    block: str
-    nodes: list[fx.Node] = dataclasses.field(default_factory=list)
-    tail: int = 0
-
-    def take(self, node: fx.Node, inside: bool) -> None:
-        self.nodes.append(node)
-        self.tail = 0 if inside else self.tail + 1
-
-    @property
-    def ops(self) -> list[Any]:
-        """What the tail computes."""
-        return [node.target for node in self.nodes[len(self.nodes) - self.tail :]]
-
-
-def _cut(runs: list[_Run]) -> list[_Run]:
-    """Move out of the last block of each container what follows it and no block before it."""
-    cut: list[_Run] = []
-    last: dict[str, _Run] = {}
-    for run, after in itertools.zip_longest(runs, runs[1:]):
-        container = run.block.rpartition(".")[0]
-        before = last.get(container)
-        cut.append(run)
-        if not run.block:
-            continue
-        last[container] = run
-        if before is None or (after is not None and after.block):
-            continue
-        common = before.ops
-        if run.tail > len(common) and run.ops[: len(common)] == common:
-            kept = len(run.nodes) - run.tail + len(common)
-            moved, run.nodes = run.nodes[kept:], run.nodes[:kept]
-            if after is None:
-                cut.append(_Run("", moved))
-            else:
-                after.nodes[:0] = moved
-    return cut
-
-
-def _whole_mutations(graph: fx.Graph, regions: dict[str, int]) -> dict[str, int]:
-    """Merge the regions between a tensor and work in place on it.
-
-    A region saves what its backward needs; another one must not change that afterwards.
-    """
-    merged = list(range(max(regions.values(), default=0) + 1))
-    for node in graph.nodes:
-        if node.name not in regions or not _in_place(node):
-            continue
-        source = node.all_input_nodes[0] if node.all_input_nodes else node
-        while source.name in regions and _name(source) in _VIEWS and source.all_input_nodes:
-            source = source.all_input_nodes[0]
-        first, last = regions.get(source.name, regions[node.name]), regions[node.name]
-        for number in range(first, last + 1):
-            merged[number] = min(merged[number], merged[first])
-    return {name: merged[number] for name, number in regions.items()}
-
-
-def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
-
-
-def _in_place(node: fx.Node) -> bool:
-    name = _name(node)
-    written = name.endswith("_") and not name.endswith("__")
-    augmented = node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-    return written or augmented or name == "setitem" or node.kwargs.get("inplace") is True
-
-
 class _Compilation(fx.Interpreter):
     """Runs a split graph on fake tensors, and compiles each region as its inputs are known."""
 
@@ -245,6 +162,11 @@ class _Compilation(fx.Interpreter):
         super().__init__(split)
         self.settings, self.mode = settings, mode
         self.extra_traceback = False
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the constant `target`, as a fake tensor if it is one."""
+        value = super().get_attr(target, args, kwargs)
+        return self.mode.from_tensor(value) if isinstance(value, Tensor) else value
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compile the region `target`, and return what it gives for `args`."""
@@ -257,16 +179,18 @@ class _Compilation(fx.Interpreter):
             # Compilers want a tuple.
             output.args = ((output.args[0],),)
             region.recompile()
-        # Before it runs, because a run may change its inputs.
+        # Before it runs, because a run may change its inputs, and whether gradients are on.
+        learns = torch.is_grad_enabled()
         key = _content(region, args, self.settings)
         known = _compiled.get(key) if key is not None else None
         if known is not None and known.outputs is not None:
             results = [output.make(self.mode) for output in known.outputs]
         else:
-            results = region(*args)
+            results = self._run(region, args)
         if known is None:
             outputs = _describe(region, args, results)
-            known = _Known(self.settings.inner(region, list(args)), outputs)
+            with torch.set_grad_enabled(learns):
+                known = _Known(self.settings.inner(region, list(args)), outputs)
         if key is not None:
             _compiled[key] = known
             _compiled.move_to_end(key)
@@ -274,6 +198,11 @@ class _Compilation(fx.Interpreter):
                 _compiled.popitem(last=False)
         self.module.add_module(target, _Region(known.compiled, alone))
         return results[0] if alone else results
+
+    def _run(self, region: fx.GraphModule, args: tuple[Any, ...]) -> Any:
+        """Return what a region gives, which is real without a mode if it is made of nothing."""
+        with self.mode:
+            return region(*args)
 
 
 class _Output(NamedTuple):
@@ -303,8 +232,12 @@ def _describe(
     region: fx.GraphModule, args: tuple[Any, ...], results: Sequence[Any]
 ) -> tuple[_Output, ...] | None:
     """Return the outputs of a region where each is a tensor in memory of its own, else None."""
-    computed = (node for node in region.graph.nodes if node.op not in _NOT_COMPUTED)
-    if any(map(_in_place, computed)):
+    # A switch of gradients is for the regions that follow too; autocast ends where a region does.
+    if region.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+        return None
+    values = dict(zip(region.graph.find_nodes(op="placeholder"), args, strict=True))
+    over = ((node, tensor) for node in region.graph.nodes if (tensor := written(node)) is not None)
+    if not all(_only_counts(node, values.get(tensor)) for node, tensor in over):
         return None
     taken = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)}
     outputs = []
@@ -329,6 +262,15 @@ def _describe(
             )
         )
     return tuple(outputs)
+
+
+def _only_counts(node: fx.Node, value: Any) -> bool:
+    """Return whether work in place on `value` adds to whole numbers, as a norm counts batches.
+
+    It leaves all that the graph after it goes by as it was: shape, strides, gradients.
+    """
+    whole = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+    return whole and word_of(node) == "add_"
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -387,8 +329,7 @@ def _content(region: fx.GraphModule, args: tuple[Any, ...], settings: Settings) 
             return ("dict", *((name, plain(item)) for name, item in value.items()))
         if isinstance(value, slice):
             return ("slice", plain(value.start), plain(value.stop), plain(value.step))
-        # A number and its type: 1, 1.0 and True are equal, but compiled differently.
-        return (type(value), value)
+        return _frozen(value)
 
     nodes = []
     for node in region.graph.nodes:
@@ -405,12 +346,26 @@ def _content(region: fx.GraphModule, args: tuple[Any, ...], settings: Settings) 
     return key
 
 
+def _frozen(value: Any) -> Any:
+    """Return what options of Inductor's say, to be compared by value and not by address.
+
+    A number comes with its type: 1, 1.0 and True are equal, but compiled differently.
+    """
+    if isinstance(value, dict):
+        return ("dict", *((name, _frozen(value[name])) for name in sorted(value, key=str)))
+    if isinstance(value, (set, frozenset)):
+        return ("set", frozenset(map(_frozen, value)))
+    if isinstance(value, (tuple, list)):
+        return (type(value).__name__, *map(_frozen, value))
+    return (type(value), value)
+
+
 def _surroundings(settings: Settings) -> tuple[Any, ...]:
     """Return what else compilers look at."""
     devices = ("cpu", "cuda")
     return (
         settings.compiler,
-        repr(sorted(getattr(settings.inner, "config", {}).items())),
+        _frozen(getattr(settings.inner, "config", {})),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_float32_matmul_precision(),

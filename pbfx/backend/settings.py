@@ -33,7 +33,8 @@ class Settings:
     Attributes:
         strategy: see `LoweringContext`.
         products: likewise.
-        regional: what is compiled apart, equal ones once: nothing, blocks (True), or sites.
+        regional: what is compiled apart, equal ones once: nothing, blocks (True), or the dendrites
+            of each site and what lies between (`"sites"`).
         compiler: who compiles the lowered graph.
         inner: the same, ready to be called.
     """

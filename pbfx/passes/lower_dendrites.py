@@ -50,8 +50,9 @@ _ACTIVATIONS = (
     "relu relu_ relu6 leaky_relu gelu silu elu celu selu mish sigmoid tanh hardtanh hardswish "
     "hardsigmoid softplus softmax log_softmax dropout"
 )
+ACTIVATIONS = frozenset(_ACTIVATIONS.split())
 _NORMS = "batch_norm layer_norm group_norm instance_norm rms_norm"
-_FUSED = frozenset(f"{_ARITHMETIC} {_ACTIVATIONS} {_NORMS}".split())
+_FUSED = ACTIVATIONS | frozenset(f"{_ARITHMETIC} {_NORMS}".split())
 # What only looks at the values from another side, so that fusion reaches past it.
 _LOOKS = (
     "view reshape reshape_as flatten unflatten squeeze unsqueeze transpose permute movedim "

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-import types
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,11 @@ import torch._inductor.config
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
+from training_steps import QUICK, assert_alike, compiled, each_case, grown, step
 
 import pbfx
-from models import CASES, Case, randomise, run
+from models import CASES, randomise, run
 from pbfx.backend import compile_graph, compiler
-from pbfx.backend.overlap import overlapping
-from pbfx.backend.regions import _compiled as compiled_regions
-from pbfx.backend.regions import assign_regions, forget_regions
 from pbfx.backend.settings import settings_of
 from pbfx.errors import ConfigError, PassError
 from pbfx.passes.lower_dendrites import LoweringContext, lower_dendrites
@@ -32,13 +29,6 @@ ROOT = Path(__file__).resolve().parents[2]
 needs_cxx = pytest.mark.skipif(
     not shutil.which("c++") and not shutil.which("g++"), reason="no C++ compiler"
 )
-# AOTAutograd without code generation: the same graphs as for Inductor, in a fraction of the time.
-QUICK = {"compiler": "aot_eager"}
-
-
-# Dynamo breaks the graph at a GRU, whoever compiles it.
-WHOLE = {name: case for name, case in CASES.items() if name != "attention"}
-each_case = pytest.mark.parametrize("case", WHOLE.values(), ids=WHOLE.keys())
 
 
 @pytest.fixture(autouse=True)
@@ -46,37 +36,6 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def grown(case: Case, dendrites: int = 2) -> nn.Module:
-    model = pbfx.grow(pbfx.transform(case.build()), dendrites)
-    randomise(model)
-    return model
-
-
-def compiled(model: nn.Module, **options: object) -> nn.Module:
-    return torch.compile(model, backend=compile_graph, fullgraph=True, options=options)
-
-
-def step(model: nn.Module, owner: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Run one training step from the same state every time; return outputs and gradients."""
-    state = copy.deepcopy(owner.state_dict())
-    outs = run(model, x)
-    sum((out.square().sum() for out in outs), torch.zeros(())).backward()
-    found = {f"output {i}": out.detach() for i, out in enumerate(outs)}
-    found |= {n: p.grad for n, p in owner.named_parameters() if p.grad is not None}
-    owner.zero_grad(set_to_none=True)
-    owner.load_state_dict(state)
-    return found
-
-
-def assert_alike(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        # ‖found - wanted‖ / ‖wanted‖ in float32, as in the kernels' table; a bias before a norm has
-        # a gradient of zero, but for rounding.
-        distance = (found[name] - value).norm() / value.norm().clamp(min=1)
-        assert distance <= 1e-5, f"{name}: {distance}"
 
 
 def test_torch_finds_it_by_its_entry_point(tmp_path):
@@ -128,14 +87,6 @@ def test_growth_leaves_the_output_alone(case):
         for one, other in zip(found, wanted, strict=True):
             assert torch.equal(one, other)
             assert torch.equal(one.signbit(), other.signbit())
-
-
-@each_case
-@pytest.mark.parametrize("regional", [True, "sites"])
-def test_regions(case, regional):
-    model, x = grown(case), case.input()
-    call = compiled(model, regional=regional, **QUICK)
-    assert_alike(step(call, model, x), step(model, model, x))
 
 
 @pytest.mark.parametrize("strategy", ["auto", "packed"])
@@ -229,7 +180,7 @@ def test_precision_rounds_the_dendrites_and_not_the_soma(precision):
     assert torch.equal(compiled(model, precision=precision, compiler="eager")(x), plain)
 
 
-@pytest.mark.parametrize("regional", [False, True])
+@pytest.mark.parametrize("regional", [False, True, "sites"])
 def test_dynamic_batch_sizes(regional):
     case = CASES["convolutional"]
     model = grown(case).eval()
@@ -242,124 +193,6 @@ def test_dynamic_batch_sizes(regional):
         torch.testing.assert_close(call(x), model(x))
     code = type(model).forward.__code__
     assert len(torch._dynamo.eval_frame._debug_get_cache_entry_list(code)) == 1
-
-
-def test_equal_blocks_are_compiled_once_and_a_growth_recompiles_what_changed(monkeypatch):
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.fc = nn.LayerNorm(4), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + torch.relu(self.fc(self.norm(x)))
-
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(3, 4), nn.Sequential(*(Block() for _ in range(6))))
-    model = pbfx.grow(pbfx.transform(plain))
-    regions = []
-
-    def counted(name: str):
-        def compile_region(gm: fx.GraphModule, inputs: list[Tensor]):
-            regions.append(gm)
-            return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
-
-        return compile_region
-
-    monkeypatch.setattr("pbfx.backend.settings._registered", counted)
-    call, x = compiled(model, regional=True, **QUICK), torch.randn(5, 3)
-
-    def new() -> int:
-        before = len(regions)
-        assert_alike(step(call, model, x), step(model, model, x))
-        return len(regions) - before
-
-    # The stem, and one for all six blocks.
-    assert new() == 2
-    # The other five blocks need not run to be known.
-    assert [known.outputs is not None for known in compiled_regions.values()] == [True, True]
-    assert new() == 0
-    pbfx.grow(model, 1, sites="1.3.fc")
-    assert new() == 1
-    pbfx.grow(model, 1, sites=["1.0.fc", "1.1.fc"])
-    # They are now what that one is.
-    assert new() == 0
-    pbfx.grow(model)
-    # The stem, and blocks of three dendrites: there are some of two already.
-    assert new() == 2
-
-
-def test_a_region_for_each_site():
-    graph = fx.Graph()
-    value = graph.placeholder("x")
-    # What comes before the first site is its own; a site that is called twice in a row goes on.
-    for path in ("norm", "a", "a.dendrites", "", "b", "b.dendrites", "b", "b.dendrites", "", "c"):
-        value = graph.call_function(torch.relu, (value,))
-        value.meta["nn_module_stack"] = {"a": (path, nn.ReLU)} if path else {}
-    graph.output(value)
-    assert list(assign_regions(graph, by_site=True).values()) == [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
-    assert set(assign_regions(graph).values()) == {0}
-
-
-def test_work_in_place_stays_in_one_region():
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    relu = graph.call_function(torch.relu, (x,))
-    relu.meta["nn_module_stack"] = {"a": ("blocks.0.act", nn.ReLU)}
-    other = graph.call_function(torch.tanh, (relu,))
-    other.meta["nn_module_stack"] = {"a": ("blocks.1.act", nn.Tanh)}
-    added = graph.call_method("add_", (relu, other))
-    added.meta["nn_module_stack"] = {"a": ("blocks.2.act", nn.ReLU)}
-    graph.output(added)
-    assert set(assign_regions(graph).values()) == {0}
-    graph.erase_node(added) if not added.users else added.replace_all_uses_with(other)
-    graph.erase_node(added)
-    assert assign_regions(graph) == {relu.name: 0, other.name: 1}
-
-
-def chain(*ops: tuple[object, str]) -> fx.Graph:
-    """A graph that applies functions one after the other, each in the module at a path."""
-    graph = fx.Graph()
-    value = graph.placeholder("x")
-    for function, path in ops:
-        value = graph.call_function(function, (value,))
-        value.meta["nn_module_stack"] = {"a": (path, nn.ReLU)} if path else {}
-    graph.output(value)
-    return graph
-
-
-@pytest.mark.parametrize(
-    ("ops", "regions"),
-    [
-        # What both have belongs to both; the mean is the head's.
-        (
-            [
-                *[(torch.relu, "blocks.0.act"), (torch.exp, "")],
-                *[(torch.relu, "blocks.1.act"), (torch.exp, ""), (torch.mean, "")],
-                (torch.tanh, "head"),
-            ],
-            [0, 0, 1, 1, 2, 2],
-        ),
-        # Nothing follows.
-        ([(torch.relu, "b.0.act"), (torch.relu, "b.1.act"), (torch.mean, "")], [0, 1, 2]),
-        # The last one lacks what the first has: the mean is in the place of it.
-        (
-            [(torch.relu, "b.0.act"), (torch.exp, ""), (torch.relu, "b.1.act"), (torch.mean, "")],
-            [0, 0, 1, 1],
-        ),
-        # Alone in its container, it may be that a block ends so.
-        ([(torch.relu, "b.0.act"), (torch.mean, "")], [0, 0]),
-        # Between two containers, and in the midst of a block.
-        (
-            [
-                *[(torch.relu, "b.0.act"), (torch.exp, ""), (torch.relu, "b.0.act")],
-                *[(torch.relu, "b.1.act"), (torch.exp, ""), (torch.relu, "c.0.act")],
-            ],
-            [0, 0, 0, 1, 1, 2],
-        ),
-    ],
-)
-def test_what_follows_the_last_block_is_no_part_of_it(ops, regions):
-    assert list(assign_regions(chain(*ops)).values()) == regions
 
 
 @pytest.mark.parametrize(
@@ -489,94 +322,3 @@ def test_plain_inductor_takes_it_too():
     model, x = grown(case).eval(), case.input()
     with torch._inductor.config.patch(compile_threads=1):
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
-
-
-class Workers:
-    """Stands for Inductor's: notes when they are waited for."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from torch._inductor.async_compile import AsyncCompile
-
-        self.waited: list[str] = []
-        self.kind = AsyncCompile
-
-        def wait(kernels: object, scope: dict[str, str]) -> None:
-            self.waited.append(scope["name"])
-
-        monkeypatch.setattr(AsyncCompile, "wait", wait)
-        self.wait = wait
-
-    def compile(self, name: str) -> None:
-        self.kind().wait({"name": name})
-
-
-def test_kernels_of_all_regions_are_waited_for_at_the_end(monkeypatch):
-    workers = Workers(monkeypatch)
-    with overlapping():
-        workers.compile("stem")
-        workers.compile("block")
-        assert not workers.waited
-        assert torch._functorch.config.force_non_lazy_backward_lowering
-    assert workers.waited == ["stem", "block"]
-    assert workers.kind.wait is workers.wait
-    assert not torch._functorch.config.force_non_lazy_backward_lowering
-
-
-def test_where_a_region_fails_those_before_it_get_their_kernels(monkeypatch):
-    workers = Workers(monkeypatch)
-
-    def fail() -> None:
-        with overlapping():
-            workers.compile("stem")
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert workers.waited == ["stem"]
-    assert workers.kind.wait is workers.wait
-
-
-def test_a_region_whose_kernels_fail_is_forgotten(monkeypatch):
-    from torch._inductor.codecache import PyCodeCache
-
-    monkeypatch.setattr(PyCodeCache, "modules_no_attr", {})
-    workers = Workers(monkeypatch)
-    for name in ("stem", "block"):
-        module = PyCodeCache.modules_no_attr[name] = types.ModuleType(name)
-        vars(module).update(name=name)
-
-    def fail() -> None:
-        with overlapping():
-            for module in list(PyCodeCache.modules_no_attr.values()):
-                workers.kind().wait(vars(module))
-            monkeypatch.setattr(workers, "waited", None)
-
-    # Nothing can be noted any more.
-    with pytest.raises(AttributeError, match="append"):
-        fail()
-    assert PyCodeCache.modules_no_attr == {}
-
-
-def test_regions_are_compiled_anew_after_a_failure(monkeypatch):
-    model, x = grown(CASES["residual"]), CASES["residual"].input()
-
-    def crashes(*_: object) -> None:
-        raise OSError("a worker has died")
-
-    forget_regions()
-    with monkeypatch.context() as patch:
-        patch.setattr("pbfx.backend.overlap._finish", crashes)
-        with pytest.raises(BackendCompilerFailed, match="a worker has died"):
-            compiled(model, regional=True, **QUICK)(x)
-    assert not compiled_regions
-    torch._dynamo.reset()
-    assert_alike(step(compiled(model, regional=True, **QUICK), model, x), step(model, model, x))
-
-
-@needs_cxx
-def test_regions_whose_kernels_workers_compile():
-    """Kernels, forward and backward, are there when the compiled model is first called."""
-    case = CASES["residual"]
-    model, x = grown(case), case.input()
-    with torch._inductor.config.patch(fallback_random=True, compile_threads=2):
-        assert_alike(step(compiled(model, regional=True), model, x), step(model, model, x))

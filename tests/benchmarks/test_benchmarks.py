@@ -143,6 +143,7 @@ def test_tiny_run(name, tmp_path, capsys):
             "pbfx": "1",
             "pbfx, regional": "1",
             "pbfx, sites": "1",
+            "pbfx, ops": "1",
             "pbfx, reserve": "0",
         }
     elif name == "models":

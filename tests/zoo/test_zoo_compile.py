@@ -1,4 +1,4 @@
-"""What plain Inductor takes whole, the backend takes whole: forward and backward as in eager.
+"""What plain Inductor takes whole, the backend takes: forward and backward as in eager.
 
 AOTAutograd stands in for Inductor, whose C++ compiler takes minutes per member: the lowered graph
 and its derivative are the same. Where AOTAutograd without Inductor fails on the plain model already
@@ -72,15 +72,15 @@ def step(model: nn.Module, owner: nn.Module, member: Member) -> tuple[list[Tenso
 
 
 @each_member
-def test_compiled_as_in_eager(member):
+@pytest.mark.parametrize("regional", [False, "sites"])
+def test_compiled_as_in_eager(member, regional):
     compiler = compiler_for(member)
     if compiler is None:
         pytest.skip("Dynamo breaks the plain model's graph")
     model = pbfx.grow(pbfx.transform(member.fresh()), 2)
     randomise(model, scale=0.1)
-    compiled = torch.compile(
-        model, backend=compile_graph, fullgraph=True, options={"compiler": compiler}
-    )
+    options = {"compiler": compiler, "regional": regional}
+    compiled = torch.compile(model, backend=compile_graph, fullgraph=True, options=options)
     outs, grads = step(compiled, model, member)
     wanted, wanted_grads = step(model, model, member)
     assert grads.keys() == wanted_grads.keys()
