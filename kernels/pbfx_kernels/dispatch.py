@@ -13,7 +13,15 @@ from pbfx_kernels import reference
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like, writable
-from pbfx_kernels.strategy import Problem, Route, Strategy, choose, problem_of, route
+from pbfx_kernels.strategy import (
+    Problem,
+    Route,
+    Strategy,
+    choose,
+    choose_again,
+    problem_of,
+    route,
+)
 from pbfx_kernels.walking import REMEMBERED
 from pbfx_kernels.ways import Way, fastest_way, ways_of
 
@@ -226,7 +234,7 @@ def recompute_to_soma_gradient(
             return plain()
         return _launch_gradient(Way(strategy), grad, *dendrites, geometry)
     problem = problem_of(grad, weight, geometry)
-    chosen = choose(problem)
+    chosen = choose_again(problem)
     if chosen is Strategy.REFERENCE:
         return plain()
 

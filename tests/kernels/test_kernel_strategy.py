@@ -46,6 +46,30 @@ def test_where_linear_somas_are_fused(problem: Problem, expected: bool) -> None:
     assert strategy.fuses(problem) is expected
 
 
+MNIST = but(geometry=Geometry.convolution(2), channels=32, taps=9, channels_last=False)
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        (MNIST, Strategy.SPLIT),
+        (dataclasses.replace(MNIST, dtype=torch.float32, tf32=True), Strategy.SPLIT),
+        # Rounded to TF32 against the user's will.
+        (dataclasses.replace(MNIST, dtype=torch.float32), Strategy.PACKED),
+        (dataclasses.replace(MNIST, dendrites=6), Strategy.PACKED),
+        (dataclasses.replace(MNIST, channels=64), Strategy.PACKED),
+        (dataclasses.replace(MNIST, capability=(8, 0)), Strategy.PACKED),
+        (dataclasses.replace(MNIST, dtype=torch.float64), Strategy.REFERENCE),
+        (but(channels=4096), Strategy.PACKED),
+    ],
+    ids=str,
+)
+def test_a_backward_that_recomputes_writes_no_preactivations(
+    problem: Problem, expected: Strategy
+) -> None:
+    assert strategy.choose_again(problem) is expected
+
+
 CONV = but(geometry=Geometry.convolution(2, padding=1), channels=128, taps=9)
 TF32 = dataclasses.replace(CONV, dtype=torch.float32, tf32=True)
 
