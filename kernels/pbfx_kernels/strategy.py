@@ -29,7 +29,7 @@ _LOG = logging.getLogger(__name__)
 # The oldest architecture with bfloat16, TF32 and asynchronous copies: Ampere.
 _LEAST_CAPABILITY = (8, 0)
 # Where the thresholds below were measured: Hopper.
-_MEASURED_CAPABILITY = 9
+_HOPPER = 9
 # Unrolled cascades; beyond, their code and registers grow out of hand.
 _MOST_PACKED, _MOST_SPLIT, _MOST_FUSED = 8, 5, 7
 # Rows of a matrix that a descriptor loads from start at multiples of so many bytes.
@@ -187,8 +187,7 @@ def choose_again(problem: Problem) -> Strategy:
     MNIST's conv2 and a batch of 1024 *split* takes 323 µs for 269, and does not write 216 MiB.
     """
     chosen, few = choose(problem), problem.inputs <= RECOMPUTED_INPUTS
-    measured = problem.capability is not None and problem.capability[0] == _MEASURED_CAPABILITY
-    if chosen is Strategy.PACKED and problem.geometry.spatial == 2 and few and measured:
+    if chosen is Strategy.PACKED and problem.geometry.spatial == 2 and few and _is_hopper(problem):
         return Strategy.SPLIT if can_split(problem) else chosen
     return chosen
 
@@ -347,6 +346,10 @@ def route(problem: Problem, shape: Sequence[int]) -> Route | None:
     return Route.PATCHES if _patched(problem) else None
 
 
+def _is_hopper(problem: Problem) -> bool:
+    return problem.capability is not None and problem.capability[0] == _HOPPER
+
+
 def _capability(tensor: Tensor) -> tuple[int, int] | None:
     return _capability_of(tensor.get_device()) if tensor.device.type == "cuda" else None
 
@@ -423,11 +426,10 @@ def streams(problem: Problem) -> bool:
 
 def launches(problem: Problem) -> bool:
     """Return whether a *fused* kernel can compute a site; for convolutions see `route` too."""
-    # Elsewhere it may spill.
-    hopper = problem.capability is not None and problem.capability[0] == 9
     geometry, size = problem.geometry, problem.dtype.itemsize
     if (
-        not hopper
+        # Elsewhere it may spill.
+        not _is_hopper(problem)
         or problem.device != "cuda"
         or not (size == 2 or (problem.dtype == torch.float32 and problem.tf32))
         or not 1 <= problem.dendrites <= _MOST_FUSED
@@ -491,7 +493,7 @@ def _say_once(reason: str) -> None:
 
 
 def _say_if_unmeasured(problem: Problem) -> None:
-    if problem.capability is not None and problem.capability[0] != _MEASURED_CAPABILITY:
+    if problem.capability is not None and not _is_hopper(problem):
         _say_unmeasured_once(problem.capability)
 
 
