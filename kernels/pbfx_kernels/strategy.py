@@ -75,6 +75,10 @@ _FEW_POSITIONS, _FEW_INPUTS = 512, 2048
 # ones with this many inputs and no more, which they do not stack well.
 IMAGE_CHANNELS = 3
 _SPLIT_NHWC_INPUTS = 576
+# On Hopper, where the kernel is that of *fused*, in either layout: windows, and single taps. In 16
+# bits at D = 3, 0.62 to 0.96 of *packed*, soma included, at 3x3 over 32 and 64 channels and 1x1 over
+# 64 to 256, 1.03 at MNIST's conv2 in NCHW; 1.13 at 1x1 over 512. And no preactivations in memory.
+_SPLIT_WINDOW_INPUTS, _SPLIT_POINTWISE_INPUTS = 576, 256
 # Inputs per neuron of a convolution up to which a backward computes activations again.
 RECOMPUTED_INPUTS = 512
 # What stands for a size that is known only as the graph runs.
@@ -238,9 +242,19 @@ def _split_wins(problem: Problem) -> bool:
         return few or (small and problem.inputs <= _SPLIT_INPUTS)
     if problem.channels <= IMAGE_CHANNELS:
         return True
+    if small and _is_hopper(problem) and _steps_by_one(problem):
+        most = _SPLIT_WINDOW_INPUTS if problem.taps > 1 else _SPLIT_POINTWISE_INPUTS
+        return problem.inputs <= most
     # Pointwise convolutions are GEMMs.
     gathered = problem.taps > 1 and problem.inputs <= _SPLIT_NHWC_INPUTS
     return small and gathered and problem.channels_last and problem.channels > 32
+
+
+def _steps_by_one(problem: Problem) -> bool:
+    """Return whether descriptors load a convolution's input whatever the size of its images."""
+    geometry, measured = problem.geometry, problem.dendrites <= _MOST_FUSED_MEASURED
+    plain = geometry.groups == 1 and geometry.stride == (1, 1)
+    return measured and plain and launches(problem) and _walks(problem)
 
 
 def can_fuse(

@@ -57,7 +57,7 @@ MNIST = but(geometry=Geometry.convolution(2), channels=32, taps=9, channels_last
         # Rounded to TF32 against the user's will.
         (dataclasses.replace(MNIST, dtype=torch.float32), Strategy.PACKED),
         (dataclasses.replace(MNIST, dendrites=6), Strategy.PACKED),
-        (dataclasses.replace(MNIST, channels=64), Strategy.PACKED),
+        (dataclasses.replace(MNIST, channels=128), Strategy.PACKED),
         (dataclasses.replace(MNIST, capability=(8, 0)), Strategy.PACKED),
         (dataclasses.replace(MNIST, dtype=torch.float64), Strategy.REFERENCE),
         (but(channels=4096), Strategy.PACKED),
@@ -144,8 +144,28 @@ def test_where_weights_are_streamed(problem: Problem, expected: bool) -> None:
         (but(dtype=torch.float32, tf32=True), Strategy.PACKED),
         (but(dtype=torch.float32, tf32=True, positions=99), Strategy.SPLIT),
         (but(geometry=Geometry.convolution(2), taps=9), Strategy.SPLIT),
-        (but(geometry=Geometry.convolution(2), taps=9, channels_last=False), Strategy.PACKED),
-        (but(geometry=Geometry.convolution(2)), Strategy.PACKED),
+        *[
+            (but(geometry=Geometry.convolution(2), capability=capability, **site), expected)
+            for site, hopper, ampere in (
+                ({"taps": 9}, Strategy.SPLIT, Strategy.SPLIT),
+                ({"taps": 9, "channels_last": False}, Strategy.SPLIT, Strategy.PACKED),
+                ({"taps": 9, "channels": 32}, Strategy.SPLIT, Strategy.PACKED),
+                ({"taps": 9, "channels": 128}, Strategy.PACKED, Strategy.PACKED),
+                ({"channels": 256}, Strategy.SPLIT, Strategy.PACKED),
+                ({"channels": 512}, Strategy.PACKED, Strategy.PACKED),
+                # What the kernel of *fused* does not know, or was not measured for.
+                ({"taps": 9, "channels": 12}, Strategy.PACKED, Strategy.PACKED),
+                ({"channels": 256, "dendrites": 4}, Strategy.PACKED, Strategy.PACKED),
+                (
+                    {"channels": 256, "dtype": torch.float32, "tf32": True},
+                    Strategy.PACKED,
+                    Strategy.PACKED,
+                ),
+            )
+            for capability, expected in (((9, 0), hopper), ((8, 0), ampere))
+        ],
+        (but(geometry=Geometry.convolution(2, stride=2)), Strategy.PACKED),
+        (but(geometry=Geometry.convolution(2, groups=4), channels=16), Strategy.PACKED),
         (but(geometry=Geometry.convolution(2), channels=3, taps=49), Strategy.SPLIT),
         (
             but(
