@@ -75,10 +75,12 @@ _FEW_POSITIONS, _FEW_INPUTS = 512, 2048
 # ones with this many inputs and no more, which they do not stack well.
 IMAGE_CHANNELS = 3
 _SPLIT_NHWC_INPUTS = 576
-# On Hopper, where the kernel is that of *fused*, in either layout: windows, and single taps. In 16
-# bits at D = 3, 0.62 to 0.96 of *packed*, soma included, at 3x3 over 32 and 64 channels and 1x1 over
-# 64 to 256, 1.03 at MNIST's conv2 in NCHW; 1.13 at 1x1 over 512. And no preactivations in memory.
-_SPLIT_WINDOW_INPUTS, _SPLIT_POINTWISE_INPUTS = 576, 256
+# On Hopper, where the kernel is that of *fused*, in 16 bits and up to D = 3: of the time of *packed*,
+# soma included, 0.76 to 0.99 at 1x1 over 64 and 256 channels, and 1.13 over 512; at 3x3 over 32 and
+# 64, 0.61 to 0.99 from D = 2 on in NHWC, and from D = 3 on in NCHW, where MNIST's conv2 takes 1.03,
+# but up to 1.3 below. And no preactivations in memory.
+_SPLIT_POINTWISE_INPUTS, _SPLIT_WINDOW_INPUTS = 256, 576
+_LEAST_SPLIT_NHWC, _LEAST_SPLIT_NCHW = 2, 3
 # Inputs per neuron of a convolution up to which a backward computes activations again.
 RECOMPUTED_INPUTS = 512
 # What stands for a size that is known only as the graph runs.
@@ -243,8 +245,10 @@ def _split_wins(problem: Problem) -> bool:
     if problem.channels <= IMAGE_CHANNELS:
         return True
     if small and _is_hopper(problem) and _steps_by_one(problem):
-        most = _SPLIT_WINDOW_INPUTS if problem.taps > 1 else _SPLIT_POINTWISE_INPUTS
-        return problem.inputs <= most
+        if problem.taps == 1:
+            return problem.inputs <= _SPLIT_POINTWISE_INPUTS
+        least = _LEAST_SPLIT_NHWC if problem.channels_last else _LEAST_SPLIT_NCHW
+        return problem.inputs <= _SPLIT_WINDOW_INPUTS and problem.dendrites >= least
     # Pointwise convolutions are GEMMs.
     gathered = problem.taps > 1 and problem.inputs <= _SPLIT_NHWC_INPUTS
     return small and gathered and problem.channels_last and problem.channels > 32

@@ -151,6 +151,14 @@ def test_where_weights_are_streamed(problem: Problem, expected: bool) -> None:
                 ({"taps": 9, "channels_last": False}, Strategy.SPLIT, Strategy.PACKED),
                 ({"taps": 9, "channels": 32}, Strategy.SPLIT, Strategy.PACKED),
                 ({"taps": 9, "channels": 128}, Strategy.PACKED, Strategy.PACKED),
+                ({"taps": 9, "dendrites": 2}, Strategy.SPLIT, Strategy.SPLIT),
+                ({"taps": 9, "dendrites": 1}, Strategy.PACKED, Strategy.SPLIT),
+                (
+                    {"taps": 9, "dendrites": 2, "channels_last": False},
+                    Strategy.PACKED,
+                    Strategy.PACKED,
+                ),
+                ({"channels": 256, "dendrites": 1}, Strategy.SPLIT, Strategy.PACKED),
                 ({"channels": 256}, Strategy.SPLIT, Strategy.PACKED),
                 ({"channels": 512}, Strategy.PACKED, Strategy.PACKED),
                 # What the kernel of *fused* does not know, or was not measured for.
