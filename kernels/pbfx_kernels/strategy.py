@@ -75,10 +75,10 @@ _FEW_POSITIONS, _FEW_INPUTS = 512, 2048
 # ones with this many inputs and no more, which they do not stack well.
 IMAGE_CHANNELS = 3
 _SPLIT_NHWC_INPUTS = 576
-# On Hopper, where the kernel is that of *fused*, in 16 bits and up to D = 3: of the time of *packed*,
-# soma included, 0.76 to 0.99 at 1x1 over 64 and 256 channels, and 1.13 over 512; at 3x3 over 32 and
-# 64, 0.61 to 0.99 from D = 2 on in NHWC, and from D = 3 on in NCHW, where MNIST's conv2 takes 1.03,
-# but up to 1.3 below. And no preactivations in memory.
+# On Hopper, where the kernel is that of *fused*, in 16 bits and up to D = 3: of what *packed*
+# takes, soma included, 0.76 to 0.99 at 1x1 over 64 and 256 channels, and 1.13 over 512; at 3x3
+# over 32 and 64, 0.61 to 0.99 from D = 2 on in NHWC, and from D = 3 on in NCHW, where MNIST's
+# conv2 takes 1.03, but up to 1.3 below. And no preactivations in memory.
 _SPLIT_POINTWISE_INPUTS, _SPLIT_WINDOW_INPUTS = 256, 576
 _LEAST_SPLIT_NHWC, _LEAST_SPLIT_NCHW = 2, 3
 # Inputs per neuron of a convolution up to which a backward computes activations again.
