@@ -11,10 +11,10 @@ TEST_WORKERS ?= 8
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench sanitize clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
 	@echo '  Options:     ARGS="..." is handed on to demo, test and bench; PYTHON=python3.12 picks the interpreter'
 
 demo: $(VENV)/.stamp-demo ## Watch a network grow dendrites
@@ -31,6 +31,12 @@ lint: $(VENV)/.stamp-dev ## Check style, format, types and spelling
 
 bench: $(VENV)/.stamp-bench ## Run the benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Torch's own allocator would hand out memory that goes on past the end of a tensor. Errors of CUDA's
+# API are torch's business, which makes some on purpose.
+sanitize: $(VENV)/.stamp-dev ## Look for bad accesses in small cases of the kernels, on a GPU
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
+	  $(BIN)/python -m pytest -m gpu -p no:cacheprovider -q @tests/gpu/sanitized.txt
 
 clean: ## Remove caches, build output and the .venv that make made
 	rm -rf build dist *.egg-info kernels/*.egg-info .hypothesis .pytest_cache .ruff_cache .coverage
