@@ -30,7 +30,6 @@ from pbfx.passes import (
     unfold_layers,
 )
 from pbfx.paths import find_module, module_at, modules_in
-from pbfx.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -108,36 +107,29 @@ def run_passes(
 ) -> tuple[PassRecord, ...]:
     """Run `passes` over `gm.graph` in place and return a record of each. The caller recompiles.
 
-    What a pass has edited is checked, whatever it says: the graph must hold together, and a second
-    run must leave it alone. What it has not edited is what the pass before it left.
+    What a pass has edited is checked, whatever it says: the graph must hold together. What it has
+    not edited is what the pass before it left.
 
     Raises:
-        PassError: naming the pass, if it raised, broke the graph, or is not idempotent.
+        PassError: naming the pass, if it raised or broke the graph.
     """
     records = []
     names: dict[_Op, str] = {}
     before, content = _ops(gm, names), content_of(gm.graph)
     for rewrite in passes:
-        name, started, again = rewrite.__name__, time.perf_counter(), 0
+        name, started = rewrite.__name__, time.perf_counter()
         try:
             rewrites = rewrite(gm, ctx)
             edited = content_of(gm.graph)
             untouched = not rewrites and is_same(edited, content)
-            if not untouched:
-                if not _holds_together(gm):
-                    _lint(gm)
-                again = rewrite(gm, ctx)
+            if not untouched and not _holds_together(gm):
+                _lint(gm)
         # A pass runs over arbitrary graphs; whatever it raises is a bug that must carry the name of
         # the pass.
         except Exception as error:
             raise PassError(
                 f"pass {name} failed on {type(gm).__name__}: {type(error).__name__}: {error}"
             ) from error
-        if again:
-            raise PassError(
-                f"pass {name} is not idempotent on {type(gm).__name__}: a second run made "
-                f"{counted(again, 'rewrite')}"
-            )
         after = before if untouched else _ops(gm, names)
         added = collections.Counter(names[op] for op in after if op not in before)
         removed = collections.Counter(names[op] for op in before if op not in after)

@@ -10,7 +10,9 @@ import pbfx
 from benchmarks.weights import Read, left_out, nearest_owner, weights_read
 from models import assert_equal, randomise
 from pbfx.parts import parts_of
+from pbfx.passes.context import PassContext
 from pbfx.paths import join
+from pbfx.pipeline import run_passes
 from zoo.member import Member, tensors_of
 from zoo.registry import ZOO
 
@@ -170,6 +172,13 @@ def test_dendrites_matter_and_learn(member):
     assert [n for n in sorted(reached) if learning[n] is None or not learning[n].any()] == []
 
 
+def assert_nothing_is_left_to_rewrite(model: nn.Module) -> None:
+    for part in parts_of(model).values():
+        perforation = part.perforation
+        records = run_passes(part, PassContext(perforation.sites, perforation.phase))
+        assert [record for record in records if record.rewrites] == []
+
+
 @each_member
 def test_dendrite_phase(member):
     model = pbfx.transform(member.fresh(), pbfx.Config(priming_batches=1, measure_every=2))
@@ -188,6 +197,7 @@ def test_dendrite_phase(member):
     policy = pbfx.Interval(neuron_epochs=1, dendrite_epochs=1)
     tracker = pbfx.Tracker(model, optimizer, policy=policy, max_dendrites=1)
     assert tracker.step(0.0).phase is pbfx.Phase.DENDRITE
+    assert_nothing_is_left_to_rewrite(model)
     candidates = {n: t.clone() for n, t in model.state_dict().items() if n not in base}
     for _ in range(4):
         train()
@@ -196,6 +206,7 @@ def test_dendrite_phase(member):
     assert any(not torch.equal(model.state_dict()[n], t) for n, t in candidates.items())
     step = tracker.step(0.0)
     assert (step.phase, step.dendrites) == (pbfx.Phase.NEURON, 1)
+    assert_nothing_is_left_to_rewrite(model)
     assert {site.name: site.dendrites for site in pbfx.explain(model).sites} == {
         name: 0 if name in member.silent else 1 for name in sites_of(model)
     }
