@@ -96,6 +96,11 @@ def latest(rows: Iterable[Row], having: str | None = None) -> dict[tuple[str, in
     return found
 
 
+def compared(rows: Sequence[Row]) -> dict[tuple[str, int], Measured]:
+    """Return the rows of each case's latest run against compiled rivals, or of its latest run."""
+    return latest(rows) | latest(rows, having=INDUCTOR) | latest(rows, having=PACKED_INDUCTOR)
+
+
 def gains(cases: Mapping[tuple[str, int], Measured], rival: str, own: str) -> list[float]:
     """Return by which factor `own` is faster than `rival`, for all cases that have both."""
     return [
@@ -127,7 +132,7 @@ def memory_bound(row: Row) -> bool:
 
 
 def _table(dtype: str, mode: str, rows: Sequence[Row]) -> Case:
-    cases, cells = latest(rows), []
+    cases, cells = compared(rows), []
     for rival in _AGAINST:
         met = latest(rows, having=rival)
         found = {own: gains(met, rival, own) for own in OURS}

@@ -1,11 +1,13 @@
 """Run one benchmark: options, table, CSV and exit codes.
 
-Exit codes: 0 done; 1 an output was wrong, so nothing was timed; 2 a wrong option or name.
+Exit codes: 0 done; 1 an output was wrong, so nothing was timed; 2 a wrong option or name; 141
+nobody reads the output any more.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser_of(benchmark).parse_args(rest)
     try:
         if benchmark.summarize and args.summary:
-            print("\n\n".join(render(case) for case in benchmark.summarize(args.summary)))
+            summary = "\n\n".join(render(case) for case in benchmark.summarize(args.summary))
+            print(summary, flush=True)
             return 0
         return run(benchmark, args)
     except UsageError as error:
@@ -53,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"benchmarks {name}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # `head` has enough. Python would flush again at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def listing() -> str:

@@ -7,6 +7,8 @@ import csv
 import dataclasses
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import nn
 
 from benchmarks import dendrite_step, lower, restructure, step, whole
 from benchmarks.benchmark import Case
-from benchmarks.environment import COLUMNS, git_revision
+from benchmarks.environment import COLUMNS, ROOT, git_revision
 from benchmarks.errors import GateError, UsageError
 from benchmarks.gate import (
     gradient_errors,
@@ -440,3 +442,16 @@ def test_models_that_fail_or_learn_wrongly_compiled_are_left_out(monkeypatch, ca
     compiled = ["plain, inductor", "pbfx, inductor"]
     rivals = ["plain, inductor", "packed, inductor", "pbfx, inductor"]
     assert found == [("0", name) for name in compiled] + [("1", name) for name in rivals]
+
+
+def test_a_reader_that_has_enough_ends_a_run():
+    command = [sys.executable, "-m", "benchmarks", "kernels", "--summary"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    complaint = process.stderr.read()
+    assert (process.wait(), complaint) == (141, "")
+    process.stderr.close()

@@ -217,6 +217,18 @@ def test_a_summary_of_other_files_is_refused(tmp_path, capsys, text):
     assert f"--summary {path}: " in capsys.readouterr().err
 
 
+def test_a_run_without_compiled_rivals_hides_none():
+    names = "plain", "pbfx", "packed + inductor"
+    rows = [_row(name, us) for name, us in zip(names, (10, 40, 20), strict=True)]
+    newer = [_row(name, us, utc="2026-01-02") for name, us in (("plain", 20), ("pbfx", 30))]
+    (case,) = kernels_summary.compared([*rows, *newer]).values()
+    assert {name: float(row["us_p50"]) for name, row in case.items()} == dict(
+        zip(names, (10, 40, 20), strict=True)
+    )
+    (case,) = kernels_summary.compared(newer).values()
+    assert list(case) == ["plain", "pbfx"]
+
+
 def test_the_plot_takes_one_dtype_and_the_latest_rows(tmp_path):
     rows = [_row("plain", 10), _row("pbfx", 40), _row("pbfx", 1, dtype="tf32")]
     newer = [_row(name, us, utc="2026-01-02") for name, us in (("plain", 20), ("pbfx", 30))]
