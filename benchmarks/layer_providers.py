@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import candidate_neurons, full_neurons, incumbent, neurons
 from benchmarks.neurons import Neuron, Tensors
 from pbfx_kernels import Geometry
-from pbfx_kernels.strategy import can_fuse, choose, linear_problem, problem_of, streams
+from pbfx_kernels.problem import linear_problem, problem_of
+from pbfx_kernels.strategy import can_fuse, choose, streams
 
 FORWARD, STEP, CANDIDATE, GRADIENT = "forward", "step", "candidate", "full"
 MODES = (FORWARD, STEP, CANDIDATE, GRADIENT)

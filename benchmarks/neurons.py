@@ -18,7 +18,8 @@ import pbfx_kernels.neuron_op  # noqa: F401  registers `pbfx::perforated_linear`
 from pbfx_kernels import Geometry, perforated_conv2d, perforated_linear
 from pbfx_kernels.dispatch import evaluate_dendrites
 from pbfx_kernels.packed import library, stacked_weight
-from pbfx_kernels.strategy import Strategy, can_split, is_depthwise, problem_of
+from pbfx_kernels.problem import problem_of
+from pbfx_kernels.strategy import Strategy, can_split, is_depthwise
 
 
 @dataclasses.dataclass(frozen=True)

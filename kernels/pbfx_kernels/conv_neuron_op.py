@@ -22,8 +22,9 @@ from pbfx_kernels.errors import ArgumentError
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like
+from pbfx_kernels.problem import conv2d_problem
 from pbfx_kernels.registering import op
-from pbfx_kernels.strategy import conv2d_problem, route
+from pbfx_kernels.strategy import route
 from pbfx_kernels.tape import Taped, float32_precision
 from pbfx_kernels.validation import check_dendrites
 

@@ -18,8 +18,9 @@ from pbfx_kernels.depthwise_planes import is_patched, transposes
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import channels_last
+from pbfx_kernels.problem import problem_of
 from pbfx_kernels.registering import op
-from pbfx_kernels.strategy import Strategy, choose, problem_of
+from pbfx_kernels.strategy import Strategy, choose
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 

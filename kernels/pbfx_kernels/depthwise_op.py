@@ -22,8 +22,9 @@ from pbfx_kernels.dispatch import evaluate_dendrites
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like
+from pbfx_kernels.problem import problem_of
 from pbfx_kernels.registering import op
-from pbfx_kernels.strategy import Strategy, choose, problem_of
+from pbfx_kernels.strategy import Strategy, choose
 from pbfx_kernels.tape import Taped, float32_precision
 from pbfx_kernels.validation import check_dendrites
 

@@ -13,15 +13,8 @@ from pbfx_kernels import reference
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import Geometry
 from pbfx_kernels.layout import stack_like, writable
-from pbfx_kernels.strategy import (
-    Problem,
-    Route,
-    Strategy,
-    choose,
-    choose_again,
-    problem_of,
-    route,
-)
+from pbfx_kernels.problem import Problem, problem_of
+from pbfx_kernels.strategy import Route, Strategy, choose, choose_again, route
 from pbfx_kernels.walking import REMEMBERED
 from pbfx_kernels.ways import Way, fastest_way, ways_of
 

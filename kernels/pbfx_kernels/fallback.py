@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from pbfx_kernels.strategy import Problem
+from pbfx_kernels.problem import Problem
 
 T = TypeVar("T")
 

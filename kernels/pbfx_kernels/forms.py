@@ -26,10 +26,10 @@ from torch import Tensor
 
 from pbfx_kernels.activations import activate
 from pbfx_kernels.geometry import Geometry
+from pbfx_kernels.problem import Problem
 from pbfx_kernels.reference import accumulation_dtype, product
 from pbfx_kernels.strategy import (
     IMAGE_CHANNELS,
-    Problem,
     can_split,
     fallback_reason,
     fuses,

@@ -19,8 +19,9 @@ from pbfx_kernels.candidate_autograd import autocasts, no_autocast
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import LINEAR
 from pbfx_kernels.launching import ceiling, power_of_two
+from pbfx_kernels.problem import linear_problem
 from pbfx_kernels.registering import op
-from pbfx_kernels.strategy import fuses_frozen, linear_problem
+from pbfx_kernels.strategy import fuses_frozen
 from pbfx_kernels.tape import Taped, float32_precision
 
 # Neurons whose rows take turns; see `fused_neuron`.

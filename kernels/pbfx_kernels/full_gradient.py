@@ -25,7 +25,8 @@ from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.geometry import LINEAR, Geometry
 from pbfx_kernels.layout import stack_like, writable
 from pbfx_kernels.packed import chunks, prefers_nhwc
-from pbfx_kernels.strategy import Problem, Strategy, choose, problem_of
+from pbfx_kernels.problem import Problem, problem_of
+from pbfx_kernels.strategy import Strategy, choose
 
 # What the passes between the products compute in, and how long a cascade may be.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

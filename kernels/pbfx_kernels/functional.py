@@ -11,15 +11,8 @@ import pbfx_kernels.neuron_op  # noqa: F401  registers its op and those of `pbfx
 from pbfx_kernels import candidate_autograd, dendrite_autograd, neuron_autograd
 from pbfx_kernels.depthwise_op import runs_depthwise
 from pbfx_kernels.geometry import LINEAR, Geometry
-from pbfx_kernels.strategy import (
-    Problem,
-    conv2d_problem,
-    fuses,
-    linear_problem,
-    recomputes,
-    route,
-    streams,
-)
+from pbfx_kernels.problem import Problem, conv2d_problem, linear_problem
+from pbfx_kernels.strategy import fuses, recomputes, route, streams
 
 
 def dendrites(

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from pbfx_kernels.launching import power_of_two
-from pbfx_kernels.strategy import Problem
+from pbfx_kernels.problem import Problem
 
 SWITCH, FOLDER = "PBFX_MEASURE", "PBFX_CACHE_DIR"
 _FORMAT = 1

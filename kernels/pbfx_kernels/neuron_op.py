@@ -21,8 +21,9 @@ from pbfx_kernels.dispatch import evaluate_dendrites, sum_links_and_bias
 from pbfx_kernels.fallback import or_reference
 from pbfx_kernels.fused_configs import Blocks, Streams
 from pbfx_kernels.geometry import LINEAR
+from pbfx_kernels.problem import Problem, linear_problem
 from pbfx_kernels.registering import op
-from pbfx_kernels.strategy import Problem, can_fuse, linear_problem, streams
+from pbfx_kernels.strategy import can_fuse, streams
 from pbfx_kernels.tape import Taped, float32_precision
 from pbfx_kernels.validation import check_dendrites
 from pbfx_kernels.ways import fastest_way, neuron_ways

@@ -19,7 +19,8 @@ from torch import Tensor
 from pbfx_kernels import reference
 from pbfx_kernels.candidate_autograd import autocasts, no_autocast
 from pbfx_kernels.geometry import Geometry
-from pbfx_kernels.strategy import fallback_reason, linear_problem, problem_of, streams
+from pbfx_kernels.problem import linear_problem, problem_of
+from pbfx_kernels.strategy import fallback_reason, streams
 
 
 def pack(stacked: Tensor, geometry: Geometry) -> Tensor:

@@ -11,11 +11,9 @@ The thresholds are measured; docs/kernels.md has the table. Nothing is tuned at 
 """
 
 import functools
-import importlib.util
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from pbfx_kernels.geometry import LINEAR, Geometry
 from pbfx_kernels.launching import power_of_two
+from pbfx_kernels.problem import Problem, conv2d_problem, hint_of, linear_problem
 
 _LOG = logging.getLogger(__name__)
 
@@ -83,8 +82,6 @@ _SPLIT_POINTWISE_INPUTS, _SPLIT_WINDOW_INPUTS = 256, 576
 _LEAST_SPLIT_NHWC, _LEAST_SPLIT_NCHW = 2, 3
 # Inputs per neuron of a convolution up to which a backward computes activations again.
 RECOMPUTED_INPUTS = 512
-# What stands for a size that is known only as the graph runs.
-_UNKNOWN_SIZE = 4096
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -103,73 +100,6 @@ class Route(Enum):
     POINTWISE = "pointwise"
     WALKED = "walked"
     PATCHES = "patches"
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What a choice depends on.
-
-    Attributes:
-        device: its type, such as `cuda`.
-        capability: of a CUDA device with a Triton backend, else None.
-        dtype: of the soma.
-        tf32: whether float32 products may round their factors to TF32.
-        geometry: the form of the soma.
-        positions: P.
-        neurons: N.
-        channels: K of a linear op, channels per group of a convolution.
-        taps: of the kernel, 1 for a linear op.
-        dendrites: D.
-        channels_last: whether the neurons are neighbours in memory.
-    """
-
-    device: str
-    capability: tuple[int, int] | None
-    dtype: torch.dtype
-    tf32: bool
-    geometry: Geometry
-    positions: int
-    neurons: int
-    channels: int
-    taps: int
-    dendrites: int
-    channels_last: bool = True
-
-    @property
-    def inputs(self) -> int:
-        """K, the weights per neuron."""
-        return self.channels * self.taps
-
-
-def problem_of(soma: Tensor, weight: Tensor, geometry: Geometry) -> Problem:
-    """Describe a site by its tensors."""
-    dendrites, _, channels, *taps = weight.shape
-    neurons = geometry.neurons(weight.shape[1:])
-    if geometry.spatial:
-        tf32 = torch.backends.cudnn.allow_tf32
-    else:
-        tf32 = torch.get_float32_matmul_precision() != "highest"
-    return Problem(
-        soma.device.type,
-        _capability(soma),
-        soma.dtype,
-        tf32,
-        geometry,
-        _hint(soma.numel()) // neurons if neurons else 0,
-        neurons,
-        channels,
-        math.prod(taps),
-        dendrites,
-        _hint(soma.stride(geometry.channel_axis)) == 1,
-    )
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    """Return a dynamic size as it is in the example, so that asking adds no guard to a graph."""
-    if isinstance(size, int):
-        return size
-    hint = size.node.hint
-    return _UNKNOWN_SIZE if hint is None else int(hint)
 
 
 def choose(problem: Problem) -> Strategy:
@@ -278,56 +208,6 @@ def can_fuse(
     return problem is not None and launches(problem)
 
 
-def linear_problem(x: Tensor, weight: Tensor, dendrite_weight: Tensor) -> Problem | None:
-    """Describe a linear site whose soma has not been computed; arguments as of `can_fuse`.
-
-    Returns:
-        None where the weights do not fit: not of one dtype, or no stack of a linear op's.
-    """
-    if weight.dtype != x.dtype or dendrite_weight.dim() != 3:
-        return None
-    dendrites, neurons, inputs = dendrite_weight.shape
-    return Problem(
-        x.device.type,
-        _capability(x),
-        x.dtype,
-        torch.get_float32_matmul_precision() != "highest",
-        LINEAR,
-        _hint(x.numel()) // inputs if inputs else 0,
-        neurons,
-        inputs,
-        1,
-        dendrites,
-    )
-
-
-def conv2d_problem(
-    x: Tensor, weight: Tensor, dendrite_weight: Tensor, geometry: Geometry
-) -> Problem | None:
-    """Describe a convolution whose soma has not been computed; arguments as of `can_fuse`.
-
-    Returns:
-        None where the tensors do not fit: not of one dtype, no batch, no stack of weights.
-    """
-    if weight.dtype != x.dtype or x.dim() != 4 or dendrite_weight.dim() != 5:
-        return None
-    dendrites, neurons, channels, *taps = dendrite_weight.shape
-    images, _, *sizes = geometry.output_shape(x.shape, weight.shape)
-    return Problem(
-        x.device.type,
-        _capability(x),
-        x.dtype,
-        torch.backends.cudnn.allow_tf32,
-        geometry,
-        math.prod(_hint(size) for size in (images, *sizes)),
-        neurons,
-        channels,
-        math.prod(taps),
-        dendrites,
-        x.stride(1) == 1,
-    )
-
-
 def route_of(
     x: Tensor, weight: Tensor, dendrite_weight: Tensor, geometry: Geometry
 ) -> Route | None:
@@ -350,7 +230,7 @@ def route(problem: Problem, shape: Sequence[int]) -> Route | None:
         problem: a convolution over two dimensions.
         shape: of its input, `(B, channels, H, W)`.
     """
-    geometry, sizes = problem.geometry, [_hint(size) for size in shape]
+    geometry, sizes = problem.geometry, [hint_of(size) for size in shape]
     # Kernels count the elements of one image in 32 bits.
     near = problem.positions < _MOST_PLACES * sizes[0] and math.prod(sizes[1:]) < 2**31
     if not near or not launches(problem):
@@ -366,16 +246,6 @@ def route(problem: Problem, shape: Sequence[int]) -> Route | None:
 
 def _is_hopper(problem: Problem) -> bool:
     return problem.capability is not None and problem.capability[0] == _HOPPER
-
-
-def _capability(tensor: Tensor) -> tuple[int, int] | None:
-    return _capability_of(tensor.get_device()) if tensor.device.type == "cuda" else None
-
-
-@functools.cache
-def _capability_of(device: int) -> tuple[int, int] | None:
-    known = torch.version.hip is None and _has_triton()
-    return torch.cuda.get_device_capability(device) if known else None
 
 
 def fuses(problem: Problem) -> bool:
@@ -497,11 +367,6 @@ def recomputes(soma: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     # A depthwise backward reads what the activations are made of for the weight's gradient too.
     least = 1 if channels == 1 and geometry.groups == neurons else 2
     return dendrites >= least and channels * math.prod(taps) <= RECOMPUTED_INPUTS
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

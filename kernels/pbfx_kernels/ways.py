@@ -25,14 +25,8 @@ from pbfx_kernels.fused_configs import (
     streams_of,
 )
 from pbfx_kernels.launching import on_device
-from pbfx_kernels.strategy import (
-    Problem,
-    Strategy,
-    can_split,
-    can_stream,
-    is_depthwise,
-    launches,
-)
+from pbfx_kernels.problem import Problem
+from pbfx_kernels.strategy import Strategy, can_split, can_stream, is_depthwise, launches
 
 W = TypeVar("W")
 

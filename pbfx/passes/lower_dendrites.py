@@ -38,7 +38,8 @@ from pbfx.passes.context import copy_provenance, part
 from pbfx_kernels import Geometry
 from pbfx_kernels.forms import Form, choose_form, dendrites_in_graph, stacked_activations
 from pbfx_kernels.packed import prefers_nhwc
-from pbfx_kernels.strategy import is_depthwise, problem_of, recomputes, route
+from pbfx_kernels.problem import problem_of
+from pbfx_kernels.strategy import is_depthwise, recomputes, route
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 import pbfx_kernels.neuron_op  # noqa: F401  registers `pbfx::perforated_linear`
 from pbfx_kernels import ACTIVATIONS, Geometry, dendrites, perforated_conv2d
 from pbfx_kernels.dispatch import evaluate_dendrites, recompute_to_soma_gradient
-from pbfx_kernels.strategy import Strategy, can_fuse, choose, problem_of
+from pbfx_kernels.problem import problem_of
+from pbfx_kernels.strategy import Strategy, can_fuse, choose
 from pbfx_kernels.to_soma_gradient import to_soma_gradient
 
 pytestmark = pytest.mark.gpu

@@ -12,7 +12,8 @@ from torch import Tensor
 import pbfx_kernels.conv_neuron_op  # noqa: F401  registers the op
 from pbfx_kernels import ArgumentError, Geometry, strategy
 from pbfx_kernels.forms import Form, choose_form
-from pbfx_kernels.strategy import Problem, Route, fuses, route_of
+from pbfx_kernels.problem import Problem
+from pbfx_kernels.strategy import Route, fuses, route_of
 
 SITES = [
     BY_NAME[name]
@@ -113,7 +114,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     def problem(*args: Any) -> Problem:
         return Problem("cuda", (9, 0), *args[2:])
 
-    monkeypatch.setattr(strategy, "Problem", problem)
+    monkeypatch.setattr("pbfx_kernels.problem.Problem", problem)
 
 
 @pytest.mark.usefixtures("hopper")

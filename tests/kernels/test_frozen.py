@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from pbfx_kernels import frozen
 from pbfx_kernels.frozen import frozen_neurons, lay, take_apart
 from pbfx_kernels.geometry import LINEAR
-from pbfx_kernels.strategy import Problem, fuses_frozen
+from pbfx_kernels.problem import Problem
+from pbfx_kernels.strategy import fuses_frozen
 
 SITES = pytest.mark.parametrize(
     "name", ["linear", "linear-1", "linear-63-127", "linear-sequence", "linear-unbatched"]

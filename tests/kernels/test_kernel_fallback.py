@@ -10,7 +10,8 @@ import torch
 
 import pbfx_kernels
 from pbfx_kernels import dispatch, fallback, neuron_op
-from pbfx_kernels.strategy import Strategy, problem_of
+from pbfx_kernels.problem import problem_of
+from pbfx_kernels.strategy import Strategy
 
 triton_errors = pytest.importorskip("triton.runtime.errors")
 

@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from pbfx_kernels import Geometry, dendrites
 from pbfx_kernels.forms import Form, choose_form, dendrites_in_graph, parts_of_sum
-from pbfx_kernels.strategy import Problem
+from pbfx_kernels.problem import Problem
 
 CONV = Geometry.convolution(2, padding=1)
 LINEAR = Geometry()

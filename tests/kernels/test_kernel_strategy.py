@@ -12,7 +12,8 @@ import pbfx_kernels.flops
 from pbfx_kernels import LINEAR, Geometry, dendrites, strategy
 from pbfx_kernels.fused_configs import conv_neuron_blocks, neuron_blocks
 from pbfx_kernels.layout import Grid, grid_of, is_regular
-from pbfx_kernels.strategy import Problem, Strategy, choose
+from pbfx_kernels.problem import Problem
+from pbfx_kernels.strategy import Strategy, choose
 from pbfx_kernels.walking import merged_stride
 
 H200 = Problem("cuda", (9, 0), torch.bfloat16, False, LINEAR, 65536, 256, 64, 1, 3)

@@ -19,7 +19,8 @@ from triton.errors import TritonError
 import pbfx_kernels
 from pbfx_kernels import Geometry, dispatch, measured
 from pbfx_kernels.measured import Question, question_of
-from pbfx_kernels.strategy import Problem, Strategy
+from pbfx_kernels.problem import Problem
+from pbfx_kernels.strategy import Strategy
 from pbfx_kernels.ways import Way, ways_of
 
 SPEEDS = {"packed": 3e-3, "split": 1e-3, "slow": 5e-3}
