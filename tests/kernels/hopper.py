@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from pbfx_kernels import launching, strategy
+from pbfx_kernels import launching
+from pbfx_kernels import problem as problems
 from pbfx_kernels.relaunch import TensorDescriptor
 from pbfx_kernels.tape import Taped
 
@@ -95,13 +96,13 @@ class Hopper:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.launches: list[str] = []
         self._compiled: dict[Any, Compiled] = {}
-        problem, gpu = strategy.Problem, self
+        problem, gpu = problems.Problem, self
 
         def run(kernel: Any, *args: Any, **options: Any) -> Compiled:
             return gpu.run(kernel, *args, **options)
 
         monkeypatch.setattr(
-            strategy, "Problem", lambda _, __, *rest: problem("cuda", (9, 0), *rest)
+            problems, "Problem", lambda _, __, *rest: problem("cuda", (9, 0), *rest)
         )
         monkeypatch.setattr(JITFunction, "run", run)
         monkeypatch.setattr(Tensor, "is_cuda", property(lambda _: True), raising=False)
