@@ -1,15 +1,15 @@
 """Sum up what `python -m benchmarks kernels` measured, from its CSV file and nothing else.
 
-A *case* is a layer with D dendrites in one mode; of each, the rows of its latest run, and against a
-rival those of the latest run that the rival was in. Multiples are of times measured in the same
-run, so rows of different runs are never divided by one another.
+A *case* is a layer with D dendrites in one mode; of each, the rows of the latest run that compiled
+rivals were in, and against one rival those of the latest run that this one was in. Multiples are of
+times measured in the same run, so rows of different runs are never divided by one another.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import incumbent
@@ -77,12 +77,12 @@ def summarize(path: Path) -> list[Case]:
     return tables
 
 
-def latest(rows: Iterable[Row], having: str | None = None) -> dict[tuple[str, int], Measured]:
+def latest(rows: Iterable[Row], having: Collection[str] = ()) -> dict[tuple[str, int], Measured]:
     """Return the rows of the latest run of each layer and D, by provider.
 
     Args:
         rows: of one dtype and mode.
-        having: a provider; runs without it do not count.
+        having: providers; runs without any of them do not count. All runs do where none is named.
     """
     runs: dict[tuple[str, int], dict[tuple[str, str], Measured]] = {}
     for row in sorted(rows, key=lambda row: row["utc"]):
@@ -90,7 +90,7 @@ def latest(rows: Iterable[Row], having: str | None = None) -> dict[tuple[str, in
         runs.setdefault(case, {}).setdefault(run, {})[row["provider"]] = row
     found: dict[tuple[str, int], Measured] = {}
     for case, measured in runs.items():
-        kept = [each for each in measured.values() if having is None or having in each]
+        kept = [each for each in measured.values() if not having or any(map(each.get, having))]
         if kept:
             found[case] = kept[-1]
     return found
@@ -98,7 +98,7 @@ def latest(rows: Iterable[Row], having: str | None = None) -> dict[tuple[str, in
 
 def compared(rows: Sequence[Row]) -> dict[tuple[str, int], Measured]:
     """Return the rows of each case's latest run against compiled rivals, or of its latest run."""
-    return latest(rows) | latest(rows, having=INDUCTOR) | latest(rows, having=PACKED_INDUCTOR)
+    return latest(rows) | latest(rows, having=(INDUCTOR, PACKED_INDUCTOR))
 
 
 def gains(cases: Mapping[tuple[str, int], Measured], rival: str, own: str) -> list[float]:
@@ -134,7 +134,7 @@ def memory_bound(row: Row) -> bool:
 def _table(dtype: str, mode: str, rows: Sequence[Row]) -> Case:
     cases, cells = compared(rows), []
     for rival in _AGAINST:
-        met = latest(rows, having=rival)
+        met = latest(rows, having=(rival,))
         found = {own: gains(met, rival, own) for own in OURS}
         if any(found.values()):
             count = max(map(len, found.values()))
